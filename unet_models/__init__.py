@@ -35,7 +35,7 @@ __all__ = [
 _NEED_TORCH = {"build": "network", "SkipNet": "network", "Ops": "ops", "REFERENCE": "ops"}
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module's attributes are of any type
+def __getattr__(name: str) -> Any:
     """Import what needs torch when it is first used."""
     if name not in _NEED_TORCH:
         message = f"module {__name__!r} has no attribute {name!r}"

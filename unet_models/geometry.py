@@ -104,7 +104,7 @@ def axis_sizes(graph: SkipGraph, extent: int) -> AxisSizes:
             edges[edge.name] = EdgeSize(source, resampled, gated, convolved, merged)
         nodes[node.name] = _positive(merged - 2 * valid * len(node.convs), node.name)
     for name, head in readers:
-        lost = 2 if valid and head.conv.kernel == 3 else 0
+        lost = 2 if valid and head.conv.kernel > 1 else 0
         heads[name] = _positive(nodes[name] - lost, f"the head on {name}") << head.shift
     return AxisSizes(nodes, edges, heads, min(heads.values()), tuple(floored))
 
@@ -169,22 +169,36 @@ def size_note(graph: SkipGraph, height: int, width: int) -> str:
 
 
 def norm_note(graph: SkipGraph, case: tuple[int, int, int], *, training: bool) -> str:
-    """Say why a norm cannot run on `case` = (batch, height, width); empty where it can.
-
-    PyTorch refuses batch statistics over one value per channel in training, and instance norm over one pixel always.
-    """
+    """Say why a norm cannot run on `case` = (batch, height, width); empty where it can."""
     batch, height, width = case
     for placed in place(graph, height, width):
-        if placed.height * placed.width > 1:
+        norm = placed.conv.norm
+        if placed.height * placed.width > 1 or not _refused(placed.conv, norm, batch, training=training):
             continue
-        if placed.conv.norm == "instance" or (placed.conv.norm == "batch" and training and batch == 1):
-            larger = f"{2 * height}x{2 * width}"
-            remedy = "" if placed.conv.norm == "instance" else ", or a batch of 2 or more"
-            return (
-                f"{placed.conv.norm} norm at {placed.owner} would normalise over a single value, because "
-                f"{height}x{width} leaves a 1x1 map there; use {larger}{remedy}, or norm=group"
-            )
+        remedy = "" if norm == "instance" else ", a batch of 2 or more"
+        if not _refused(placed.conv, "group", batch, training=training):
+            remedy += ", or norm=group"
+        return (
+            f"{norm} norm at {placed.owner} would normalise over a single value, because "
+            f"{height}x{width} leaves a 1x1 map there; use {2 * height}x{2 * width}{remedy}"
+        )
     return ""
+
+
+def _refused(conv: Conv, norm: str, batch: int, *, training: bool) -> bool:
+    """Whether PyTorch refuses to normalise a 1x1 map, where a channel or group may have one value alone.
+
+    Batch norm in training; instance norm always; group norm, in PyTorch's own check, at batch 1 where each group has
+    one channel, which is so up to 32 channels if they are a power of two.
+    """
+    match norm:
+        case "batch":
+            return training and batch == 1
+        case "instance":
+            return True
+        case "group":
+            return batch * conv.out_channels == conv.norm_groups
+    return False
 
 
 def place(graph: SkipGraph, height: int, width: int) -> Iterator[PlacedConv]:

@@ -7,7 +7,6 @@ weights, so that a replacement may fold or pack them, and never own state of the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,7 +30,7 @@ class ConvNormAct(nn.Module):
         super().__init__()
         padding = 0 if valid else record.kernel // 2
         self.conv = nn.Conv2d(record.in_channels, record.out_channels, record.kernel, padding=padding, bias=record.bias)
-        self.norm = _norm(record.norm, record.out_channels)
+        self.norm = _norm(record)
         self.act = record.act
 
 
@@ -45,14 +44,15 @@ class AttentionGate(nn.Module):
         self.psi = ConvNormAct(record.psi, valid=False)
 
 
-def _norm(kind: str, channels: int) -> nn.Module | None:
-    match kind:
+def _norm(record: Conv) -> nn.Module | None:
+    channels = record.out_channels
+    match record.norm:
         case "batch":
             return nn.BatchNorm2d(channels)
         case "instance":
             return nn.InstanceNorm2d(channels, affine=True)
         case "group":
-            return nn.GroupNorm(math.gcd(32, channels), channels)  # 32 groups as in Wu & He (2018) where they divide
+            return nn.GroupNorm(record.norm_groups, channels)
     return None
 
 

@@ -72,19 +72,17 @@ class ModelSpec:
             object.__setattr__(self, "pruned_to", None)
 
     def _check_numbers(self) -> None:
-        _check_integer("depth", self.depth, 1, MAX_DEPTH)
+        check_integer("depth", self.depth, 1, MAX_DEPTH)
         for name in ("width", "in_channels", "classes"):
-            _check_integer(name, getattr(self, name), 1, MAX_CHANNELS)
+            check_integer(name, getattr(self, name), 1, MAX_CHANNELS)
         if self.max_width is not None:
-            _check_integer("max_width", self.max_width, 1, MAX_CHANNELS)
+            check_integer("max_width", self.max_width, 1, MAX_CHANNELS)
             if self.max_width < self.width:
                 message = f"max_width={self.max_width} is below width={self.width}: raise it, or narrow the network"
                 raise ValueError(message)
         if self.pruned_to is not None:
-            _check_integer("pruned_to", self.pruned_to, 1, self.depth)
-        if not isinstance(self.bias, bool):
-            message = f"bias={self.bias!r} is neither true nor false"
-            raise ValueError(message)  # noqa: TRY004 - every bad field is a ValueError, the contract of a spec
+            check_integer("pruned_to", self.pruned_to, 1, self.depth)
+        check_flag("bias", self.bias)
 
     def _check_combination(self) -> None:
         variant = VARIANTS[self.variant]
@@ -187,7 +185,15 @@ def _from_text(key: str, text: str) -> int | bool | None:
         raise ValueError(message) from None
 
 
-def _check_integer(name: str, value: object, low: int, high: int) -> None:
+def check_flag(name: str, value: object) -> None:
+    """Refuse anything but True and False; 0 and 1 would pass for them and make another label of the same network."""
+    if not isinstance(value, bool):
+        message = f"{name}={value!r} is neither true nor false"
+        raise ValueError(message)  # noqa: TRY004 - every bad field is a ValueError, the contract of a spec
+
+
+def check_integer(name: str, value: object, low: int, high: int) -> None:
+    """Refuse anything but a whole number from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         message = f"{name}={value!r} is not a whole number from {low} to {high}"
         raise ValueError(message)

@@ -7,6 +7,7 @@ same list.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -31,6 +32,11 @@ class Conv:
     def weights(self) -> int:
         """Elements of the weight, which are also the MACs per output position (per input position if transposed)."""
         return self.kernel * self.kernel * self.in_channels * self.out_channels
+
+    @property
+    def norm_groups(self) -> int:
+        """Groups of a group norm: 32 as in Wu & He (2018), or the largest power of two below that divides."""
+        return math.gcd(32, self.out_channels)
 
     def params(self) -> int:
         """Trainable parameters: weight, bias, and the norm's scale and shift."""

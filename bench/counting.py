@@ -1,0 +1,64 @@
+"""Metrics that come from tracing a network without timing it: fvcore's count, and live bytes on the meta device."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from skipcost.bench.cases import Case
+from skipcost.bench.memory import trace_peaks
+from skipcost.bench.records import Result
+from skipcost.bench.subject import AUTOCAST, make_subject
+
+
+def preload_fvcore() -> Any:
+    """Return fvcore's FlopCountAnalysis, or None where fvcore is not installed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fvcore imports torch.jit, deprecated since torch 2.13
+        try:
+            from fvcore.nn import FlopCountAnalysis  # noqa: PLC0415 - optional
+        except ImportError:
+            return None
+    logging.getLogger("fvcore").setLevel(logging.ERROR)
+    return FlopCountAnalysis
+
+
+def fvcore_count(case: Case) -> Result:
+    """Count with fvcore on CPU tensors in eval mode (fvcore fails on the meta device); one image, times the batch.
+
+    fvcore counts a multiply-add once, batch norm and interpolation roughly, and some operators not at all: their
+    names and how often each occurred are in the detail.
+    """
+    count = preload_fvcore()
+    if count is None:
+        return Result("fvcore_flops", "unsupported", note="fvcore is not installed: pip install skipcost[fvcore]")
+    plain = replace(
+        case, batch=1, precision="fp32", backend="eager", mode="inference", layout="contiguous", device="cpu"
+    )
+    subject = make_subject(plain, "cpu")
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer's remarks about sizes that become constants
+        analysis = count(subject.network, subject.tensors[-1])
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        total = int(analysis.total())
+        detail: dict[str, Any] = {
+            "by_operator": {name: int(count) for name, count in analysis.by_operator().items()},
+            "not_counted": dict(analysis.unsupported_ops()),
+        }
+    return Result("fvcore_flops", samples=(case.batch * total,), detail=detail)
+
+
+def predicted_peak(case: Case, metric: str, *, first: bool) -> Result:
+    """Trace one step (two in training: the first makes the optimizer's state) and return its peak of live bytes."""
+    if case.precision in AUTOCAST:
+        note = f"{case.precision} cannot be traced on the meta device: autocast does not cast there"
+        return Result(metric, "unsupported", note=note)
+    subject = make_subject(case, "meta")
+    steps = 2 if case.mode == "training" else 1
+    peaks = trace_peaks(subject.step, subject.tensors, steps)
+    weights = sum(each.numel() * each.element_size() for each in subject.network.parameters())
+    return Result(metric, samples=(peaks[0 if first else -1],), detail={"parameter_bytes": weights})

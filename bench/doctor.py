@@ -1,0 +1,79 @@
+"""`skipcost doctor`: what this machine can measure, and what would make its numbers doubtful."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from skipcost.bench import figures
+
+GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+
+
+def examine(environment: dict[str, Any]) -> dict[str, Any]:
+    """The environment, what can be measured in it, and the doubts, as JSON values."""
+    return {"environment": environment, "can": _abilities(environment), "doubts": _doubts(environment)}
+
+
+def _abilities(environment: dict[str, Any]) -> dict[str, str]:
+    """Each ability with "yes", or the reason why not and what to do."""
+    gpu = "yes" if environment["cuda"] else "no: torch sees no CUDA device; only the CPU is measured"
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    fvcore = importlib.util.find_spec("fvcore")
+    triton = importlib.util.find_spec("triton")
+    return {
+        "latency on the CPU": "yes",
+        "latency and memory on a GPU": gpu,
+        "predicted memory": "yes",
+        "fvcore's count": "yes" if fvcore else "no: pip install skipcost[fvcore]",
+        "backend=compile on the CPU": "yes" if compiler else "no: torch.compile needs a C++ compiler; install g++",
+        "backend=fused": ("yes" if triton else "no: pip install skipcost[gpu]") if environment["cuda"] else gpu,
+        "GPU clocks, power and process memory": "yes" if environment["gpus"] else "no: no NVIDIA driver answers",
+    }
+
+
+def _doubts(environment: dict[str, Any]) -> list[str]:
+    doubts = []
+    load = os.getloadavg()[0]
+    if load > 0.5 * environment["cpus"]:
+        doubts.append(
+            f"the load is {load:.1f} on {environment['cpus']} CPUs: something else is running; stop it, or expect noise"
+        )
+    if GOVERNOR.exists() and GOVERNOR.read_text().strip() != "performance":
+        doubts.append(
+            f"the CPU's clock follows its load (governor {GOVERNOR.read_text().strip()}); set it to performance"
+        )
+    if environment["dirty"]:
+        doubts.append(
+            "the suite's own tree has uncommitted changes: the commit recorded with the results is not their code"
+        )
+    flags = [f"{name}={value}" for name, value in environment["flags"].items() if name != "CUDA_VISIBLE_DEVICES"]
+    if flags:
+        doubts.append(f"set in the environment, and recorded: {', '.join(flags)}")
+    if not Path("/sys/devices/system/cpu/cpu0/cpufreq").exists():
+        doubts.append(
+            "the CPU's clock cannot be seen, as in a virtual machine: latencies may drift; compare within one run"
+        )
+    return doubts
+
+
+def print_findings(facts: dict[str, Any], console: Console) -> None:
+    """The findings for people."""
+    environment = facts["environment"]
+    console.print(
+        f"{environment['cpu']}, {environment['cpus']} CPUs, {figures.text(environment['memory_bytes'], 'bytes')}"
+    )
+    for gpu in environment["gpus"]:
+        console.print(f"{gpu['name']}, {figures.text(gpu['memory_bytes'], 'bytes')}, driver {gpu['driver']}")
+    console.print(", ".join(f"{name} {version}" for name, version in environment["versions"].items()), highlight=False)
+    console.print("\n[bold]can be measured here[/bold]")
+    for name, answer in facts["can"].items():
+        console.print(f"  {name}: {answer}", highlight=False)
+    console.print("\n[bold]what makes numbers doubtful here[/bold]")
+    for doubt in facts["doubts"] or ["nothing was found"]:
+        console.print(f"  {doubt}", highlight=False)

@@ -1,0 +1,113 @@
+"""`skipcost explain`: every edge of a network, in words and numbers. Arithmetic alone; needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from skipcost.bench import figures
+from skipcost.unet_models import VARIANTS, ModelSpec, SkipGraph
+from skipcost.unet_models.costs import EdgeCost, costs
+from skipcost.unet_models.geometry import size_note
+
+VALUE_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "amp-bf16": 2, "amp-fp16": 2}
+
+
+def explain(spec: ModelSpec, size: tuple[int, int], batch: int, precision: str, mode: str) -> dict[str, Any]:
+    """Everything that `explain` shows, as JSON values; MACs are for one image, bytes for the batch."""
+    graph = spec.graph()
+    split = costs(graph, *size, batch=batch, value_bytes=VALUE_BYTES[precision])
+    total = split.total_macs
+    return {
+        "label": spec.label,
+        "variant": VARIANTS[spec.variant].title,
+        "input": list(size),
+        "output": list(graph.output_size(*size)),
+        "batch": batch,
+        "precision": precision,
+        "mode": mode,
+        "note": size_note(graph, *size),
+        "params": graph.params(),
+        "conv_macs": graph.conv_macs(*size),
+        "receptive_field": graph.receptive_field(),
+        "edges": [_edge(values, total) for values in split.edges],
+        "node_macs": split.node_macs,
+        "head_macs": split.head_macs,
+        "skip_macs": sum(edge.all_macs for edge in split.edges if edge.skip),
+        "node_params": split.node_params,
+        "head_params": split.head_params,
+        "levels": _levels(graph),
+    }
+
+
+def _edge(edge: EdgeCost, total: int) -> dict[str, Any]:
+    values = asdict(edge)
+    return values | {"all_macs": edge.all_macs, "share": edge.all_macs / total}
+
+
+def _levels(graph: SkipGraph) -> dict[str, int]:
+    return {node.name: node.level for node in graph.nodes}
+
+
+def print_explanation(facts: dict[str, Any], console: Console) -> None:
+    """The edge table for people, with what the columns mean."""
+    size, out = facts["input"], facts["output"]
+    console.print(f"[bold]{facts['label']}[/bold]  ({facts['variant']}), batch {facts['batch']}, {facts['precision']}")
+    console.print(
+        f"{size[0]}x{size[1]} -> {out[0]}x{out[1]}   {figures.text(facts['params'], 'count')} parameters   "
+        f"{figures.text(facts['conv_macs'], 'macs')} per image   receptive field {facts['receptive_field']} px"
+    )
+    if facts["note"]:
+        console.print(f"[yellow]{facts['note']}[/yellow]")
+    console.print(_table(facts))
+    nodes, heads = sum(facts["node_macs"].values()), facts["head_macs"]
+    console.print(
+        f"The rest: {figures.text(nodes, 'macs')} in the nodes' other convolutions, "
+        f"{figures.text(heads, 'macs')} in the heads. Skips, with what they feed: "
+        f"{facts['skip_macs'] / facts['conv_macs']:.1%} of all MACs."
+    )
+    console.print(_legend(facts))
+
+
+def _table(facts: dict[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("from", "to", "scale"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("how the map gets there", ratio=1)
+    for name in ("channels", "params", "MACs", "share", "held", "for"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for edge in facts["edges"]:
+        steps = edge["held_steps"]
+        table.add_row(
+            edge["source"],
+            edge["target"],
+            edge["scale"],
+            edge["how"],
+            f"{edge['in_channels']}>{edge['out_channels']}",
+            figures.text(edge["params"] + edge["merge_params"], "count"),
+            figures.text(edge["all_macs"], "count"),
+            f"{edge['share']:.1%}",
+            figures.text(edge["held_bytes"], "bytes"),
+            f"{steps} step{'s' if steps != 1 else ''}",
+            style=None if edge["skip"] else "dim",
+        )
+    return table
+
+
+def _legend(facts: dict[str, Any]) -> str:
+    lines = [
+        "Dim rows are no skips: the encoder's own path and the map from the next deeper level.",
+        "params and MACs: the edge's own convolutions and its slice of the convolution that it feeds.",
+        "held: the source map; for: nodes from its making until this edge has read it"
+        + (" (in training every map is kept until its backward pass)." if facts["mode"] == "training" else "."),
+    ]
+    if facts["variant"] == VARIANTS["unet3+"].title:
+        deepest = max(facts["levels"].values())
+        lines.append(
+            f"In the paper's words x{{i}}_0 is X_En^{{i+1}} and x{{i}}_{{{deepest}-i}} is X_De^{{i+1}}: "
+            f"x0_0 is X_En^1, x0_{deepest} is X_De^1."
+        )
+    return "[dim]" + "\n".join(lines) + "[/dim]"

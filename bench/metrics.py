@@ -1,0 +1,201 @@
+"""Every metric: its name with the unit, whether it is exact, how it is measured, and how the gate treats it.
+
+The table at the bottom is the one place for a new metric. This file imports no torch: what needs it is imported in
+the function that measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from skipcost.bench.records import Result
+from skipcost.bench.timing import Budget
+
+if TYPE_CHECKING:
+    from skipcost.bench.cases import Case
+
+COUNTED, PREDICTED, MEASURED = "counted (exact)", "predicted", "measured"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A row of METRICS.
+
+    `unit` is a key of the report's formats; `origin` says where the number comes from; `threshold` is the relative
+    change that the gate lets pass (0: any change is a verdict); `modes` and `devices` are where it is asked for when
+    a sweep names no metrics.
+    """
+
+    title: str
+    unit: str
+    origin: str
+    how: str
+    measure: Callable[[Case, Budget], Result]
+    threshold: float = 0.0
+    modes: tuple[str, ...] = ("inference", "training")
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+    @property
+    def exact(self) -> bool:
+        """Whether equal code must give equal numbers."""
+        return self.origin != MEASURED
+
+
+def _ok(metric: str, value: float, **detail: Any) -> Result:
+    return Result(metric, samples=(value,), detail=detail)
+
+
+def _params(case: Case, _budget: Budget) -> Result:
+    return _ok("params", case.graph().params())
+
+
+def _conv_macs(case: Case, _budget: Budget) -> Result:
+    return _ok("conv_macs", case.batch * case.graph().conv_macs(case.height, case.width))
+
+
+def _activations(case: Case, _budget: Budget) -> Result:
+    return _ok("activations", case.batch * case.graph().activations(case.height, case.width))
+
+
+def _receptive_field(case: Case, _budget: Budget) -> Result:
+    return _ok("receptive_field", case.graph().receptive_field())
+
+
+def _fvcore_flops(case: Case, _budget: Budget) -> Result:
+    from skipcost.bench.counting import fvcore_count  # noqa: PLC0415 - imports torch and fvcore
+
+    return fvcore_count(case)
+
+
+def _predicted(metric: str, *, first: bool) -> Callable[[Case, Budget], Result]:
+    def measure(case: Case, _budget: Budget) -> Result:
+        from skipcost.bench.counting import predicted_peak  # noqa: PLC0415 - imports torch
+
+        return predicted_peak(case, metric, first=first)
+
+    return measure
+
+
+def _latency(case: Case, budget: Budget) -> Result:
+    from skipcost.bench.running import latency  # noqa: PLC0415 - imports torch
+
+    return latency(case, budget)
+
+
+def _compile(case: Case, _budget: Budget) -> Result:
+    from skipcost.bench.running import compile_time  # noqa: PLC0415 - imports torch
+
+    return compile_time(case)
+
+
+def _gpu_memory(metric: str, figure: str, *, first: bool) -> Callable[[Case, Budget], Result]:
+    def measure(case: Case, _budget: Budget) -> Result:
+        from skipcost.bench.running import gpu_memory  # noqa: PLC0415 - imports torch
+
+        return gpu_memory(case, metric, figure, first=first)
+
+    return measure
+
+
+def _memory_metrics() -> dict[str, Metric]:
+    """The GPU's figures: what was requested, allocated after rounding, reserved by the pool, held by the process."""
+    meanings = {
+        "requested": "bytes the program asked the caching allocator for, at their peak",
+        "allocated": "the same after the allocator's rounding to 512 bytes",
+        "reserved": "what the allocator held from the driver, unused parts of its segments included",
+        "process": "what the driver says that the process holds after the step, context and workspaces included",
+    }
+    table = {}
+    for figure, meaning in meanings.items():
+        for first in (False, True):
+            name = f"peak_memory_{figure}{'_first' if first else ''}_bytes"
+            table[name] = Metric(
+                title=f"{figure} memory{', first step' if first else ''}",
+                unit="bytes",
+                origin=MEASURED,
+                how=meaning + ("; the first step, in which cuDNN tries algorithms" if first else "; a later step"),
+                measure=_gpu_memory(name, figure, first=first),
+                threshold=0.01,
+                devices=("cuda",),
+            )
+    return table
+
+
+METRICS: dict[str, Metric] = {
+    "params": Metric(
+        title="parameters",
+        unit="count",
+        origin=COUNTED,
+        how="arithmetic on the graph; equal to the built module's",
+        measure=_params,
+    ),
+    "conv_macs": Metric(
+        title="convolution MACs",
+        unit="macs",
+        origin=COUNTED,
+        how="arithmetic on the graph, whole batch, forward; equal to torch's FlopCounterMode / 2 and fvcore's conv",
+        measure=_conv_macs,
+    ),
+    "activations": Metric(
+        title="activations",
+        unit="count",
+        origin=COUNTED,
+        how="elements of all convolution outputs, whole batch; fvcore's definition",
+        measure=_activations,
+    ),
+    "receptive_field": Metric(
+        title="receptive field",
+        unit="pixels",
+        origin=COUNTED,
+        how="side of the window that holds every input pixel which one output pixel depends on",
+        measure=_receptive_field,
+    ),
+    "fvcore_flops": Metric(
+        title="fvcore's flops",
+        unit="macs",
+        origin=COUNTED,
+        how="fvcore's total (a MAC counts once), whole batch, with the operators that it did not count beside it",
+        measure=_fvcore_flops,
+        modes=("inference",),
+    ),
+    "peak_memory_predicted_bytes": Metric(
+        title="predicted peak memory",
+        unit="bytes",
+        origin=PREDICTED,
+        how="peak of live tensor bytes in a steady step, traced on the meta device; workspaces and rounding excluded",
+        measure=_predicted("peak_memory_predicted_bytes", first=False),
+    ),
+    "peak_memory_predicted_first_bytes": Metric(
+        title="predicted peak memory, first step",
+        unit="bytes",
+        origin=PREDICTED,
+        how="the same for the first training step, in which the optimizer makes its state",
+        measure=_predicted("peak_memory_predicted_first_bytes", first=True),
+        modes=("training",),
+    ),
+    **_memory_metrics(),
+    "compile_s": Metric(
+        title="compile time",
+        unit="seconds",
+        origin=MEASURED,
+        how="the first call under torch.compile less a later one",
+        measure=_compile,
+        threshold=0.25,
+        modes=(),
+    ),
+    "latency_s": Metric(
+        title="latency",
+        unit="seconds",
+        origin=MEASURED,
+        how="one step, warmed up until flat; every sample is kept, tables show the median",
+        measure=_latency,
+        threshold=0.05,
+    ),
+}
+
+
+def default_metrics(mode: str, device: str) -> tuple[str, ...]:
+    """What is measured where a sweep does not say: all that applies to the mode and the device."""
+    return tuple(name for name, metric in METRICS.items() if mode in metric.modes and device in metric.devices)

@@ -1,0 +1,91 @@
+"""`skipcost plan`: what a sweep would run, worked out without measuring anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from skipcost.bench import figures
+from skipcost.bench.driver import Server, request_for
+from skipcost.bench.plan import Plan, PlannedCase
+from skipcost.bench.tables import value_of
+from skipcost.bench.worker import refusal_of
+from skipcost.unet_models.geometry import size_note
+
+MEMORY = ("peak_memory_predicted_bytes", "peak_memory_predicted_first_bytes")
+OVERHEAD_S = 0.5  # a fork, building the network, its first calls
+
+
+def preview(plan: Plan, todo: list[PlannedCase], server: Server, tell: Callable[[], None]) -> dict[str, Any]:
+    """Everything that `plan` shows, as JSON values."""
+    limit = _memory_of(plan, server.environment)
+    cases = []
+    for planned in todo:
+        cases.append(_preview_case(plan, planned, server, limit))
+        tell()
+    timed = sum(1 for each in todo if "latency_s" in each.metrics and not refusal_of(each.case))
+    return {
+        "sweep": plan.name,
+        "description": plan.description,
+        "planned": len(plan.cases),
+        "cases": cases,
+        "left_out": plan.left_out,
+        "memory_limit_bytes": limit,
+        "time_s": len(todo) * OVERHEAD_S + timed * plan.budget.seconds * 1.5,
+    }
+
+
+def _memory_of(plan: Plan, environment: dict[str, Any]) -> int:
+    """What a case may use: the first GPU's memory, or the plan's limit on the host."""
+    if plan.cases[0].case.device == "cuda" and environment["gpus"]:
+        return int(environment["gpus"][0]["memory_bytes"])
+    return plan.limits.memory_bytes(environment["memory_bytes"])
+
+
+def _preview_case(plan: Plan, planned: PlannedCase, server: Server, limit: int) -> dict[str, Any]:
+    refusal = refusal_of(planned.case)
+    facts: dict[str, Any] = {
+        "label": planned.case.spec.label,
+        "name": planned.case.name,
+        "aliases": list(planned.aliases),
+        "metrics": list(planned.metrics),
+        "refused": refusal,
+        "note": "",
+        "predicted_bytes": None,
+        "will_not_fit": False,
+    }
+    if refusal:
+        return facts
+    facts["note"] = size_note(planned.case.graph(), planned.case.height, planned.case.width)
+    asked = replace(planned, metrics=MEMORY if planned.case.mode == "training" else MEMORY[:1])
+    peaks = [value_of(result) for result in server.run(request_for(plan, asked, server.environment))]
+    known = [peak for peak in peaks if peak is not None]
+    if known:
+        facts |= {"predicted_bytes": int(max(known)), "will_not_fit": max(known) > limit}
+    return facts
+
+
+def print_preview(facts: dict[str, Any], console: Console) -> None:
+    """The plan for people: a line per case, then the sums and what is left out."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("network", no_wrap=True)
+    table.add_column("predicted peak", justify="right", no_wrap=True)
+    table.add_column("remarks", ratio=1)
+    for case in facts["cases"]:
+        remarks = [f"refused: {case['refused']}"] if case["refused"] else []
+        remarks += ["will not fit"] if case["will_not_fit"] else []
+        remarks += [case["note"]] if case["note"] else []
+        remarks += [f"also {', '.join(case['aliases'])}"] if case["aliases"] else []
+        table.add_row(case["name"], figures.text(case["predicted_bytes"], "bytes"), "; ".join(remarks))
+    console.print(table)
+    for text, reason in facts["left_out"].items():
+        console.print(f"left out: {text}: {reason}", highlight=False)
+    tight = sum(case["will_not_fit"] for case in facts["cases"])
+    console.print(
+        f"{len(facts['cases'])} of {facts['planned']} cases to run, {tight} predicted not to fit into "
+        f"{figures.text(facts['memory_limit_bytes'], 'bytes')}, about {figures.text(facts['time_s'], 'seconds')}"
+    )

@@ -1,0 +1,112 @@
+"""The fork server: torch is imported once, and every case runs in a fresh fork of that process.
+
+Protocol, one JSON value a line. In: requests of `worker` with "time_limit_s" and "memory_limit_bytes" added. Out:
+first the environment; then for every request its results, written by the fork itself, and {"done": ...} with how the
+fork ended. No parallel operator runs here, because forks of a process with a thread pool hang in their first one, and
+CUDA is never initialised here, because it does not survive a fork.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+import tempfile
+import time
+from typing import IO, Any
+
+from skipcost.bench.environment import describe
+from skipcost.bench.worker import answer, limit_memory
+
+
+def warm_up() -> None:
+    """Do once what every fork would do again: import what measuring needs, and one training step on the meta device.
+
+    The first backward pass on the meta device alone costs two seconds. With a CUDA build it would start autograd's
+    device threads, after which a fork cannot run a backward pass, so there the forward pass has to do.
+    """
+    import torch  # noqa: PLC0415 - this is the function that imports it for all forks
+
+    from skipcost.bench import running  # noqa: F401, PLC0415 - imported for the forks
+    from skipcost.bench.cases import Case  # noqa: PLC0415
+    from skipcost.bench.counting import predicted_peak, preload_fvcore  # noqa: PLC0415
+    from skipcost.unet_models import ModelSpec  # noqa: PLC0415
+
+    preload_fvcore()
+    mode = "training" if torch.version.cuda is None else "inference"
+    for label in ("unet/d1/w2/gated", "unet3+/d1/w2/sum"):
+        case = Case(spec=ModelSpec.parse(label), height=8, width=8, mode=mode)
+        predicted_peak(case, "peak_memory_predicted_bytes", first=False)
+
+
+def serve(requests: IO[str], replies: IO[str]) -> None:
+    """Answer requests until the driver closes its end; its death ends the case that is running, too."""
+    warm_up()
+    _say(replies, {"environment": describe()})
+    while line := requests.readline():
+        _say(replies, {"done": _run(json.loads(line), requests, replies)})
+
+
+def _say(replies: IO[str], value: dict[str, Any]) -> None:
+    replies.write(json.dumps(value) + "\n")
+    replies.flush()
+
+
+def _run(request: dict[str, Any], requests: IO[str], replies: IO[str]) -> dict[str, Any]:
+    """Fork, wait under the time limit, and tell how it ended: an exit status, a signal, or a time-out."""
+    start = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as log:
+        alive_read, alive_write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(alive_read)
+            _become_worker(request, replies, log)
+        os.close(alive_write)
+        timed_out = _wait(alive_read, requests, request["time_limit_s"])
+        os.close(alive_read)
+        if timed_out:
+            os.killpg(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        log.seek(0)
+        said = log.read().strip().splitlines()[-3:]
+    code = os.waitstatus_to_exitcode(status)
+    return {"timed_out": timed_out, "code": code, "said": " ".join(said)[-400:], "wall_s": time.perf_counter() - start}
+
+
+def _wait(alive: int, requests: IO[str], limit_s: float) -> bool:
+    """Wait until the fork closes its end of the pipe; True where the limit passed first."""
+    deadline = time.monotonic() + limit_s
+    while (left := deadline - time.monotonic()) > 0:
+        ready, _, _ = select.select([alive, requests.fileno()], [], [], left)
+        if alive in ready:
+            return False
+        if requests.fileno() in ready:  # the driver writes nothing while a case runs: it is gone
+            return True
+    return True
+
+
+def _become_worker(request: dict[str, Any], replies: IO[str], log: IO[str]) -> None:
+    """Run the request in this fork and leave, without a way back into the server's code."""
+    code = 1
+    try:
+        os.setpgid(0, 0)
+        for stream in (1, 2):
+            if stream != replies.fileno():
+                os.dup2(log.fileno(), stream)
+        if request["memory_limit_bytes"]:
+            limit_memory(request["memory_limit_bytes"])
+        answer(request, replies)
+        code = 0
+    except BaseException as error:  # noqa: BLE001 - a fork must never return into the server's loop
+        log.write(f"{type(error).__name__}: {error}\n")
+        log.flush()
+    finally:
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what anything here prints must not end up among the replies
+    serve(sys.stdin, replies)

@@ -1,0 +1,218 @@
+"""The one store: a SQLite file with three narrow tables. Adding a metric adds rows, never columns.
+
+The driver of a sweep is the only writer and commits each result when it is made, in WAL mode, so that a kill at any
+moment loses no committed row. A clean exit folds the log back: the file alone can be copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from skipcost.bench.cases import Case
+from skipcost.bench.errors import StoreError
+from skipcost.bench.records import Result
+
+APPLICATION_ID = 0x534B4950  # "SKIP", in the file's header: tells our files from other SQLite files
+SCHEMA_VERSION = 1  # raise it with every change of SCHEMA; there are no migrations before 1.0
+SCHEMA = """
+CREATE TABLE runs (           -- one call of `skipcost sweep`
+    run_id INTEGER PRIMARY KEY,
+    started TEXT NOT NULL,        -- UTC, ISO 8601
+    sweep TEXT NOT NULL,          -- the sweep's name
+    seed INTEGER NOT NULL,        -- of the order in which cases ran
+    fingerprint TEXT NOT NULL,    -- hash of the environment; results of different ones are never compared
+    environment TEXT NOT NULL     -- JSON: machine, versions, flags, commit, dirty
+);
+CREATE TABLE cases (          -- everything that changes a number
+    case_id TEXT PRIMARY KEY,     -- hash of the canonical JSON
+    label TEXT NOT NULL,          -- the network's label
+    definition TEXT NOT NULL,     -- the canonical JSON
+    aliases TEXT NOT NULL         -- JSON list: labels of the sweep whose network is this same one
+);
+CREATE TABLE results (        -- one metric of one case in one run; a failure is a row
+    run_id INTEGER NOT NULL REFERENCES runs,
+    case_id TEXT NOT NULL REFERENCES cases,
+    metric TEXT NOT NULL,
+    outcome TEXT NOT NULL,        -- ok, out_of_memory, timeout, crash, unsupported, throttled
+    note TEXT NOT NULL,           -- why there is no number, or what makes it doubtful
+    samples TEXT NOT NULL,        -- JSON list, raw, in the metric's base unit
+    detail TEXT NOT NULL,         -- JSON object
+    PRIMARY KEY (run_id, case_id, metric)
+) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A row of `runs`."""
+
+    run_id: int
+    started: str
+    sweep: str
+    seed: int
+    fingerprint: str
+    environment: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A result with the run and the case that it belongs to."""
+
+    run_id: int
+    fingerprint: str
+    case_id: str
+    result: Result
+
+
+class Store:
+    """An open store. Use `open_store` to read one, `create_store` to write one, each in a `with` block."""
+
+    def __init__(self, connection: sqlite3.Connection, *, writer: bool) -> None:
+        self._db, self._writer = connection, writer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer:
+            with contextlib.suppress(sqlite3.OperationalError):  # somebody reads it: the log stays beside it
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                self._db.execute("PRAGMA journal_mode=DELETE")
+        self._db.close()
+
+    def add_run(self, started: str, sweep: str, seed: int, environment: dict[str, Any]) -> int:
+        """Write a run and return its id."""
+        row = (started, sweep, seed, environment["fingerprint"], json.dumps(environment, sort_keys=True))
+        with self._db:
+            done = self._db.execute(
+                "INSERT INTO runs (started, sweep, seed, fingerprint, environment) VALUES (?, ?, ?, ?, ?)", row
+            )
+        return int(done.lastrowid or 0)
+
+    def add_case(self, case: Case, aliases: list[str]) -> None:
+        """Write a case; one that is known gains the aliases that it did not have."""
+        known = self._db.execute("SELECT aliases FROM cases WHERE case_id = ?", (case.case_id,)).fetchone()
+        names = sorted({*aliases, *(json.loads(known[0]) if known else [])})
+        row = (case.case_id, case.spec.label, case.to_json(), json.dumps(names))
+        with self._db:
+            self._db.execute("INSERT OR REPLACE INTO cases VALUES (?, ?, ?, ?)", row)
+
+    def add_result(self, run_id: int, case_id: str, result: Result) -> bool:
+        """Commit a result unless its environment has one for the case and metric already; say whether it was new."""
+        values = (
+            run_id, case_id, result.metric, result.outcome, result.note,
+            json.dumps(result.samples), json.dumps(result.detail, sort_keys=True),
+        )  # fmt: skip
+        with self._db:
+            done = self._db.execute(
+                "INSERT INTO results SELECT ?, ?, ?, ?, ?, ?, ? WHERE NOT EXISTS ("
+                " SELECT 1 FROM results JOIN runs USING (run_id) WHERE case_id = ? AND metric = ?"
+                " AND fingerprint = (SELECT fingerprint FROM runs WHERE run_id = ?))",
+                (*values, case_id, result.metric, run_id),
+            )
+        return done.rowcount == 1
+
+    def measured(self, fingerprint: str) -> set[tuple[str, str]]:
+        """(case_id, metric) of every row of an environment; any outcome is final."""
+        rows = self._db.execute(
+            "SELECT case_id, metric FROM results JOIN runs USING (run_id) WHERE fingerprint = ?", (fingerprint,)
+        )
+        return set(rows.fetchall())
+
+    def runs(self) -> list[Run]:
+        """All runs, oldest first."""
+        rows = self._db.execute(
+            "SELECT run_id, started, sweep, seed, fingerprint, environment FROM runs ORDER BY run_id"
+        )
+        return [
+            Run(number, started, sweep, seed, fingerprint, json.loads(facts))
+            for number, started, sweep, seed, fingerprint, facts in rows
+        ]
+
+    def cases(self) -> dict[str, tuple[Case, list[str]]]:
+        """Every case by its id, with its aliases."""
+        rows = self._db.execute("SELECT case_id, definition, aliases FROM cases ORDER BY label, case_id")
+        return {case_id: (Case.from_json(definition), json.loads(aliases)) for case_id, definition, aliases in rows}
+
+    def rows(self) -> Iterator[Row]:
+        """Every result, in the order run, case, metric."""
+        rows = self._db.execute(
+            "SELECT run_id, fingerprint, case_id, metric, outcome, samples, note, detail"
+            " FROM results JOIN runs USING (run_id) ORDER BY run_id, case_id, metric"
+        )
+        for run_id, fingerprint, case_id, metric, outcome, samples, note, detail in rows:
+            result = Result(metric, outcome, tuple(json.loads(samples)), note, json.loads(detail))
+            yield Row(run_id, fingerprint, case_id, result)
+
+
+def open_store(path: Path) -> Store:
+    """Open a store to read it; StoreError in one sentence where it is no such thing."""
+    if not path.is_file():
+        message = f"there is no store at {path}: `skipcost sweep quick -o {path}` makes one"
+        raise StoreError(message)
+    with _explained(path):
+        connection = sqlite3.connect(path.resolve().as_uri() + "?mode=ro", uri=True)
+        _check(connection, path)
+    return Store(connection, writer=False)
+
+
+def create_store(path: Path) -> Store:
+    """Open a store to add to it, made if it does not exist; a file that is something else is left untouched."""
+    if path.is_file() and path.stat().st_size > 0:
+        open_store(path).__exit__()
+    elif path.exists() and not path.is_file():
+        message = f"{path} is a folder: name a file for the store, such as {path / 'sweep.sqlite'}"
+        raise StoreError(message)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"cannot make the folder of {path}: {error.strerror}; name another place with -o"
+        raise StoreError(message) from None
+    with _explained(path):
+        connection = sqlite3.connect(path, timeout=30)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute(
+            "PRAGMA synchronous=NORMAL"
+        )  # under WAL a killed process loses nothing, only a power cut could
+        if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
+            header = f"PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={SCHEMA_VERSION};"
+            connection.executescript(f"BEGIN; {header} {SCHEMA} COMMIT;")
+    return Store(connection, writer=True)
+
+
+def _check(connection: sqlite3.Connection, path: Path) -> None:
+    if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
+        message = f"{path} is a SQLite file, but not a store of skipcost; it was left untouched: name another file"
+        raise StoreError(message)
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version != SCHEMA_VERSION:
+        message = (
+            f"{path} has schema version {version}, this skipcost reads version {SCHEMA_VERSION}; it was left "
+            "untouched: use the skipcost that wrote it, or sweep into a new file"
+        )
+        raise StoreError(message)
+    damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if damage != "ok":
+        message = f"{path} is damaged ({damage}); it was left untouched: restore a copy, or sweep into a new file"
+        raise StoreError(message)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn what SQLite says of a file into one sentence."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        message = (
+            f"cannot use {path} as a store: {error}; check that the folder can be written, or name another with -o"
+        )
+        raise StoreError(message) from None
+    except sqlite3.DatabaseError as error:
+        message = f"{path} is not a readable store ({error}); it was left untouched: name another file"
+        raise StoreError(message) from None
