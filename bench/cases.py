@@ -66,7 +66,7 @@ class Case:
             for name in TRAINING_FIELDS:
                 object.__setattr__(self, name, _DEFAULTS[name])
         if self.spec.head == "single":
-            object.__setattr__(self, "outputs", "all")  # one head: final and all are the same network
+            object.__setattr__(self, "outputs", "final")  # one head: final and all are the same network
 
     def graph(self) -> SkipGraph:
         """The network that runs, as data: the deployed form where `outputs` is final."""

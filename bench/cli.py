@@ -9,6 +9,8 @@ import runpy
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,7 +41,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-OUT, ERR = Console(), Console(stderr=True)
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+PIPED_WIDTH = 200  # columns for a pipe or a file; a terminal has its own
+OUT = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+ERR = Console(stderr=True)
 SWEEP = Annotated[str, typer.Argument(help="a shipped sweep (quick, ci, full, paper) or the path of a TOML file")]
 DEVICE = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where torch sees one")]
 SET = Annotated[
@@ -69,11 +74,17 @@ def _settings(texts: list[str] | None) -> dict[str, list[str]]:
     return settings
 
 
-def _plan(sweep: str, settings: list[str] | None, device: str, environment: dict[str, Any]) -> Plan:
+@contextmanager
+def _planned(sweep: str, settings: list[str] | None, device: str) -> Iterator[tuple[Plan, Server]]:
+    """Plan a sweep and start what measures it; what is wrong with the plan is said before anything starts."""
     if device not in ("auto", *CHOICES["device"]):
         raise BenchError(suggest("device", device, ("auto", *CHOICES["device"])))
-    chosen = ("cuda" if environment["cuda"] else "cpu") if device == "auto" else device
-    return load_plan(sweep, _settings(settings), chosen, cpus())
+    axes = _settings(settings)
+    plan = load_plan(sweep, axes, "cpu" if device == "auto" else device, cpus())
+    with Server() as server:
+        if device == "auto" and server.environment["cuda"]:
+            plan = load_plan(sweep, axes, "cuda", cpus())
+        yield plan, server
 
 
 def _progress() -> Progress:
@@ -90,8 +101,7 @@ def plan(
     as_json: JSON = False,  # noqa: FBT002 - a flag of the command line
 ) -> None:
     """Show what a sweep would run: cases, predicted memory, what will not fit, time left. Measures nothing."""
-    with Server() as server:
-        planned = _plan(sweep, settings, device, server.environment)
+    with _planned(sweep, settings, device) as (planned, server):
         todo = list(planned.cases)
         if store is not None and store.is_file():
             with open_store(store) as opened:
@@ -112,19 +122,21 @@ def sweep(
 ) -> None:
     """Measure every case of a sweep that the store does not have yet. Ctrl-C loses nothing; run it again to go on."""
     counts: dict[str, int] = {}
-    with Server() as server:
-        planned = _plan(sweep, settings, device, server.environment)
-        path = store or Path("results") / f"{planned.name}.sqlite"
-        with create_store(path) as opened, _progress() as progress:
-            todo = len(pending(planned, opened, server.environment["fingerprint"]))
-            bar = progress.add_task("", total=todo)
+    path = store or Path("results") / f"{Path(sweep).stem}.sqlite"
+    with _planned(sweep, settings, device) as (planned, server), create_store(path) as opened, _progress() as progress:
+        bar = progress.add_task("", total=len(pending(planned, opened, server.environment["fingerprint"])))
 
-            def tell(case: PlannedCase, results: list[Result]) -> None:
-                for result in results:
-                    counts[result.outcome] = counts.get(result.outcome, 0) + 1
-                progress.update(bar, advance=1, description=case.case.spec.label)
+        def tell(case: PlannedCase, results: list[Result]) -> None:
+            for result in results:
+                counts[result.outcome] = counts.get(result.outcome, 0) + 1
+            progress.update(bar, advance=1, description=case.case.spec.label)
 
+        try:
             run_sweep(planned, opened, server, seed, tell)
+        except KeyboardInterrupt:
+            progress.stop()
+            ERR.print("skipcost: stopped; what was measured is kept, run the same command again to go on")
+            raise typer.Exit(INTERRUPTED) from None
     told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or "nothing was missing"
     ERR.print(f"{len(planned.cases)} cases in {path}; this run added: {told}", soft_wrap=True, highlight=False)
     for text, reason in planned.left_out.items():
@@ -143,7 +155,8 @@ def show(
     """Print what a store holds: one row per case, a column per metric."""
     with open_store(store) as opened:
         frame = showing.select(opened, where, sort)
-    showing.write(frame, form.value, OUT)
+        labels = {case_id: case.spec.label for case_id, (case, _) in opened.cases().items()}
+    showing.write(frame, form.value, OUT, labels)
 
 
 @app.command()
@@ -196,9 +209,6 @@ def guarded(command: Any) -> None:
     except BenchError as error:
         ERR.print(f"skipcost: {error}", soft_wrap=True, highlight=False, markup=False)
         raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        ERR.print("skipcost: stopped; what was measured is kept, run the same command again to go on")
-        raise SystemExit(130) from None
     except BrokenPipeError:
         raise SystemExit(0) from None
     except Exception:  # noqa: BLE001 - the last resort: nothing that the user did explains this one

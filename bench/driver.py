@@ -70,9 +70,13 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        """Close the server's input, at which it ends its case and leaves; kill it where it does not."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()  # the server ends its case and leaves
+            self._process.stdin.close()
         try:
             self._process.wait(GRACE_S)
         except subprocess.TimeoutExpired:
@@ -101,13 +105,12 @@ class Server:
             self._process.stdin.write(request.json() + "\n")
             self._process.stdin.flush()
         for line in self._replies:
-            with contextlib.suppress(json.JSONDecodeError):  # a fork that was killed leaves half a line
-                reply = json.loads(line[line.rfind('{"done"') :] if '{"done"' in line else line)
-                if "done" in reply:
-                    yield reply["done"]
-                    return
-                yield Result.from_json(line)
-        self._process.wait()
+            reply = json.loads(line)
+            if "done" in reply:
+                yield reply["done"]
+                return
+            yield Result.from_json(line)
+        self._stop()
         self._process = self._start()
         self._hello()
         yield {"timed_out": False, "code": -9, "said": "the measuring process itself was killed"}

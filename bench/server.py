@@ -1,13 +1,14 @@
 """The fork server: torch is imported once, and every case runs in a fresh fork of that process.
 
 Protocol, one JSON value a line. In: requests of `worker` with "time_limit_s" and "memory_limit_bytes" added. Out:
-first the environment; then for every request its results, written by the fork itself, and {"done": ...} with how the
+first the environment; then for every request its results, as the fork makes them, and {"done": ...} with how the
 fork ended. No parallel operator runs here, because forks of a process with a thread pool hang in their first one, and
 CUDA is never initialised here, because it does not survive a fork.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import select
@@ -55,17 +56,16 @@ def _say(replies: IO[str], value: dict[str, Any]) -> None:
 
 
 def _run(request: dict[str, Any], requests: IO[str], replies: IO[str]) -> dict[str, Any]:
-    """Fork, wait under the time limit, and tell how it ended: an exit status, a signal, or a time-out."""
+    """Fork, pass the results on under the time limit, and tell how it ended: exit status, signal, or time-out."""
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as log:
-        alive_read, alive_write = os.pipe()
+        results, writer = os.pipe()
         child = os.fork()
         if child == 0:
-            os.close(alive_read)
-            _become_worker(request, replies, log)
-        os.close(alive_write)
-        timed_out = _wait(alive_read, requests, request["time_limit_s"])
-        os.close(alive_read)
+            _become_worker(request, writer, log)
+        os.close(writer)
+        timed_out = _relay(results, requests, replies, request["time_limit_s"])
+        os.close(results)
         if timed_out:
             os.killpg(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
@@ -75,35 +75,50 @@ def _run(request: dict[str, Any], requests: IO[str], replies: IO[str]) -> dict[s
     return {"timed_out": timed_out, "code": code, "said": " ".join(said)[-400:], "wall_s": time.perf_counter() - start}
 
 
-def _wait(alive: int, requests: IO[str], limit_s: float) -> bool:
-    """Wait until the fork closes its end of the pipe; True where the limit passed first."""
+def _relay(results: int, requests: IO[str], replies: IO[str], limit_s: float) -> bool:
+    """Pass whole lines on until the fork closes its end of the pipe; True where the limit passed first."""
     deadline = time.monotonic() + limit_s
+    buffer = b""
     while (left := deadline - time.monotonic()) > 0:
-        ready, _, _ = select.select([alive, requests.fileno()], [], [], left)
-        if alive in ready:
-            return False
-        if requests.fileno() in ready:  # the driver writes nothing while a case runs: it is gone
+        ready, _, _ = select.select([results, requests.fileno()], [], [], left)
+        if results in ready:
+            block = os.read(results, 1 << 16)
+            if not block:
+                return False  # what is left in the buffer is half a line of a fork that was killed
+            *lines, buffer = (buffer + block).split(b"\n")
+            for line in lines:
+                replies.write(line.decode() + "\n")
+            replies.flush()
+        elif ready:  # the driver writes nothing while a case runs: it is gone
             return True
     return True
 
 
-def _become_worker(request: dict[str, Any], replies: IO[str], log: IO[str]) -> None:
+def _become_worker(request: dict[str, Any], writer: int, log: IO[str]) -> None:
     """Run the request in this fork and leave, without a way back into the server's code."""
     code = 1
     try:
         os.setpgid(0, 0)
+        _die_with_parent()
         for stream in (1, 2):
-            if stream != replies.fileno():
-                os.dup2(log.fileno(), stream)
+            os.dup2(log.fileno(), stream)
         if request["memory_limit_bytes"]:
             limit_memory(request["memory_limit_bytes"])
-        answer(request, replies)
+        with os.fdopen(writer, "w") as results:
+            answer(request, results)
         code = 0
     except BaseException as error:  # noqa: BLE001 - a fork must never return into the server's loop
         log.write(f"{type(error).__name__}: {error}\n")
         log.flush()
     finally:
         os._exit(code)
+
+
+def _die_with_parent() -> None:
+    """Have the kernel end this fork when the server dies, however it dies; elsewhere it ends at its next result."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 if __name__ == "__main__":

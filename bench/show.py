@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from skipcost.bench import figures
+from skipcost.bench.cases import CASE_KEYS
 from skipcost.bench.errors import BenchError
 from skipcost.bench.metrics import METRICS
 from skipcost.bench.store import Store
@@ -32,8 +33,8 @@ def select(store: Store, where: str | None, sort: str | None) -> pd.DataFrame:
     return frame
 
 
-def write(frame: pd.DataFrame, form: str, console: Console) -> None:
-    """Write the table to stdout: for people, or with every column as CSV, JSON or Parquet."""
+def write(frame: pd.DataFrame, form: str, console: Console, labels: dict[str, str]) -> None:
+    """Write the table to stdout: for people, by its cases' labels, or with every column as CSV, JSON or Parquet."""
     match form:
         case "csv":
             frame.to_csv(sys.stdout)
@@ -47,21 +48,20 @@ def write(frame: pd.DataFrame, form: str, console: Console) -> None:
                 message = "Parquet needs pyarrow: pip install skipcost[parquet], or use --format csv"
                 raise BenchError(message) from None
         case _:
-            console.print(_for_people(frame))
+            console.print(_for_people(frame, labels))
 
 
-def _for_people(frame: pd.DataFrame) -> Table:
+def _for_people(frame: pd.DataFrame, labels: dict[str, str]) -> Table:
     """Only what differs between rows, and metrics that any row has, in readable units."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    fields = [name for name in frame.columns if name not in METRICS and name != "outcome"]
-    shown = [name for name in fields if len(set(frame[name])) > 1] or ["variant"]
+    fields = [name for name in CASE_KEYS if len(set(frame[name])) > 1]
     metrics = [name for name in METRICS if frame[name].notna().any()]
-    for name in shown:
+    for name in ("network", *fields):
         table.add_column(name, no_wrap=True)
     for name in metrics:
-        table.add_column(name.removesuffix("_s").removesuffix("_bytes").replace("peak_memory_", ""), justify="right")
-    table.add_column("outcome", ratio=1)
-    for _, row in frame.iterrows():
-        values = [figures.text(row[name], METRICS[name].unit) for name in metrics]
-        table.add_row(*[str(row[name]) for name in shown], *values, str(row["outcome"]))
+        table.add_column(METRICS[name].title, justify="right")
+    table.add_column("outcome")
+    for case_id, row in frame.iterrows():
+        values = [figures.text(row[name], METRICS[name].unit).replace(" ", "\u00a0") for name in metrics]
+        table.add_row(labels[str(case_id)], *[str(row[name]) for name in fields], *values, str(row["outcome"]))
     return table

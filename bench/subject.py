@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from skipcost.bench.cases import Case
 from skipcost.kernels import BACKENDS
-from skipcost.unet_models import REFERENCE, build
+from skipcost.unet_models import build
 
 SEED = 0
 AUTOCAST = {"amp-bf16": torch.bfloat16, "amp-fp16": torch.float16}
@@ -29,16 +29,16 @@ class Subject:
     step: Callable[[], object]
 
 
-def make_subject(case: Case, device: str) -> Subject:
-    """Build the network with seeded weights and inputs on `device` ("meta" for tracing, on the reference ops)."""
+def make_subject(case: Case, device: str, *, traced: bool = False) -> Subject:
+    """Build the network with seeded weights and inputs on `device`; `traced` puts it on the reference ops, eagerly."""
     torch.manual_seed(SEED)
-    real = device != "meta"
-    backend = BACKENDS[case.backend if real else "eager"]
+    backend = BACKENDS["eager" if traced else case.backend]
     layout = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
     dtype = DTYPES.get(case.precision, torch.float32)
     with torch.device(device):
-        network = build(case.spec, backend.ops() if real else REFERENCE, case.outputs)
-        network = network.to(dtype=dtype, memory_format=layout)  # type: ignore[call-overload]  # torch's stub lacks it
+        network = build(case.spec, backend.ops(), case.outputs)
+        if not (traced and case.precision in AUTOCAST):  # fake tensors cannot be converted in place; bytes stay equal
+            network = network.to(dtype=dtype, memory_format=layout)  # type: ignore[call-overload]  # not in torch's stub
         network.train(case.mode == "training")
         image = torch.randn(case.batch, case.spec.in_channels, case.height, case.width, dtype=dtype)
         image = image.contiguous(memory_format=layout)
@@ -47,7 +47,7 @@ def make_subject(case: Case, device: str) -> Subject:
     runnable = backend.wrap(network)
     if case.mode == "inference":
         return Subject(network, tuple(present), _inference(case, runnable, image, device))
-    return Subject(network, (*present, target), _training(case, runnable, (image, target), device))
+    return Subject(network, (*present, target), _training(case, runnable, (image, target), device, traced=traced))
 
 
 def _target(case: Case) -> Tensor:
@@ -78,15 +78,17 @@ def _inference(case: Case, network: nn.Module, image: Tensor, device: str) -> Ca
     return step
 
 
-def _training(case: Case, network: nn.Module, pair: tuple[Tensor, Tensor], device: str) -> Callable[[], object]:
+def _training(
+    case: Case, network: nn.Module, pair: tuple[Tensor, Tensor], device: str, *, traced: bool
+) -> Callable[[], object]:
     """Forward, loss, backward, optimizer step; gradients are dropped before the next step, PyTorch's default."""
     image, target = pair
-    foreach = device == "cuda"  # what PyTorch itself picks; single-tensor optimizers elsewhere
+    foreach = case.device == "cuda"  # what PyTorch itself picks; single-tensor optimizers elsewhere
     if case.optimizer == "adamw":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(network.parameters(), foreach=foreach)
     else:
         optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, foreach=foreach)
-    scaler = torch.amp.GradScaler(device, enabled=case.precision == "amp-fp16" and device != "meta")
+    scaler = torch.amp.GradScaler(device, enabled=case.precision == "amp-fp16" and not traced)
 
     def step() -> object:
         optimizer.zero_grad(set_to_none=True)

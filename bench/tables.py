@@ -10,7 +10,7 @@ import pandas as pd
 
 from skipcost.bench.cases import CASE_KEYS, SPEC_KEYS
 from skipcost.bench.errors import BenchError
-from skipcost.bench.metrics import METRICS
+from skipcost.bench.metrics import MEASURED, METRICS
 from skipcost.bench.records import Result
 from skipcost.bench.store import Run, Store
 
@@ -52,7 +52,8 @@ def outcome_of(results: dict[str, Result]) -> str:
 def wide_table(store: Store, fingerprint: str) -> pd.DataFrame:
     """One row per case of an environment: the fields by their flat names, then METRICS, then `outcome`.
 
-    Index: the case id. Metrics are in base units (seconds, bytes, counts); missing is None.
+    Index: the case id. Metrics are in base units (seconds, bytes, counts), whole numbers where they are counted;
+    missing is NA.
     """
     cases = store.cases()
     rows: dict[str, dict[str, Any]] = {}
@@ -62,4 +63,6 @@ def wide_table(store: Store, fingerprint: str) -> pd.DataFrame:
         rows[case_id] = {**case.flat(), **values, "outcome": outcome_of(results)}
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=list(COLUMNS))
     frame.index.name = "case_id"
+    whole = [name for name, metric in METRICS.items() if metric.origin != MEASURED]
+    frame = frame.astype(dict.fromkeys([*whole, "max_width", "pruned_to"], "Int64"))
     return frame.sort_values(["variant", "depth", "width", "skip", "mode"], kind="stable")

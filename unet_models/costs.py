@@ -78,20 +78,20 @@ def describe_edge(edge: Edge, size: tuple[EdgeSize, EdgeSize]) -> str:
     steps = []
     if edge.shift < 0:
         factor = 1 << -edge.shift
-        steps.append(f"max-pool {factor}x{factor}, {'ceiling' if edge.skip else 'floor'}")
+        steps.append(f"max-pool {factor}x{factor} ({'ceiling' if edge.skip else 'floor'})")
     elif edge.up:
-        steps.append(f"2x2 transposed convolution to {edge.up.out_channels} channels")
+        steps.append("transposed conv 2x2")
     elif edge.shift > 0:
-        steps.append(f"{edge.mode} up-sampling x{1 << edge.shift}")
+        steps.append(f"{edge.mode} x{1 << edge.shift}")
     if edge.gate:
-        steps.append(f"attention gate of {edge.gate.psi.in_channels} channels")
+        steps.append(f"gate ({edge.gate.psi.in_channels} wide)")
     if edge.conv:
-        steps.append(f"3x3 convolution to {edge.conv.out_channels} channels")
+        steps.append("conv 3x3")
     if edge.project:
-        steps.append(f"1x1 projection to {edge.project.out_channels} channels")
+        steps.append("project 1x1")
     crop = _crop(*size)
     if any(crop):
-        steps.append(f"centre crop by {crop[0]} rows and {crop[1]} columns")
+        steps.append(f"crop {crop[0]}x{crop[1]}")
     return ", ".join(steps) or "as it is"
 
 

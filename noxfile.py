@@ -1,0 +1,133 @@
+"""Every check and every run, by name: `nox -l` lists them. CI calls these and nothing else.
+
+All sessions share one environment, `.venv`, made when it is missing: each copy of torch and triton is 2 GB. It is
+installed with constraints.txt, and by pip, which honours a local wheel folder that other installers do not look at.
+`package` alone has an environment of its own, since a clean one is its point.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+BIN = "Scripts" if sys.platform == "win32" else "bin"
+SHARED = ROOT / ".venv"
+GROUPS = nox.project.load_toml("pyproject.toml")
+RESULTS = ROOT / "results"
+FOLDERS = ("unet_models", "kernels", "bench", "reports")
+
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["sweep"]
+nox.needs_version = ">=2024.10.9"
+
+
+def _tool(name: str, environment: Path = SHARED) -> str:
+    return str(environment / BIN / name)
+
+
+def _pip(session: nox.Session, *what: str, environment: Path = SHARED) -> None:
+    if not (environment / "pyvenv.cfg").exists():
+        session.run(sys.executable, "-m", "venv", str(environment), external=True)
+    command = (_tool("python", environment), "-m", "pip", "install", "-q", "--disable-pip-version-check")
+    session.run(*command, "-c", "constraints.txt", *what, external=True)
+
+
+def _install(session: nox.Session, *groups: str) -> None:
+    """Install the project itself, editable, with its extras, and the named dependency groups."""
+    tools = nox.project.dependency_groups(GROUPS, *groups) if groups else ()
+    _pip(session, "-e", ".[fvcore,gpu]", *tools)
+
+
+def _link_sources() -> str:
+    """Link the folders under the names they are installed as, for tools that read sources by path; return where."""
+    links = ROOT / "build" / "typing" / "skipcost"
+    links.mkdir(parents=True, exist_ok=True)
+    for folder in FOLDERS:
+        link = links / folder
+        if not link.is_symlink():
+            link.symlink_to(ROOT / folder, target_is_directory=True)
+    return str(links.parent)
+
+
+@nox.session
+def sweep(session: nox.Session) -> None:
+    """Run the quick sweep and write its report; `nox -s sweep -- full --device cuda` for another one."""
+    _install(session)
+    name = session.posargs[0] if session.posargs else "quick"
+    store = RESULTS / f"{Path(name).stem}.sqlite"
+    session.run(_tool("skipcost"), "sweep", name, "-o", str(store), *session.posargs[1:], external=True)
+    session.run(_tool("skipcost"), "report", str(store), "-o", str(RESULTS / "report.html"), external=True)
+
+
+@nox.session
+def report(session: nox.Session) -> None:
+    """Write the HTML report of a store: `nox -s report -- results/quick.sqlite -o report.html`."""
+    _install(session)
+    arguments = session.posargs or [str(RESULTS / "quick.sqlite"), "-o", str(RESULTS / "report.html")]
+    session.run(_tool("skipcost"), "report", *arguments, external=True)
+
+
+@nox.session(tags=["check"])
+def lint(session: nox.Session) -> None:
+    """Check style, formatting and the direction of imports."""
+    _install(session, "lint")
+    session.run(_tool("ruff"), "check", ".", external=True)
+    session.run(_tool("ruff"), "format", "--check", ".", external=True)
+    session.run(_tool("lint-imports"), env={"PYTHONPATH": _link_sources()}, external=True)
+
+
+@nox.session(tags=["check"])
+def types(session: nox.Session) -> None:
+    """Check types, strictly."""
+    _install(session, "lint", "test")
+    _link_sources()
+    session.run(_tool("mypy"), external=True)
+    session.run(_tool("mypy"), "noxfile.py", "tests", external=True)
+
+
+@nox.session(tags=["check"])
+def tests(session: nox.Session) -> None:
+    """Run the tests; arguments go to pytest."""
+    _install(session, "test")
+    session.run(_tool("python"), "-m", "pytest", *session.posargs, external=True)
+
+
+@nox.session(tags=["check"])
+def package(session: nox.Session) -> None:
+    """Build the wheel and test it in a clean environment, beside Hugging Face's `kernels`, away from the sources."""
+    _install(session, "build")
+    built, clean = ROOT / "dist", ROOT / ".nox" / "package"
+    shutil.rmtree(built, ignore_errors=True)
+    session.run(_tool("python"), "-m", "build", "--wheel", "--outdir", str(built), str(ROOT), external=True)
+    wheel = next(built.glob("*.whl"))
+    tools = nox.project.dependency_groups(GROUPS, "test")
+    _pip(session, "kernels", *tools, f"{wheel}[fvcore]", environment=clean)
+    again = (_tool("python", clean), "-m", "pip", "install", "-q", "--disable-pip-version-check")
+    session.run(*again, "--force-reinstall", "--no-deps", str(wheel), external=True)
+    away = Path(session.create_tmp()).resolve()
+    shutil.rmtree(away / "tests", ignore_errors=True)
+    shutil.copytree(ROOT / "tests", away / "tests")
+    shutil.copy(ROOT / "pyproject.toml", away)  # pytest's settings; the folders that it names stay behind
+    with session.chdir(away):
+        session.run(_tool("python", clean), "-m", "pytest", "-m", "not sources and not slow", external=True)
+
+
+@nox.session
+def perf(session: nox.Session) -> None:
+    """Time the suite's own parts with pytest-benchmark: specs a second, overhead per case, share spent measuring."""
+    _install(session, "test")
+    store = ROOT / "results" / "perf.json"
+    store.parent.mkdir(exist_ok=True)
+    options = ("--benchmark-enable", "--benchmark-only", f"--benchmark-json={store}", "-s")
+    session.run(_tool("python"), "-m", "pytest", "tests/perf", *options, *session.posargs, external=True)
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """Run the tests that need a CUDA device; fails where there is none."""
+    _install(session, "test")
+    session.run(_tool("python"), "-m", "pytest", "-m", "gpu", *session.posargs, external=True)
