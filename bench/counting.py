@@ -54,16 +54,16 @@ def fvcore_count(case: Case) -> Result:
     return Result("fvcore_flops", samples=(case.batch * total,), detail=detail)
 
 
-def predicted_peak(case: Case, metric: str, *, first: bool) -> Result:
-    """Trace one step (two in training: the first makes the optimizer's state) and return its peak of live bytes.
+def predicted_peaks(case: Case) -> tuple[int, int, dict[str, Any]]:
+    """Trace a step, and in training a second one; return the peaks of live bytes in the first and the last, and detail.
 
-    Autocast does nothing on the meta device, so mixed precision is traced on fake CPU tensors, which have no data
-    either; the few operators on which the CPU's and CUDA's lists of casts differ do not occur in these networks.
+    The first training step makes the optimizer's state. Autocast does nothing on the meta device, so mixed precision
+    is traced on fake CPU tensors, which have no data either; the few operators on which the CPU's and CUDA's lists of
+    casts differ do not occur in these networks.
     """
     amp = case.precision in AUTOCAST
     with FakeTensorMode() if amp else contextlib.nullcontext():
         subject = make_subject(case, "cpu" if amp else "meta", traced=True)
-        steps = 2 if case.mode == "training" else 1
-        peaks = trace_peaks(subject.step, subject.tensors, steps)
+        peaks = trace_peaks(subject.step, subject.tensors, 2 if case.mode == "training" else 1)
     weights = sum(each.numel() * each.element_size() for each in subject.network.parameters())
-    return Result(metric, samples=(peaks[0 if first else -1],), detail={"parameter_bytes": weights})
+    return peaks[0], peaks[-1], {"parameter_bytes": weights}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from skipcost.bench.records import Result
 from skipcost.bench.timing import Budget
@@ -24,18 +24,19 @@ class Metric:
     """A row of METRICS.
 
     `unit` is a key of the report's formats; `origin` says where the number comes from; `threshold` is the relative
-    change that the gate lets pass (0: any change is a verdict); `modes` and `devices` are where it is asked for when
-    a sweep names no metrics.
+    change that the gate lets pass (0: any change is a verdict); `modes`, `devices` and `backends` are where it is asked
+    for when a sweep names no metrics. Rows that share `measure` come from one call of it, which returns them all.
     """
 
     title: str
     unit: str
     origin: str
     how: str
-    measure: Callable[[Case, Budget], Result]
+    measure: Callable[[Case, Budget], list[Result]]
     threshold: float = 0.0
     modes: tuple[str, ...] = ("inference", "training")
     devices: tuple[str, ...] = ("cpu", "cuda")
+    backends: tuple[str, ...] = ("eager", "compile", "fused")
 
     @property
     def exact(self) -> bool:
@@ -43,80 +44,87 @@ class Metric:
         return self.origin != MEASURED
 
 
-def _ok(metric: str, value: float, **detail: Any) -> Result:
-    return Result(metric, samples=(value,), detail=detail)
+def _ok(metric: str, value: float) -> list[Result]:
+    return [Result(metric, samples=(value,))]
 
 
-def _params(case: Case, _budget: Budget) -> Result:
+def _params(case: Case, _budget: Budget) -> list[Result]:
     return _ok("params", case.graph().params())
 
 
-def _conv_macs(case: Case, _budget: Budget) -> Result:
+def _conv_macs(case: Case, _budget: Budget) -> list[Result]:
     return _ok("conv_macs", case.batch * case.graph().conv_macs(case.height, case.width))
 
 
-def _activations(case: Case, _budget: Budget) -> Result:
+def _activations(case: Case, _budget: Budget) -> list[Result]:
     return _ok("activations", case.batch * case.graph().activations(case.height, case.width))
 
 
-def _receptive_field(case: Case, _budget: Budget) -> Result:
+def _receptive_field(case: Case, _budget: Budget) -> list[Result]:
     return _ok("receptive_field", case.graph().receptive_field())
 
 
-def _fvcore_flops(case: Case, _budget: Budget) -> Result:
+def _fvcore_flops(case: Case, _budget: Budget) -> list[Result]:
     from skipcost.bench.counting import fvcore_count  # noqa: PLC0415 - imports torch and fvcore
 
-    return fvcore_count(case)
+    return [fvcore_count(case)]
 
 
-def _predicted(metric: str, *, first: bool) -> Callable[[Case, Budget], Result]:
-    def measure(case: Case, _budget: Budget) -> Result:
-        from skipcost.bench.counting import predicted_peak  # noqa: PLC0415 - imports torch
+def _predicted(case: Case, _budget: Budget) -> list[Result]:
+    from skipcost.bench.counting import predicted_peaks  # noqa: PLC0415 - imports torch
 
-        return predicted_peak(case, metric, first=first)
+    first, steady, detail = predicted_peaks(case)
+    return [
+        Result("peak_memory_predicted_bytes", samples=(steady,), detail=detail),
+        Result("peak_memory_predicted_first_bytes", samples=(first,), detail=detail),
+    ]
 
-    return measure
 
-
-def _latency(case: Case, budget: Budget) -> Result:
+def _latency(case: Case, budget: Budget) -> list[Result]:
     from skipcost.bench.running import latency  # noqa: PLC0415 - imports torch
 
-    return latency(case, budget)
+    return [latency(case, budget)]
 
 
-def _compile(case: Case, _budget: Budget) -> Result:
+def _compile(case: Case, _budget: Budget) -> list[Result]:
     from skipcost.bench.running import compile_time  # noqa: PLC0415 - imports torch
 
-    return compile_time(case)
+    return [compile_time(case)]
 
 
-def _gpu_memory(metric: str, figure: str, *, first: bool) -> Callable[[Case, Budget], Result]:
-    def measure(case: Case, _budget: Budget) -> Result:
-        from skipcost.bench.running import gpu_memory  # noqa: PLC0415 - imports torch
+def _gpu_name(figure: str, first: bool) -> str:  # noqa: FBT001 - a function of two coordinates
+    return f"peak_memory_{figure}{'_first' if first else ''}_bytes"
 
-        return gpu_memory(case, metric, figure, first=first)
 
-    return measure
+def _gpu_memory(case: Case, _budget: Budget) -> list[Result]:
+    names = [_gpu_name(figure, first) for figure in _GPU_FIGURES for first in (False, True)]
+    if case.device != "cuda":
+        note = "measured on a GPU only; peak_memory_predicted_bytes holds anywhere"
+        return [Result(name, "unsupported", note=note) for name in names]
+    from skipcost.bench.running import gpu_memory  # noqa: PLC0415 - imports torch
+
+    return gpu_memory(case, _gpu_name)
+
+
+_GPU_FIGURES = {
+    "requested": "bytes the program asked the caching allocator for, at their peak",
+    "allocated": "the same after the allocator's rounding to 512 bytes",
+    "reserved": "what the allocator held from the driver, unused parts of its segments included",
+    "process": "what the driver says that the process holds after the step, context and workspaces included",
+}
 
 
 def _memory_metrics() -> dict[str, Metric]:
     """The GPU's figures: what was requested, allocated after rounding, reserved by the pool, held by the process."""
-    meanings = {
-        "requested": "bytes the program asked the caching allocator for, at their peak",
-        "allocated": "the same after the allocator's rounding to 512 bytes",
-        "reserved": "what the allocator held from the driver, unused parts of its segments included",
-        "process": "what the driver says that the process holds after the step, context and workspaces included",
-    }
     table = {}
-    for figure, meaning in meanings.items():
+    for figure, meaning in _GPU_FIGURES.items():
         for first in (False, True):
-            name = f"peak_memory_{figure}{'_first' if first else ''}_bytes"
-            table[name] = Metric(
+            table[_gpu_name(figure, first)] = Metric(
                 title=f"{figure} memory{', first step' if first else ''}",
                 unit="bytes",
                 origin=MEASURED,
                 how=meaning + ("; the first step, in which cuDNN tries algorithms" if first else "; a later step"),
-                measure=_gpu_memory(name, figure, first=first),
+                measure=_gpu_memory,
                 threshold=0.01,
                 devices=("cuda",),
             )
@@ -165,14 +173,14 @@ METRICS: dict[str, Metric] = {
         unit="bytes",
         origin=PREDICTED,
         how="peak of live tensor bytes in a steady step, traced on the meta device; workspaces and rounding excluded",
-        measure=_predicted("peak_memory_predicted_bytes", first=False),
+        measure=_predicted,
     ),
     "peak_memory_predicted_first_bytes": Metric(
         title="predicted peak memory, first step",
         unit="bytes",
         origin=PREDICTED,
         how="the same for the first training step, in which the optimizer makes its state",
-        measure=_predicted("peak_memory_predicted_first_bytes", first=True),
+        measure=_predicted,
         modes=("training",),
     ),
     **_memory_metrics(),
@@ -183,7 +191,7 @@ METRICS: dict[str, Metric] = {
         how="the first call under torch.compile less a later one",
         measure=_compile,
         threshold=0.25,
-        modes=(),
+        backends=("compile",),
     ),
     "latency_s": Metric(
         title="latency",
@@ -196,6 +204,10 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def default_metrics(mode: str, device: str) -> tuple[str, ...]:
-    """What is measured where a sweep does not say: all that applies to the mode and the device."""
-    return tuple(name for name, metric in METRICS.items() if mode in metric.modes and device in metric.devices)
+def default_metrics(case: Case) -> tuple[str, ...]:
+    """What is measured of a case where a sweep does not say: all that applies to its mode, device and backend."""
+    return tuple(
+        name
+        for name, metric in METRICS.items()
+        if case.mode in metric.modes and case.device in metric.devices and case.backend in metric.backends
+    )

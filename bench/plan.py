@@ -133,7 +133,7 @@ def _plan(name: str, content: dict[str, Any], settings: dict[str, list[str]], ma
             except ValueError as error:
                 left_out[", ".join(f"{key}={value}" for key, value in chosen.items())] = str(error)
                 continue
-            _add(merged, case, tuple(asked) if asked else default_metrics(case.mode, case.device))
+            _add(merged, case, tuple(asked) if asked else default_metrics(case))
     if not merged:
         message = f"no case is left: {next(iter(left_out.values()))}"
         raise ValueError(message)

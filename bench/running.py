@@ -58,21 +58,25 @@ def _host_time(step: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def gpu_memory(case: Case, metric: str, figure: str, *, first: bool) -> Result:
-    """Read one figure of the caching allocator after the first step, or after the second with its peaks reset."""
-    if case.device != "cuda":
-        return Result(metric, "unsupported", note="measured on a GPU only; peak_memory_predicted_bytes holds anywhere")
+def gpu_memory(case: Case, names: Callable[[str, bool], str]) -> list[Result]:
+    """Read the caching allocator and the driver after the first step and, with peaks reset, after the second.
+
+    `names(figure, first)` is the metric of a figure. All come from one run: what cuDNN tries in a first step it tries
+    once per process, so a second run here would have no first step.
+    """
     torch.cuda.empty_cache()
     subject = make_subject(case, "cuda")
-    for _ in range(1 if first else 2):
+    results = []
+    for first in (True, False):
         torch.cuda.reset_peak_memory_stats()
         subject.step()
         torch.cuda.synchronize()
-    stats = torch.cuda.memory_stats()
-    detail = {text: stats[key] for key, text in CUDA_EXTRA.items() if stats.get(key)}
-    if figure == "process":
-        value, why_not = process_bytes()
-        return (
-            Result(metric, "unsupported", note=why_not) if why_not else Result(metric, samples=(value,), detail=detail)
-        )
-    return Result(metric, samples=(stats[f"{figure}_bytes.all.peak"],), detail=detail)
+        stats = torch.cuda.memory_stats()
+        detail = {text: stats[key] for key, text in CUDA_EXTRA.items() if stats.get(key)}
+        for figure in ("requested", "allocated", "reserved"):
+            peak = stats[f"{figure}_bytes.all.peak"]
+            results.append(Result(names(figure, first), samples=(peak,), detail=detail))
+        held, why_not = process_bytes()
+        name = names("process", first)
+        results.append(Result(name, "unsupported", note=why_not) if why_not else Result(name, samples=(held,)))
+    return results

@@ -32,14 +32,14 @@ def warm_up() -> None:
 
     from skipcost.bench import running  # noqa: F401, PLC0415 - imported for the forks
     from skipcost.bench.cases import Case  # noqa: PLC0415
-    from skipcost.bench.counting import predicted_peak, preload_fvcore  # noqa: PLC0415
+    from skipcost.bench.counting import predicted_peaks, preload_fvcore  # noqa: PLC0415
     from skipcost.unet_models import ModelSpec  # noqa: PLC0415
 
     preload_fvcore()
     mode = "training" if torch.version.cuda is None else "inference"
     for label in ("unet/d1/w2/gated", "unet3+/d1/w2/sum"):
         case = Case(spec=ModelSpec.parse(label), height=8, width=8, mode=mode)
-        predicted_peak(case, "peak_memory_predicted_bytes", first=False)
+        predicted_peaks(case)
 
 
 def serve(requests: IO[str], replies: IO[str]) -> None:

@@ -87,8 +87,8 @@ def sample(call: Callable[[], object], clock: Clock, budget: Budget) -> Samples:
 
 
 def _warm_up(call: Callable[[], object], clock: Clock, budget: Budget) -> tuple[list[float], bool]:
+    warm = clock(call, 1)  # may compile or tune for a minute, which is no part of the warm-up's budget
     deadline = time.perf_counter() + budget.warmup_seconds
-    warm = clock(call, 1)
     while len(warm) < 2 * WINDOW or not _is_flat(warm):
         if time.perf_counter() >= deadline and len(warm) > 1:
             return warm, False

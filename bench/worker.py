@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from skipcost.bench.cases import Case
-from skipcost.bench.metrics import METRICS, Metric
+from skipcost.bench.metrics import MEASURED, METRICS
 from skipcost.bench.records import Result
 from skipcost.bench.timing import Budget
 from skipcost.unet_models.geometry import norm_note
@@ -30,9 +30,12 @@ def run_case(request: dict[str, Any]) -> Iterator[Result]:
     budget = Budget(**request["budget"])
     refusal = refusal_of(case)
     _take_threads(case.threads)
-    for name in request["metrics"]:
-        metric = METRICS[name]
-        yield Result(name, "unsupported", note=refusal) if refusal else _measure(metric, name, case, budget)
+    left = list(request["metrics"])
+    while left:
+        measure = METRICS[left[0]].measure
+        together = [name for name in left if METRICS[name].measure == measure]
+        left = [name for name in left if name not in together]
+        yield from _failed(together, "unsupported", refusal) if refusal else _measure(together, case, budget)
 
 
 def refusal_of(case: Case) -> str:
@@ -44,20 +47,24 @@ def refusal_of(case: Case) -> str:
         return str(error)
 
 
-def _measure(metric: Metric, name: str, case: Case, budget: Budget) -> Result:
-    if metric.origin == "measured":
-        reason = _why_not(case)
-        if reason:
-            return Result(name, "unsupported", note=reason)
+def _failed(names: list[str], outcome: str, note: str) -> list[Result]:
+    return [Result(name, outcome, note=note) for name in names]
+
+
+def _measure(names: list[str], case: Case, budget: Budget) -> list[Result]:
+    """Measure metrics that come from one call; what it raises is the outcome of all of them."""
+    metric = METRICS[names[0]]
+    if metric.origin == MEASURED and (reason := _why_not(case)):
+        return _failed(names, "unsupported", reason)
     try:
-        return metric.measure(case, budget)
+        return [result for result in metric.measure(case, budget) if result.metric in names]
     except MemoryError:
-        return Result(name, "out_of_memory", note="the process ran out of memory")
+        return _failed(names, "out_of_memory", "the process ran out of memory")
     except Exception as error:  # noqa: BLE001 - whatever a network raises is that case's row
         text = " ".join(str(error).split())
         kind = type(error).__name__
         short = kind == "OutOfMemoryError" or any(words in text for words in NO_MEMORY)
-        return Result(name, "out_of_memory" if short else "crash", note=f"{kind}: {text[:400]}")
+        return _failed(names, "out_of_memory" if short else "crash", f"{kind}: {text[:400]}")
 
 
 def _why_not(case: Case) -> str:

@@ -60,7 +60,7 @@ def small_plan(tmp_path: Path) -> Plan:
 def test_every_metric_of_a_case_becomes_a_row(server: Server, mode: str) -> None:
     """All metrics that apply on a CPU are measured, in order, each with samples."""
     case = Case(spec=ModelSpec(depth=2, width=4), height=16, width=16, mode=mode)
-    metrics = default_metrics(mode, "cpu")
+    metrics = default_metrics(case)
 
     results = ask(server, case, metrics)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from skipcost.bench.cases import CHOICES
+from skipcost.bench.cases import CHOICES, Case
 from skipcost.bench.errors import SweepError
 from skipcost.bench.metrics import METRICS, default_metrics
 from skipcost.bench.plan import Plan, find_sweep, load_plan, parse_bytes, parse_size
@@ -160,9 +160,11 @@ def test_sizes_are_height_by_width() -> None:
 @pytest.mark.parametrize("device", CHOICES["device"])
 @pytest.mark.parametrize("mode", CHOICES["mode"])
 def test_default_metrics_follow_the_table(mode: str, device: str) -> None:
-    """Without a list, everything is measured that its row says applies to the mode and the device."""
-    chosen = default_metrics(mode, device)
+    """Without a list, everything is measured that its row says applies to the mode, the device and the backend."""
+    chosen = default_metrics(Case(mode=mode, device=device))
+    compiled = default_metrics(Case(mode=mode, device=device, backend="compile"))
 
+    assert set(compiled) - set(chosen) == {"compile_s"}
     assert {"params", "conv_macs", "latency_s", "peak_memory_predicted_bytes"} <= set(chosen)
     assert ("peak_memory_allocated_bytes" in chosen) == (device == "cuda")
     assert list(chosen) == [name for name in METRICS if name in chosen]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from skipcost.bench.cases import CHOICES, Case
-from skipcost.bench.counting import fvcore_count, predicted_peak
+from skipcost.bench.counting import fvcore_count, predicted_peaks
 from skipcost.bench.memory import LiveBytes, trace_peaks
 from skipcost.bench.subject import make_subject, total_loss
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
@@ -141,16 +141,15 @@ def test_the_meta_trace_equals_a_real_run(variant: str, skip: str, mode: str) ->
 
     real = trace_peaks(subject.step, subject.tensors, 2)
 
-    assert predicted_peak(case, "x", first=False).samples == (real[-1],)
-    assert predicted_peak(case, "x", first=True).samples == (real[0],)
+    assert predicted_peaks(case)[:2] == (real[0], real[-1] if mode == "training" else real[0])
 
 
 def test_mixed_precision_is_predicted_and_saves_activations() -> None:
     """A training step under autocast is traced too, and keeps fewer bytes than fp32."""
     case = replace(SMALL, spec=ModelSpec(depth=2, width=8), height=64, width=64, mode="training")
 
-    full = predicted_peak(case, "x", first=False).samples[0]
-    mixed = predicted_peak(replace(case, precision="amp-bf16"), "x", first=False).samples[0]
+    full = predicted_peaks(case)[1]
+    mixed = predicted_peaks(replace(case, precision="amp-bf16"))[1]
 
     assert mixed < full
 

@@ -1,0 +1,160 @@
+"""The repository around the code: what README and CI run, what the documents name, what an installation brings."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from skipcost.bench import cli
+from skipcost.bench.metrics import METRICS
+from skipcost.unet_models import SKIPS, VARIANTS
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("unet_models", "kernels", "bench", "reports")
+
+
+def read(name: str) -> str:
+    """Text of a file of the repository."""
+    return (ROOT / name).read_text()
+
+
+def quick_start() -> list[str]:
+    """The commands of the README's first fenced sh block under Quick start."""
+    block = re.search(r"^## Quick start$.*?^```sh$(.*?)^```$", read("README.md"), re.MULTILINE | re.DOTALL)
+    assert block is not None
+    return [line for line in block[1].strip().splitlines() if line and not line.startswith("#")]
+
+
+@pytest.mark.sources
+def test_the_readme_starts_with_two_commands() -> None:
+    """Quick start is two lines: one sets up and runs the main job, one sets up and passes the tests."""
+    first, second = quick_start()
+
+    assert first.endswith("nox -s sweep")
+    assert second.endswith("nox -t check")
+
+
+@pytest.mark.sources
+def test_ci_runs_the_readmes_test_command() -> None:
+    """CI's script ends with the README's second command, word for word."""
+    assert read(".ci/run").strip().splitlines()[-1] == quick_start()[1]
+
+
+@pytest.mark.sources
+def test_every_check_is_behind_the_test_command() -> None:
+    """Lint, types, tests and package all carry the tag that the command asks for."""
+    listed = subprocess.run(
+        [sys.executable, "-m", "nox", "-l", "-t", "check"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+
+    chosen = re.findall(r"^\* (\w+) -> \S", listed, re.MULTILINE)
+    assert chosen == ["lint", "types", "tests", "package"]
+
+
+@pytest.mark.sources
+def test_every_session_says_what_it_does() -> None:
+    """`nox -l` has a line for every session, and runs the sweep when nothing is named."""
+    listed = subprocess.run(
+        [sys.executable, "-m", "nox", "-l"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+
+    sessions = re.findall(r"^([*-]) (\w+)(?: -> (\S.*))?$", listed, re.MULTILINE)
+    assert [name for mark, name, _ in sessions if mark == "*"] == ["sweep"]
+    assert all(line for _, _, line in sessions)
+
+
+@pytest.mark.sources
+def test_constraints_are_exact_and_hold_torch_and_triton() -> None:
+    """Every pin is one version; torch and triton are those that the kernels' facts were measured with."""
+    pins = [line for line in read("constraints.txt").splitlines() if not line.startswith("#")]
+
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[^,*+]+", pin) for pin in pins)
+    assert {"torch==2.13.0", "triton==3.7.1"} <= set(pins)
+
+
+@pytest.mark.sources
+@pytest.mark.parametrize(
+    "name", [each.name or each.callback.__name__ for each in cli.app.registered_commands if each.callback]
+)
+def test_every_command_is_in_the_readme(name: str) -> None:
+    """A command that the README does not name does not exist for its users."""
+    assert f"skipcost {name}" in read("README.md")
+
+
+@pytest.mark.sources
+@pytest.mark.parametrize("name", [*VARIANTS, *SKIPS])
+def test_every_variant_and_scheme_is_in_the_glossary(name: str) -> None:
+    """The glossary holds each key of the tables."""
+    assert f"`{name}`" in read("docs/glossary.md")
+
+
+@pytest.mark.sources
+def test_the_glossary_names_every_outcome_and_the_method_every_kind_of_metric() -> None:
+    """What the store may hold is explained."""
+    method = read("docs/method.md")
+
+    assert all(word in method for word in ("## Counted", "## Predicted", "## Measured"))
+    assert all(metric.how for metric in METRICS.values())
+
+
+@pytest.mark.sources
+def test_markdown_links_lead_somewhere() -> None:
+    """Every relative link and picture in the documents exists."""
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.sources
+def test_top_level_folders_are_the_four_and_tests() -> None:
+    """Python lives in the four packages, the tests and the noxfile, and nowhere else."""
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    assert {name.split("/")[0] for name in listed.split()} <= {*PACKAGES, "tests", "noxfile.py"}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_are_installed_under_the_projects_name(package: str) -> None:
+    """Each folder is `skipcost.<folder>` and ships its marker for type checkers."""
+    module = importlib.import_module(f"skipcost.{package}")
+
+    assert module.__doc__
+    assert (Path(module.__path__[0]) / "py.typed").exists()
+
+
+def test_generic_names_are_left_to_others() -> None:
+    """Installing the suite gives nobody a top-level `kernels`, `bench` or `reports`; another `kernels` still works."""
+    script = (
+        "import importlib.util as u, sys; sys.path = [p for p in sys.path if p not in ('', sys.argv[1])];"
+        "ours = [n for n in ('unet_models', 'kernels', 'bench', 'reports') if (s := u.find_spec(n)) and s.origin"
+        " and 'skipcost' in open(s.origin).read()]; print(ours)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(ROOT)], capture_output=True, text=True, check=True, cwd=Path(sys.prefix)
+    )
+
+    assert done.stdout.strip() == "[]"
+
+
+def test_reports_never_load_torch() -> None:
+    """Importing the report, and the command line that calls it, does not import torch."""
+    script = "import sys, skipcost.reports, skipcost.reports.page, skipcost.bench.cli; print('torch' in sys.modules)"
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.sources
+def test_the_version_is_said_once() -> None:
+    """The distribution's version is the project file's."""
+    project = tomllib.loads(read("pyproject.toml"))["project"]
+
+    assert importlib.metadata.version("skipcost") == project["version"]
