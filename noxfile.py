@@ -130,4 +130,6 @@ def perf(session: nox.Session) -> None:
 def gpu(session: nox.Session) -> None:
     """Run the tests that need a CUDA device; fails where there is none."""
     _install(session, "test")
+    check = "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'torch sees no CUDA device here')"
+    session.run(_tool("python"), "-c", check, external=True)
     session.run(_tool("python"), "-m", "pytest", "-m", "gpu", *session.posargs, external=True)

@@ -1,1 +1,26 @@
-"""."""
+"""The fused kernels, each beside the op it replaces, and `BACKENDS`, the table of ways to run a network.
+
+Importing this package needs neither torch nor triton nor a GPU. An op is imported from its own module, as in
+`from skipcost.kernels.crop_concat import crop_concat`: as an attribute of the package that name is the module.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from skipcost.kernels.backends import BACKENDS, Backend
+
+__all__ = ["BACKENDS", "Backend"]
+
+_NEED_TORCH = {"BACKENDS": "backends", "Backend": "backends"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch when it is first used."""
+    if name not in _NEED_TORCH:
+        message = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(message)
+    import importlib  # noqa: PLC0415 - only on the lazy path
+
+    return getattr(importlib.import_module(f"{__name__}.{_NEED_TORCH[name]}"), name)

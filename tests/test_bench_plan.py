@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from skipcost.bench.errors import SweepError
 from skipcost.bench.metrics import METRICS, default_metrics
 from skipcost.bench.plan import Plan, find_sweep, load_plan, parse_bytes, parse_size
 from skipcost.bench.worker import refusal_of
-from skipcost.unet_models import SKIPS, VARIANTS
+from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 
 SHIPPED = sorted(path.stem for path in find_sweep("quick").parent.glob("*.toml"))
 
@@ -52,6 +53,17 @@ def test_ci_covers_every_variant_and_skip_scheme() -> None:
     labels = [label for each in plan.cases for label in (each.case.spec.label, *each.aliases)]
 
     assert {tuple(label.split("/")[::3][:2]) for label in labels} >= {(v, s) for v in VARIANTS for s in SKIPS}
+
+
+def test_paper_is_the_published_networks_at_their_own_sizes() -> None:
+    """`paper` holds exactly the rows of published.json, with their input sizes and all heads."""
+    rows = json.loads((Path(__file__).parent / "published.json").read_text())
+    published = {(ModelSpec(**row["spec"]).label, *row["input"][2:]) for row in rows}
+
+    cases = [each.case for each in load_plan("paper", {}, "cpu", 2).cases]
+
+    assert {(case.spec.label, case.height, case.width) for case in cases} == published
+    assert all(case.graph() == case.spec.graph() for case in cases)
 
 
 def test_equal_networks_are_planned_once(tmp_path: Path) -> None:

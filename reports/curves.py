@@ -1,0 +1,209 @@
+"""The context of the figure sections: which rows each figure shows, what to read from it, and its table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from skipcost.bench.metrics import METRICS
+from skipcost.reports.charts import Axis, scaling, scatter
+from skipcost.reports.data import Cost, Data, records
+from skipcost.reports.findings import rank_correlation
+from skipcost.reports.grid import Cell, Grid, Plot, number, whole, words
+from skipcost.reports.pareto import front
+from skipcost.unet_models import VARIANTS
+
+
+def scaling_context(data: Data) -> dict[str, Any]:
+    """Curves over depth and over width, for every cost that has rows."""
+    plots = [plot for axis, other in (("depth", "width"), ("width", "depth")) if (plot := _curves(data, axis, other))]
+    cells = data.cells(None)
+    again = cells[cells["same_as"] != ""]
+    pairs = sorted({(row["variant"], row["skip"], *row["same_as"].split("/")[0:4:3]) for row in records(again)})
+    same = [f"{VARIANTS[v].title} {skip} is {VARIANTS[base].title} {base_skip}" for v, skip, base, base_skip in pairs]
+    settings = list(data.settings.values())
+    others = int((~data.frame["setting"].isin(settings)).sum())
+    return {"plots": plots, "same": same, "settings": settings, "others": others}
+
+
+def _curves(data: Data, axis: str, other: str) -> Plot | None:
+    """One figure: `other` is held where most cells are, the largest such value."""
+    costs = data.costs
+    cells = data.cells(None)
+    spread = {int(value): cells.loc[cells[other] == value, axis].nunique() for value in set(cells[other])}
+    if max(spread.values(), default=0) < 2:  # noqa: PLR2004 - a curve takes two points
+        return None
+    held = max(value for value, count in spread.items() if count == max(spread.values()))
+    long = pd.concat([_long(data, cost, at) for at, cost in enumerate(costs)])
+    long = long[long[other] == held]
+    shown = [cost for at, cost in enumerate(costs) if (long["at"] == at).any()]
+    long["at"] = long["at"].map({costs.index(cost): at for at, cost in enumerate(shown)})
+    title = f"Cost over {axis} at {other} {held}"
+    described = (
+        f"{', '.join(cost.word for cost in shown)} against {axis}, a column of panels per variant, "
+        "a line per skip scheme"
+    )
+    caption = (
+        f"Each row of panels shares its scale, so lines can be compared across variants; {other} is {held} throughout. "
+        "Scales are logarithmic: equal steps are equal factors."
+    )
+    if any(cost.metric == "latency_s" for cost in shown):
+        caption += " Latency is the median, the band spans the quartiles of the raw samples."
+    if long["doubtful"].any():
+        caption += " Hollow points carry a doubt and are left out of the lines."
+    svg = scaling(long, shown, axis, f"over-{axis}", (title, described))
+    return Plot(f"over-{axis}", title, svg, caption, _curve_table(data, shown, axis, other, held))
+
+
+def _long(data: Data, cost: Cost, at: int) -> pd.DataFrame:
+    cells = data.cells(cost.mode).dropna(subset=[cost.metric])
+    timed = cost.metric == "latency_s"
+    return cells[["variant", "depth", "width", "skip"]].assign(
+        value=cells[cost.metric],
+        at=at,
+        low=cells["latency_q1"] if timed else float("nan"),
+        high=cells["latency_q3"] if timed else float("nan"),
+        doubtful=data.doubtful(cells, cost.metric),
+    )
+
+
+def _curve_table(data: Data, costs: list[Cost], axis: str, other: str, held: int) -> Grid:
+    columns = ("variant", "skip", axis, *(cost.word for cost in costs), "same network as")
+    values: dict[tuple[Any, ...], dict[int, Cell]] = {}
+    same: dict[tuple[Any, ...], str] = {}
+    for at, cost in enumerate(costs):
+        cells = data.cells(cost.mode)
+        cells = cells[cells[other] == held]
+        for row in records(cells.assign(doubtful=data.doubtful(cells, cost.metric))):
+            key = (row["variant_order"], row["skip_order"], row[axis], row["variant"], row["skip"])
+            values.setdefault(key, {})[at] = number(row[cost.metric], cost.unit, doubtful=row["doubtful"])
+            same[key] = row["same_as"]
+    rows = [
+        (words(VARIANTS[key[3]].title), words(key[4]), whole(key[2]),
+         *(cells_at.get(at, number(None, "count")) for at in range(len(costs))), words(same[key]))
+        for key, cells_at in sorted(values.items())
+    ]  # fmt: skip
+    return Grid(columns, tuple(rows))
+
+
+def tradeoff_context(data: Data) -> dict[str, Any]:
+    """Cost against cost, and cost against what it buys."""
+    found = [_cost_against_cost(data), _receptive(data), _scores(data)]
+    quality = data.quality
+    return {"plots": [plot for plot in found if plot], "quality": quality}
+
+
+_KNOWN = (
+    Axis("params", "parameters (counted)", "count"),
+    Axis("conv_macs", "MACs (counted)", "macs"),
+    Axis("peak_memory_predicted_bytes", "peak memory (predicted)", "bytes"),
+)
+_LATENCY = Axis("latency_s", "latency (measured)", "seconds")
+
+
+def _rows(data: Data, axes: tuple[Axis, ...]) -> pd.DataFrame:
+    """Networks of the main inference setting (or training's) that have every one of the axes."""
+    cells = data.networks(None)
+    rows = cells.dropna(subset=[axis.column for axis in axes])
+    timed = _LATENCY in axes
+    return rows.assign(doubtful=data.doubtful(rows, "latency_s") if timed else False)
+
+
+def _cost_against_cost(data: Data) -> Plot | None:
+    present = [axis for axis in (*_KNOWN, _LATENCY) if data.networks(None)[axis.column].notna().any()]
+    if len(present) < 2:  # noqa: PLR2004 - a plot has two sides
+        return None
+    up, across = present[-1], present[:-1]
+    rows = _rows(data, tuple(present))
+    if len(rows) < 3:  # noqa: PLR2004 - fewer points are read better in the table
+        return None
+    sound = rows[~rows["doubtful"]]
+    ranks = [
+        f"{rank_correlation(sound[axis.column], sound[up.column]):.2f} for {METRICS[axis.column].title}"
+        for axis in across
+        if len(sound) > 2  # noqa: PLR2004 - two points are always in line
+    ]
+    what = up.label.split(" (")[0]
+    title = f"{what} against what can be known beforehand"
+    title = title[0].upper() + title[1:]
+    caption = (
+        f"A tight band means that the cost below foretells {what}; a wide one means that it misleads. Rank correlation "
+        f"over {len(sound)} points: {', '.join(ranks) or 'too few'}. Lower left is better in every panel, so no front "
+        "is drawn."
+    )
+    if len(sound) < len(rows):
+        caption += " Hollow points carry a doubt and are left out of the correlation."
+    described = f"{len(rows)} networks, colour is the variant, shape is the skip scheme"
+    svg = scatter(rows, across, up, "cost-cost", (title, described), best=False)
+    return Plot("cost-cost", title, svg, caption, _point_table(rows, present))
+
+
+def _receptive(data: Data) -> Plot | None:
+    reach = Axis("receptive_field", "receptive field, pixels (counted)", "pixels", log=False)
+    present = [axis for axis in (_LATENCY, _KNOWN[2], _KNOWN[1]) if data.networks(None)[axis.column].notna().any()]
+    if data.networks(None)["receptive_field"].nunique() < 2 or not present:  # noqa: PLR2004 - a front takes two heights
+        return None
+    rows = _rows(data, (*present, reach))
+    sound = rows[~rows["doubtful"]]
+    rows, left_out = (sound, len(rows) - len(sound)) if len(sound) else (rows, 0)
+    title = "What a receptive field costs"
+    caption = (
+        "Here the axes pull against each other: up is better, left is cheaper. The dashed front joins the networks "
+        "that no other one beats in both; its members are marked in the table. A receptive field is what an output "
+        "pixel could see, not what a trained network uses."
+    )
+    if left_out:
+        caption += f" {left_out} networks whose latency carries a doubt are left out."
+    described = f"{len(rows)} networks; the front runs from the cheapest to the one with the largest receptive field"
+    svg = scatter(rows, present, reach, "reach", (title, described), best=True)
+    return Plot("reach", title, svg, caption, _point_table(rows, [*present, reach], reach))
+
+
+def _scores(data: Data) -> Plot | None:
+    if not data.quality or not data.quality.scores:
+        return None
+    scores = data.quality.scores
+    present = [axis for axis in (_LATENCY, _KNOWN[2], _KNOWN[1]) if data.networks(None)[axis.column].notna().any()]
+    cells = data.cells(None).dropna(subset=[axis.column for axis in present])
+    rows = cells[cells["label"].isin(scores)]
+    if rows.empty or not present:
+        return None
+    named = rows["label"]
+    rows = rows.assign(
+        score=named.map(lambda label: scores[label].mean), low=named.map(lambda label: scores[label].low),
+        high=named.map(lambda label: scores[label].high), doubtful=data.doubtful(rows, "latency_s"),
+    )  # fmt: skip
+    up = Axis("score", f"score ({data.quality.name})", "count", log=False)
+    title = "What a score costs"
+    caption = (
+        f"Scores are the mean over seeds from {data.quality.name}, whiskers their range; they were measured elsewhere "
+        "and are taken as given, higher as better. The dashed front joins the networks that no other one beats in both."
+    )
+    svg = scatter(rows, present, up, "score", (title, f"{len(rows)} networks with a score"), best=True)
+    return Plot("score", title, svg, caption, _point_table(rows, [*present, up], up))
+
+
+def _point_table(rows: pd.DataFrame, axes: list[Axis], gain: Axis | None = None) -> Grid:
+    """The points of a scatter plot; with a `gain`, which of them are on which front."""
+    costs = [axis for axis in axes if axis is not gain]
+    ahead = {axis.column: set(_front(rows, axis, gain)) for axis in costs} if gain else {}
+    columns = ("network", *(axis.label for axis in axes), *(["on the front of"] if gain else []), "doubt")
+    table = []
+    for at, row in enumerate(records(rows)):
+        members = ", ".join(axis.label.split(" (")[0] for axis in costs if at in ahead.get(axis.column, set()))
+        values = (_value(row, axis) for axis in axes)
+        table.append(
+            (words(row["label"]), *values, *([words(members)] if gain else []), words("yes" if row["doubtful"] else ""))
+        )
+    return Grid(columns, tuple(table))
+
+
+def _value(row: dict[str, Any], axis: Axis) -> Cell:
+    if axis.column == "score":
+        return Cell(f"{row['score']:.4f} ({row['low']:.4f} to {row['high']:.4f})", float(row["score"]))
+    return number(row[axis.column], axis.unit)
+
+
+def _front(rows: pd.DataFrame, cost: Axis, gain: Axis) -> list[int]:
+    return front(rows[cost.column].tolist(), rows[gain.column].tolist())

@@ -1,0 +1,18 @@
+"""What tests of every package may ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Run PyTorch's operators on one thread: small maps are slower on more, and sums could change their order."""
+    import torch  # noqa: PLC0415 - tests of what needs no torch do not load it
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

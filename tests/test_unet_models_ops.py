@@ -1,0 +1,238 @@
+"""Ops and lifetimes: every op can be replaced, and every map is dropped after its last reader."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from model_cells import by_label, cells, outputs_of
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from skipcost.unet_models import (
+    REFERENCE,
+    VARIANTS,
+    Edge,
+    ModelSpec,
+    Ops,
+    SkipGraph,
+    SkipNet,
+    build,
+    graph,
+)
+from skipcost.unet_models.ops import ConvNormAct
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Follows every storage that an op makes; `peak` is the most that was alive at the end of any op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
+        for each in tree_leaves(result):
+            if isinstance(each, Tensor):
+                reference = StorageWeakRef(each.untyped_storage())
+                self.alive[reference.cdata] = reference, each.untyped_storage().nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return result
+
+
+def _peak_bytes(net: SkipNet, height: int, width: int) -> int:
+    with torch.no_grad(), _LiveBytes() as tracker:
+        net.eval()(torch.randn(1, net.graph.in_channels, height, width))
+    return tracker.peak
+
+
+def test_the_peak_of_unet_3plus_is_its_widest_edge() -> None:
+    """Worked out: while the bottleneck is brought to the finest level, eight maps and nothing else are in memory.
+
+    They are the bottleneck up-sampled 16 times (16w channels), the four maps that have arrived (w each) and what the
+    edge's convolution makes (w), all at full size, beside the image and the bottleneck itself.
+    """
+    w, pixels = 8, 64 * 96
+    net = build(ModelSpec("unet3+", 4, w))
+
+    peak = _peak_bytes(net, 64, 96)
+
+    assert peak == 4 * ((16 * w + 4 * w + w + 1) * pixels + 16 * w * pixels // 16**2)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_dropping_maps_lowers_the_peak(variant: str) -> None:
+    """Against the same network in a run that keeps what each op returns."""
+    spec, kept = ModelSpec(variant, 3, 4), []
+
+    def keeping(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            kept.append(op(*args, **kwargs))
+            return kept[-1]
+
+        return run
+
+    hoarding = Ops(**{field.name: keeping(getattr(REFERENCE, field.name)) for field in fields(Ops)})
+
+    assert _peak_bytes(build(spec), 32, 32) < 0.6 * _peak_bytes(build(spec, hoarding), 32, 32)
+
+
+def _passes_unchanged(edge: Edge) -> bool:
+    """Whether the very map that the source made arrives at the merge."""
+    return edge.shift == 0 and not edge.gate and not edge.conv and not edge.project
+
+
+class _Lifetimes:
+    """Ops that note, whenever a node merges its inputs, which maps are still in memory."""
+
+    def __init__(self, network: SkipGraph) -> None:
+        self.nodes = [node.name for node in network.nodes]
+        self.maps: dict[str, StorageWeakRef] = {}
+        self.merged: StorageWeakRef | None = None
+        self.alive: dict[str, set[str]] = {}
+        self.merged_outlived: set[str] = set()
+        self.ops = replace(REFERENCE, merge=self.merge, conv_norm_act=self.conv_norm_act)
+        self.last: dict[nn.Module, str] = {}
+
+    def watch(self, net: SkipNet) -> None:
+        """Name the last layer of each node."""
+        self.last = {net.nodes[name][-1]: name for name in self.nodes}
+
+    def merge(self, maps: list[Tensor], how: str) -> Tensor:
+        """Note what is alive when the next node in order merges."""
+        name = self.nodes[len(self.alive)]
+        self.alive[name] = {each for each, reference in self.maps.items() if not reference.expired()}
+        result = REFERENCE.merge(maps, how)
+        self.merged = StorageWeakRef(result.untyped_storage()) if len(maps) > 1 else None
+        return result
+
+    def conv_norm_act(self, layer: ConvNormAct, x: Tensor) -> Tensor:
+        """Convolve, let go of the input, and note whether a merged map is still there although nobody needs it."""
+        convolved = layer.conv(x)
+        del x
+        if self.merged is not None:
+            self.merged_outlived |= set() if self.merged.expired() else {self.nodes[len(self.alive) - 1]}
+        result = functional.relu(convolved)
+        if layer in self.last:
+            self.maps[self.last[layer]] = StorageWeakRef(result.untyped_storage())
+        return result
+
+
+def _watched(spec: ModelSpec) -> _Lifetimes:
+    """Run a network once at inference under observation; without cyclic garbage collection, which is not the rule."""
+    lifetimes = _Lifetimes(graph(spec))
+    net = build(spec, lifetimes.ops).eval()
+    lifetimes.watch(net)
+    gc.disable()
+    try:
+        with torch.no_grad():
+            net(torch.randn(1, 1, 16, 24))
+    finally:
+        gc.enable()
+    return lifetimes
+
+
+@by_label(cells((3,), norm="none"))
+def test_a_map_is_dropped_after_its_last_reader(spec: ModelSpec) -> None:
+    """When a node merges, the maps in memory are those that later nodes read, and those that it merges as they are."""
+    nodes = graph(spec).nodes
+    expected = {
+        node.name: {
+            earlier.name
+            for earlier in nodes[:position]
+            if any(edge.source == earlier.name for later in nodes[position + 1 :] for edge in later.inputs)
+            or any(edge.source == earlier.name and _passes_unchanged(edge) for edge in node.inputs)
+        }
+        for position, node in enumerate(nodes)
+    }
+
+    lifetimes = _watched(spec)
+
+    assert lifetimes.alive == expected
+
+
+@by_label(cells((3,), norm="none"))
+def test_a_merged_map_is_gone_after_its_convolution(spec: ModelSpec) -> None:
+    """Nothing but the op holds it, so that an op that lets go of its input frees it."""
+    lifetimes = _watched(spec)
+
+    assert lifetimes.merged_outlived == set()
+
+
+CALLS: dict[str, Callable[[SkipGraph], int]] = {  # how often each op runs in one pass, from the graph
+    "merge": lambda network: len(network.nodes),
+    "pool": lambda network: sum(edge.shift < 0 for edge in network.edges),
+    "up_conv": lambda network: sum(edge.up is not None for edge in network.edges),
+    "gate": lambda network: sum(edge.gate is not None for edge in network.edges),
+    "up_sample_conv": lambda network: sum(_fused(network, edge) for edge in network.edges),
+    "up_sample": lambda network: (
+        sum(edge.shift > 0 and edge.up is None and not _fused(network, edge) for edge in network.edges)
+        + sum(head.shift > 0 for head in network.heads)
+    ),
+    "conv_norm_act": lambda network: (
+        sum(len(node.convs) for node in network.nodes)
+        + sum(edge.conv is not None and not _fused(network, edge) for edge in network.edges)
+        + sum(edge.project is not None for edge in network.edges)
+        + len(network.heads)
+        + (network.classifier is not None)
+    ),
+}
+
+
+def _fused(network: SkipGraph, edge: Edge) -> bool:
+    """Whether an edge up-samples and convolves in one op: not where a gate needs the map in between."""
+    target = next(node for node in network.nodes if node.name == edge.target)
+    steers = edge is target.deeper and any(each.gate for each in target.inputs)
+    return edge.shift > 0 and edge.conv is not None and not steers
+
+
+@pytest.mark.parametrize("op", [field.name for field in fields(Ops)])
+@by_label(
+    [
+        *(ModelSpec(variant, 3, 2, skip, classes=1) for variant in VARIANTS for skip in ("concat", "gated")),
+        ModelSpec("unet++", 3, 2, "sum", upsample="bilinear", head="deep"),
+        ModelSpec("unet3+", 3, 2, classes=1, head="guided"),
+    ]
+)
+def test_a_replaced_op_does_all_of_its_work(spec: ModelSpec, op: str) -> None:
+    """An ablation of one op runs it wherever the graph has one, and changes no number if it does the same."""
+    calls = []
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(op)
+        return getattr(REFERENCE, op)(*args, **kwargs)
+
+    net, reference = build(spec, replace(REFERENCE, **{op: counted})).eval(), build(spec).eval()
+    reference.load_state_dict(net.state_dict())
+    image = torch.randn(1, 1, 16, 24)
+
+    outputs = outputs_of(net(image))
+
+    assert len(calls) == CALLS[op](graph(spec))
+    assert all(map(torch.equal, outputs, outputs_of(reference(image))))
+
+
+def test_a_replaced_op_decides_the_output() -> None:
+    """Its result is what the next layer sees, not only its call: a merge that zeroes its map silences the image."""
+
+    def silent(maps: list[Tensor], how: str) -> Tensor:
+        return REFERENCE.merge(maps, how) * 0
+
+    net = build(ModelSpec(width=2), replace(REFERENCE, merge=silent)).eval()
+
+    outputs = [net(torch.randn(1, 1, 16, 16)) for _ in range(2)]
+
+    assert torch.equal(*outputs)
