@@ -52,6 +52,8 @@ def _curves(data: Data, axis: str, other: str) -> Plot | None:
         caption += " Latency is the median, the band spans the quartiles of the raw samples."
     if long["doubtful"].any():
         caption += " Hollow points carry a doubt and are left out of the lines."
+    if data.failures():
+        caption += " Where a line ends early there is no number: see the failures."
     svg = scaling(long, shown, axis, f"over-{axis}", (title, described))
     return Plot(f"over-{axis}", title, svg, caption, _curve_table(data, shown, axis, other, held))
 

@@ -248,7 +248,7 @@ def rank_correlation(left: pd.Series[float], right: pd.Series[float]) -> float:
 def memory_gap(data: Data) -> Iterator[Finding]:
     """Predicted peak memory against what the GPU's allocator measured."""
     for mode in ("inference", "training"):
-        cells = data.networks(mode)
+        cells = data.networks(mode, sound=True)
         share = (cells["peak_memory_allocated_bytes"] / cells["peak_memory_predicted_bytes"]).dropna()
         if len(share):
             spread = Spread.of(share)

@@ -34,11 +34,12 @@ def networks_context(data: Data) -> dict[str, Any]:
 def _largest(data: Data, variant: str) -> pd.DataFrame:
     """The variant's deepest and widest network under every skip, of the main setting where it was measured there."""
     main = data.cells(None)
-    own = main if (main["variant"] == variant).any() else data.frame
+    own: pd.DataFrame = main if variant in set(main["variant"]) else data.frame
     own = own.loc[own["variant"] == variant]
     own = own.loc[own["depth"] == own["depth"].max()]
     own = own.loc[own["width"] == own["width"].max()]
-    return own.loc[own["setting"] == own["setting"].min()]
+    setting = min(own["setting"], default="")
+    return own.loc[own["setting"] == setting]
 
 
 def _network(data: Data, row: dict[str, Any]) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def metrics_context(data: Data) -> dict[str, Any]:
         )
         for name, metric in METRICS.items()
     ]
-    columns = ("metric", "unit", "origin", "how", "a verdict is", "results")
+    columns = ("metric", "unit", "origin", "how", "change that counts", "results")
     return {"table": Grid(columns, tuple(rows)), **_fvcore(data)}
 
 

@@ -46,7 +46,7 @@ def _ratios(top: str, bottom: str) -> list[float]:
 
 
 def test_findings_equal_the_golden_file(told: list[str]) -> None:
-    """The words of a fixed store are fixed; SKIPCOST_UPDATE_GOLDEN=1 writes them anew after a change that is meant."""
+    """The words of a fixed store are fixed; SKIPCOST_UPDATE_GOLDEN=1 rewrites them after a change."""
     text = "\n".join(told) + "\n"
     if os.environ.get("SKIPCOST_UPDATE_GOLDEN"):
         GOLDEN.write_text(text)

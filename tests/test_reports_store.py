@@ -12,6 +12,7 @@ from skipcost.bench.plan import load_plan
 from skipcost.bench.records import Result
 from skipcost.bench.store import create_store
 from skipcost.reports.data import Data, load
+from skipcost.unet_models import ModelSpec
 
 SWEEP = """
 [[grid]]
@@ -124,3 +125,17 @@ def test_the_setting_with_the_most_rows_is_the_main_one(data: Data) -> None:
         "inference": "64x64 pixels, batch 1, inference, fp32",
         "training": "64x64 pixels, batch 8, training, fp32",
     }
+
+
+def test_a_cap_on_channels_does_not_split_the_networks_that_it_leaves_alone(tmp_path: Path) -> None:
+    """A spec drops a cap that caps nothing, but a sweep over depth with a cap is one sweep."""
+    with create_store(tmp_path / "capped.sqlite") as store:
+        run = store.add_run("2026-01-02T03:04:05+00:00", "capped", 0, ENVIRONMENT)
+        for depth in (1, 2, 3):
+            case = Case(spec=ModelSpec(depth=depth, width=8, max_width=32))
+            store.add_case(case, [])
+            store.add_result(run, case.case_id, Result("params", samples=(depth,)))
+
+    data = load(tmp_path / "capped.sqlite")
+
+    assert set(data.frame["setting"]) == {"512x512 pixels, batch 1, inference, fp32, max_width=32"}

@@ -16,5 +16,4 @@
       layout: { topStart: "search", topEnd: "info", bottomStart: null, bottomEnd: null },
     });
   }).catch(() => { /* an old browser keeps the plain table */ });
-  addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((each) => { each.open = true; }));
 })();
