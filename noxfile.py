@@ -18,6 +18,12 @@ BIN = "Scripts" if sys.platform == "win32" else "bin"
 SHARED = ROOT / ".venv"
 GROUPS = nox.project.load_toml("pyproject.toml")
 RESULTS = ROOT / "results"
+RELAXED = (  # tests build values from tables, bad ones included, and look into modules that torch types as Tensor | Module
+    "--allow-untyped-calls",
+    "--no-warn-return-any",
+    "--no-warn-unused-ignores",
+    *(f"--disable-error-code={code}" for code in ("arg-type", "operator", "index", "union-attr", "redundant-cast")),
+)
 FOLDERS = ("unet_models", "kernels", "bench", "reports")
 
 nox.options.default_venv_backend = "none"
@@ -86,7 +92,7 @@ def types(session: nox.Session) -> None:
     _install(session, "lint", "test")
     _link_sources()
     session.run(_tool("mypy"), external=True)
-    session.run(_tool("mypy"), "noxfile.py", "tests", external=True)
+    session.run(_tool("mypy"), *RELAXED, "noxfile.py", "tests", external=True)
 
 
 @nox.session(tags=["check"])

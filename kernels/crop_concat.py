@@ -212,7 +212,7 @@ def like_channels_last(x: Tensor) -> bool:
 
 def _centred(source: Tensor, target: Tensor) -> Move:
     """Lay the smaller of the two maps on the middle of the larger, at offset (H - h) // 2 in both directions."""
-    down, right = (-((target.shape[axis] - source.shape[axis]) // 2) for axis in (2, 3))
+    down, right = (math.trunc((source.shape[axis] - target.shape[axis]) / 2) for axis in (2, 3))
     return Move(source, target, down, right)
 
 

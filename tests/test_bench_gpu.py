@@ -13,6 +13,7 @@ import torch
 from skipcost.bench import gpu
 from skipcost.bench.cases import Case, usual_values
 from skipcost.bench.metrics import METRICS, default_metrics
+from skipcost.bench.records import Result
 from skipcost.bench.running import cuda_clock
 from skipcost.bench.timing import Budget
 from skipcost.unet_models import ModelSpec
@@ -114,7 +115,7 @@ def test_without_a_driver_nothing_fails(nvml: Callable[[SimpleNamespace], None])
 def test_every_gpu_metric_gives_a_number(mode: str) -> None:
     """On a real device every default metric is ok or says why not, and the memory figures are ordered."""
     case = Case(spec=ModelSpec(depth=3, width=16), **usual_values("cuda", mode, 1) | {"height": 256, "width": 256})
-    results = {}
+    results: dict[str, Result] = {}
     for name in default_metrics(case):
         if name not in results:
             made = METRICS[name].measure(case, Budget(seconds=0.2, warmup_seconds=0.5))

@@ -115,7 +115,7 @@ def check_one_launch_writes_the_gradients_of_the_cropped_maps(launches: list[int
     assert launches == [4, 2]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=60)
 @given(shapes())
 @example(Shapes(2, ((3, 9, 13), (5, 6, 8)), ("channels_last", "channels_last"), torch.bfloat16))
 @example(Shapes(1, ((64, 3, 3), (130, 2, 2)), ("channels_last", "channels_last"), torch.float16))  # two runs per row
@@ -133,7 +133,7 @@ def check_the_result_is_the_references(case: Shapes) -> None:
     assert result.stride() == expected.stride()
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=40)
 @given(shapes(FLOATS), st.sampled_from(LAYOUTS))
 @example(Shapes(2, ((3, 9, 13), (5, 6, 8)), ("channels_last", "channels_last"), torch.bfloat16), "channels_last")
 def check_the_gradients_are_the_references(case: Shapes, layout: str) -> None:
