@@ -18,7 +18,7 @@ BIN = "Scripts" if sys.platform == "win32" else "bin"
 SHARED = ROOT / ".venv"
 GROUPS = nox.project.load_toml("pyproject.toml")
 RESULTS = ROOT / "results"
-RELAXED = (  # tests build values from tables, bad ones included, and look into modules that torch types as Tensor | Module
+RELAXED = (  # tests build values from tables, bad ones included, and look into modules, which torch types loosely
     "--allow-untyped-calls",
     "--no-warn-return-any",
     "--no-warn-unused-ignores",
@@ -128,7 +128,7 @@ def perf(session: nox.Session) -> None:
     _install(session, "test")
     store = ROOT / "results" / "perf.json"
     store.parent.mkdir(exist_ok=True)
-    options = ("--benchmark-enable", "--benchmark-only", f"--benchmark-json={store}", "-s")
+    options = ("--benchmark-only", f"--benchmark-json={store}", "-s")
     session.run(_tool("python"), "-m", "pytest", "tests/perf", *options, *session.posargs, external=True)
 
 

@@ -54,7 +54,7 @@ def test_every_check_is_behind_the_test_command() -> None:
         [sys.executable, "-m", "nox", "-l", "-t", "check"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
 
-    chosen = re.findall(r"^\* (\w+) -> \S", listed, re.MULTILINE)
+    chosen = re.findall(r"^\* (\w+) \[check\] -> \S", listed, re.MULTILINE)
     assert chosen == ["lint", "types", "tests", "package"]
 
 
@@ -65,7 +65,7 @@ def test_every_session_says_what_it_does() -> None:
         [sys.executable, "-m", "nox", "-l"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
 
-    sessions = re.findall(r"^([*-]) (\w+)(?: -> (\S.*))?$", listed, re.MULTILINE)
+    sessions = re.findall(r"^([*-]) (\w+)(?: \[\w+\])?(?: -> (\S.*))?$", listed, re.MULTILINE)
     assert [name for mark, name, _ in sessions if mark == "*"] == ["sweep"]
     assert all(line for _, _, line in sessions)
 
