@@ -62,6 +62,7 @@ def _for_people(frame: pd.DataFrame, labels: dict[str, str]) -> Table:
         table.add_column(METRICS[name].title, justify="right")
     table.add_column("outcome")
     for case_id, row in frame.iterrows():
-        values = [figures.text(row[name], METRICS[name].unit).replace(" ", "\u00a0") for name in metrics]
+        known = {name: None if pd.isna(row[name]) else row[name] for name in metrics}
+        values = [figures.text(value, METRICS[name].unit).replace(" ", "\u00a0") for name, value in known.items()]
         table.add_row(labels[str(case_id)], *[str(row[name]) for name in fields], *values, str(row["outcome"]))
     return table

@@ -50,6 +50,7 @@ def store(tmp_path: Path) -> Path:
             opened.add_case(case, [])
             opened.add_result(number, case.case_id, Result("params", samples=(case.graph().params(),)))
             opened.add_result(number, case.case_id, latency)
+        opened.add_result(number, case.case_id, Result("conv_macs", samples=(10**9,)))  # the second case's alone
     return path
 
 
@@ -199,10 +200,11 @@ def test_show_filters_by_an_expression(store: Path) -> None:
 
 
 def test_show_is_readable(store: Path) -> None:
-    """The table for people has readable units and the outcome."""
+    """The table for people has readable units, a dash where a row has no number, and the outcome."""
     text = run("show", str(store))
 
     assert "2.00\u00a0ms" in text
+    assert "1.00\u00a0GMAC" in text
     assert "timeout: latency_s" in text
 
 
