@@ -114,11 +114,13 @@ def package(session: nox.Session) -> None:
     _pip(session, "kernels", *tools, f"{wheel}[fvcore]", environment=clean)
     again = (_tool("python", clean), "-m", "pip", "install", "-q", "--disable-pip-version-check")
     session.run(*again, "--force-reinstall", "--no-deps", str(wheel), external=True)
+    beside = "import kernels, skipcost.kernels as ours; assert kernels.__file__ != ours.__file__; print(kernels, ours)"
     away = Path(session.create_tmp()).resolve()
     shutil.rmtree(away / "tests", ignore_errors=True)
     shutil.copytree(ROOT / "tests", away / "tests")
     shutil.copy(ROOT / "pyproject.toml", away)  # pytest's settings; the folders that it names stay behind
     with session.chdir(away):
+        session.run(_tool("python", clean), "-c", beside, external=True)
         session.run(_tool("python", clean), "-m", "pytest", "-m", "not sources and not slow", external=True)
 
 

@@ -156,10 +156,9 @@ def open_store(path: Path) -> Store:
     if not path.is_file():
         message = f"there is no store at {path}: `skipcost sweep quick -o {path}` makes one"
         raise StoreError(message)
-    with _explained(path):
-        connection = sqlite3.connect(path.resolve().as_uri() + "?mode=ro", uri=True)
+    with _opened(path, path.resolve().as_uri() + "?mode=ro", uri=True) as connection:
         _check(connection, path)
-    return Store(connection, writer=False)
+        return Store(connection, writer=False)
 
 
 def create_store(path: Path) -> Store:
@@ -174,16 +173,14 @@ def create_store(path: Path) -> Store:
     except OSError as error:
         message = f"cannot make the folder of {path}: {error.strerror}; name another place with -o"
         raise StoreError(message) from None
-    with _explained(path):
-        connection = sqlite3.connect(path, timeout=30)
+    with _opened(path, str(path), timeout=30) as connection:
         connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute(
-            "PRAGMA synchronous=NORMAL"
-        )  # under WAL a killed process loses nothing, only a power cut could
+        # Under WAL a killed process loses nothing with this, only a power cut could.
+        connection.execute("PRAGMA synchronous=NORMAL")
         if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
             header = f"PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={SCHEMA_VERSION};"
             connection.executescript(f"BEGIN; {header} {SCHEMA} COMMIT;")
-    return Store(connection, writer=True)
+        return Store(connection, writer=True)
 
 
 def _check(connection: sqlite3.Connection, path: Path) -> None:
@@ -204,10 +201,14 @@ def _check(connection: sqlite3.Connection, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn what SQLite says of a file into one sentence."""
+def _opened(path: Path, name: str, **options: Any) -> Iterator[sqlite3.Connection]:
+    """Connect; where the block fails, close again and turn what SQLite says of the file into one sentence."""
     try:
-        yield
+        with contextlib.ExitStack() as undo:
+            connection = sqlite3.connect(name, **options)
+            undo.callback(connection.close)
+            yield connection
+            undo.pop_all()
     except sqlite3.OperationalError as error:
         message = (
             f"cannot use {path} as a store: {error}; check that the folder can be written, or name another with -o"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -128,7 +129,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def foreign(path: Path) -> None:
     """Write somebody else's database."""
-    with sqlite3.connect(path) as connection:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("CREATE TABLE notes (text)")
 
 
@@ -146,7 +147,7 @@ def truncated(path: Path) -> None:
 def newer(path: Path) -> None:
     """Write a store of a later schema."""
     fill(path, Result("params", samples=(1,)))
-    with sqlite3.connect(path) as connection:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute(f"PRAGMA user_version={SCHEMA_VERSION + 1}")
 
 

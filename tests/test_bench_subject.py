@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -152,6 +153,16 @@ def test_mixed_precision_is_predicted_and_saves_activations() -> None:
     mixed = predicted_peaks(replace(case, precision="amp-bf16"))[1]
 
     assert mixed < full
+
+
+def test_a_missing_fvcore_is_an_unsupported_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without fvcore the metric says what to install; nothing fails."""
+    monkeypatch.setitem(sys.modules, "fvcore.nn", None)
+
+    result = fvcore_count(SMALL)
+
+    assert result.outcome == "unsupported"
+    assert "pip install skipcost[fvcore]" in result.note
 
 
 def test_fvcore_agrees_on_convolutions_and_names_what_it_left_out() -> None:

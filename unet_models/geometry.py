@@ -86,7 +86,6 @@ def axis_sizes(graph: SkipGraph, extent: int) -> AxisSizes:
     edges: dict[str, EdgeSize] = {}
     heads: dict[str, int] = {}
     floored = []
-    readers = [(head.node, head) for head in graph.heads]
     for node in graph.nodes:
         arriving = []
         deeper = node.deeper
@@ -103,9 +102,9 @@ def axis_sizes(graph: SkipGraph, extent: int) -> AxisSizes:
         for edge, source, resampled, gated, convolved in arriving:
             edges[edge.name] = EdgeSize(source, resampled, gated, convolved, merged)
         nodes[node.name] = _positive(merged - 2 * valid * len(node.convs), node.name)
-    for name, head in readers:
+    for head in graph.heads:
         lost = 2 if valid and head.conv.kernel > 1 else 0
-        heads[name] = _positive(nodes[name] - lost, f"the head on {name}") << head.shift
+        heads[head.node] = _positive(nodes[head.node] - lost, f"the head on {head.node}") << head.shift
     return AxisSizes(nodes, edges, heads, min(heads.values()), tuple(floored))
 
 
