@@ -151,6 +151,8 @@ def test_explain_accounts_for_everything(variant: str, skip: str) -> None:
     params = sum(edge["params"] + edge["merge_params"] for edge in facts["edges"])
     assert macs == facts["conv_macs"]
     assert params + facts["node_params"] + facts["head_params"] == facts["params"]
+    shares = sum(edge["share"] for edge in facts["edges"])
+    assert shares + (sum(facts["node_macs"].values()) + facts["head_macs"]) / macs == pytest.approx(1)
     assert {edge["source"] for edge in facts["edges"]} - {"image"} <= set(facts["levels"])
 
 

@@ -64,6 +64,20 @@ def test_training_lowers_the_loss(case: Case, loss: str) -> None:
     assert loss_now() < before
 
 
+def test_gradients_do_not_add_up_over_steps() -> None:
+    """A second step from the same weights has the same gradients, not twice as much."""
+    subject = make_subject(replace(SMALL, mode="training"), "cpu")
+    weights = [each.detach().clone() for each in subject.network.parameters()]
+    subject.step()
+    once = [each.grad.clone() for each in subject.network.parameters() if each.grad is not None]
+
+    for each, weight in zip(subject.network.parameters(), weights, strict=True):
+        each.data.copy_(weight)
+    subject.step()
+
+    assert all(torch.equal(a, b.grad) for a, b in zip(once, subject.network.parameters(), strict=True))
+
+
 def test_inference_changes_nothing() -> None:
     """An inference step leaves weights and statistics as they are and needs no gradient."""
     subject = make_subject(SMALL, "cpu")
