@@ -39,14 +39,14 @@ def preview(plan: Plan, todo: list[PlannedCase], server: Server, tell: Callable[
     }
 
 
-def _memory_of(plan: Plan, environment: dict[str, Any]) -> int:
-    """What a case may use: the first GPU's memory, or the plan's limit on the host."""
-    if plan.cases[0].case.device == "cuda" and environment["gpus"]:
-        return int(environment["gpus"][0]["memory_bytes"])
-    return plan.limits.memory_bytes(environment["memory_bytes"])
+def _memory_of(plan: Plan, environment: dict[str, Any]) -> int | None:
+    """What a case may use: the sweep's own limit, else the first GPU's or the host's memory; None without a GPU."""
+    if plan.cases[0].case.device != "cuda" or plan.limits.memory:
+        return plan.limits.memory_bytes(environment["memory_bytes"])
+    return int(environment["gpus"][0]["memory_bytes"]) if environment["gpus"] else None
 
 
-def _preview_case(plan: Plan, planned: PlannedCase, server: Server, limit: int) -> dict[str, Any]:
+def _preview_case(plan: Plan, planned: PlannedCase, server: Server, limit: int | None) -> dict[str, Any]:
     refusal = refusal_of(planned.case)
     facts: dict[str, Any] = {
         "label": planned.case.spec.label,
@@ -65,7 +65,7 @@ def _preview_case(plan: Plan, planned: PlannedCase, server: Server, limit: int) 
     peaks = [value_of(result) for result in server.run(request_for(plan, asked, server.environment))]
     known = [peak for peak in peaks if peak is not None]
     if known:
-        facts |= {"predicted_bytes": int(max(known)), "will_not_fit": max(known) > limit}
+        facts |= {"predicted_bytes": int(max(known)), "will_not_fit": limit is not None and max(known) > limit}
     return facts
 
 
@@ -85,7 +85,10 @@ def print_preview(facts: dict[str, Any], console: Console) -> None:
     for text, reason in facts["left_out"].items():
         console.print(f"left out: {text}: {reason}", highlight=False)
     tight = sum(case["will_not_fit"] for case in facts["cases"])
+    fits = f"{tight} predicted not to fit into {figures.text(facts['memory_limit_bytes'], 'bytes')}"
+    if facts["memory_limit_bytes"] is None:
+        fits = 'no GPU here to say what fits (set [limits] memory = "24GiB" in the sweep)'
     console.print(
-        f"{len(facts['cases'])} of {facts['planned']} cases to run, {tight} predicted not to fit into "
-        f"{figures.text(facts['memory_limit_bytes'], 'bytes')}, about {figures.text(facts['time_s'], 'seconds')}"
+        f"{len(facts['cases'])} of {facts['planned']} cases to run, {fits}, "
+        f"about {figures.text(facts['time_s'], 'seconds')}"
     )

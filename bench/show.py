@@ -64,5 +64,15 @@ def _for_people(frame: pd.DataFrame, labels: dict[str, str]) -> Table:
     for case_id, row in frame.iterrows():
         known = {name: None if pd.isna(row[name]) else row[name] for name in metrics}
         values = [figures.text(value, METRICS[name].unit).replace(" ", "\u00a0") for name, value in known.items()]
-        table.add_row(labels[str(case_id)], *[str(row[name]) for name in fields], *values, str(row["outcome"]))
+        table.add_row(labels[str(case_id)], *[str(row[name]) for name in fields], *values, _short(str(row["outcome"])))
     return table
+
+
+def _short(outcome: str) -> str:
+    """The outcome with its metrics counted where there are many; the other formats name them all."""
+    parts = []
+    for part in outcome.split("; "):
+        word, _, metrics = part.partition(": ")
+        several = metrics.count(",") + 1
+        parts.append(f"{word}: {several} metrics" if several > 2 else part)  # noqa: PLR2004 - two names fit a line
+    return "; ".join(parts)

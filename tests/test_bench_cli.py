@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from skipcost.bench import cli
+from skipcost.bench import show as showing
 from skipcost.bench.cases import Case
 from skipcost.bench.errors import BenchError, MachineError
 from skipcost.bench.records import Result
@@ -208,6 +210,31 @@ def test_show_is_readable(store: Path) -> None:
     assert "2.00\u00a0ms" in text
     assert "1.00\u00a0GMAC" in text
     assert "timeout: latency_s" in text
+
+
+def test_show_counts_metrics_where_many_failed() -> None:
+    """Nine unsupported metrics are a number in the table for people; one or two keep their names."""
+    many = "unsupported: " + ", ".join("abcdefghi")
+
+    assert showing._short(many) == "unsupported: 9 metrics"
+    assert showing._short("timeout: latency_s; crash: a, b") == "timeout: latency_s; crash: a, b"
+    assert showing._short("ok") == "ok"
+
+
+@pytest.mark.slow
+def test_plan_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
+    """Memory for a GPU is predicted anywhere; what fits is only said against a GPU or the sweep's own limit."""
+    sweep = tmp_path / "mine.toml"
+    sweep.write_text('[[grid]]\ndepth=2\nwidth=4\nsize=64\nmode=["inference", "training"]\n')
+    unknown = json.loads(run("plan", str(sweep), "--device", "cuda", "--json"))
+    sweep.write_text('[limits]\nmemory="1KiB"\n' + sweep.read_text())
+    limited = json.loads(run("plan", str(sweep), "--device", "cuda", "--json"))
+
+    assert all(case["predicted_bytes"] > 0 for case in unknown["cases"])
+    assert all(case["will_not_fit"] for case in limited["cases"])
+    if not torch.cuda.is_available():
+        assert unknown["memory_limit_bytes"] is None
+        assert not any(case["will_not_fit"] for case in unknown["cases"])
 
 
 @pytest.mark.slow
