@@ -163,9 +163,7 @@ def open_store(path: Path) -> Store:
 
 def create_store(path: Path) -> Store:
     """Open a store to add to it, made if it does not exist; a file that is something else is left untouched."""
-    if path.is_file() and path.stat().st_size > 0:
-        open_store(path).__exit__()
-    elif path.exists() and not path.is_file():
+    if path.exists() and not path.is_file():
         message = f"{path} is a folder: name a file for the store, such as {path / 'sweep.sqlite'}"
         raise StoreError(message)
     try:
@@ -174,12 +172,14 @@ def create_store(path: Path) -> Store:
         message = f"cannot make the folder of {path}: {error.strerror}; name another place with -o"
         raise StoreError(message) from None
     with _opened(path, str(path), timeout=30) as connection:
+        if connection.execute("PRAGMA page_count").fetchone()[0]:
+            _check(connection, path)
+        else:  # one transaction before anything else: a file is empty or a store, whenever this process is killed
+            header = f"PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={SCHEMA_VERSION};"
+            connection.executescript(f"BEGIN IMMEDIATE; {header} {SCHEMA} COMMIT;")
         connection.execute("PRAGMA journal_mode=WAL")
         # Under WAL a killed process loses nothing with this, only a power cut could.
         connection.execute("PRAGMA synchronous=NORMAL")
-        if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-            header = f"PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={SCHEMA_VERSION};"
-            connection.executescript(f"BEGIN; {header} {SCHEMA} COMMIT;")
         return Store(connection, writer=True)
 
 

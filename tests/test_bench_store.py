@@ -173,6 +173,25 @@ def test_a_file_that_is_no_store_is_refused_and_left_alone(tmp_path: Path, make,
     assert path.read_bytes() == before
 
 
+def test_an_empty_file_becomes_a_store(tmp_path: Path) -> None:
+    """A writer killed before its first commit leaves an empty file, with which the next one goes on."""
+    path = tmp_path / "x.sqlite"
+    path.touch()
+
+    assert fill(path, Result("params", samples=(1,))) == [True]
+
+
+def test_a_store_in_use_can_be_read(tmp_path: Path) -> None:
+    """While a sweep writes, others read what was committed so far."""
+    with create_store(tmp_path / "x.sqlite") as writer:
+        writer.add_case(CASE, [])
+        run = writer.add_run("2026-01-01T00:00:00+00:00", "test", 0, HERE)
+        writer.add_result(run, CASE.case_id, Result("params", samples=(1,)))
+
+        with open_store(tmp_path / "x.sqlite") as reader:
+            assert [row.result.metric for row in reader.rows()] == ["params"]
+
+
 def test_a_store_that_is_not_there_is_named(tmp_path: Path) -> None:
     """Reading a missing store says so and how to make one; nothing is created."""
     with pytest.raises(StoreError, match=r"there is no store at .*skipcost sweep"):
