@@ -153,6 +153,16 @@ def test_reports_never_load_torch() -> None:
 
 
 @pytest.mark.sources
+def test_the_workflow_runs_every_python_that_is_promised() -> None:
+    """The matrix is the classifiers' versions, and every action is pinned by its hash."""
+    workflow = read(".github/workflows/ci.yml")
+    promised = re.findall(r"Python :: (3\.\d+)", read("pyproject.toml"))
+
+    assert re.findall(r'"(3\.\d+)"', workflow) == promised
+    assert all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v[\d.]+", each) for each in re.findall(r"uses: (.+)", workflow))
+
+
+@pytest.mark.sources
 def test_the_version_is_said_once() -> None:
     """The distribution's version is the project file's."""
     project = tomllib.loads(read("pyproject.toml"))["project"]
