@@ -1,8 +1,9 @@
 """The one executor: an `nn.Module` that runs any `SkipGraph`. There is no other `forward` in the suite.
 
 Lifetimes are one rule: a map is dropped after its last reader. Where the reader is an op, the op's own frame must be
-the only one that holds its input, which is why maps are passed on out of lists and not out of variables: with a name
-left in this file, a merged map of UNet 3+ would outlive its convolution and add a third to the peak.
+the only one that holds its input, which is why maps are passed on out of lists and not out of variables. With a
+variable in `_run_node` a merged map outlives its convolution: traced at 512x512 that adds 24 % to the activations'
+peak of unet3+/d2/w64 and 7 % to that of unet++/d4/w32, and nothing where the peak is elsewhere.
 """
 
 from __future__ import annotations
