@@ -20,7 +20,7 @@ from skipcost.bench.subject import AUTOCAST, make_subject
 def preload_fvcore() -> Any:
     """Return fvcore's FlopCountAnalysis, or None where fvcore is not installed."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # fvcore imports torch.jit, deprecated since torch 2.13
+        warnings.filterwarnings("ignore", message="`torch.jit")  # fvcore imports it; deprecated, in 2.15 more loudly
         try:
             from fvcore.nn import FlopCountAnalysis  # noqa: PLC0415 - optional
         except ImportError:
