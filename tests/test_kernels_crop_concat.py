@@ -71,6 +71,7 @@ def test_a_cpu_runs_the_reference(memory_format: torch.memory_format, monkeypatc
         assert torch.equal(actual, wanted)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own, torch 2.15
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 def test_opcheck_passes_on_the_reference(memory_format: torch.memory_format) -> None:
     """Schema, fake tensors, autograd and tracing of both ops are sound where the reference runs."""
@@ -107,6 +108,7 @@ def test_the_memory_format_is_torch_cats() -> None:
             assert ours.stride() == expected.stride(), (shape, strides)
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python")  # Dynamo's own, on Python 3.13.0
 def test_compiled_code_calls_the_op_without_a_break() -> None:
     """torch.compile traces through the checks of the maps to the op and its gradients in one graph."""
     maps = _maps(torch.channels_last)

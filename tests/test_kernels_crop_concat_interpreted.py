@@ -274,6 +274,7 @@ def check_gradcheck_passes_in_float64() -> None:
     assert torch.autograd.gradcheck(lambda *each: crop_concat(each), maps, fast_mode=True)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own, torch 2.15
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("wanted", [(), (0,), (0, 1, 2)], ids=str)
 def check_opcheck_passes(layout: str, wanted: tuple[int, ...]) -> None:
