@@ -19,7 +19,7 @@ from skipcost.bench.cases import CASE_KEYS, FLAT_NAMES, SPEC_KEYS, Case, usual_v
 from skipcost.bench.cases import CHOICES as CASE_CHOICES
 from skipcost.bench.errors import SweepError
 from skipcost.bench.metrics import METRICS, default_metrics
-from skipcost.bench.timing import Budget
+from skipcost.bench.timing import Budget, check_number
 from skipcost.unet_models import ModelSpec, SkipGraph
 from skipcost.unet_models.spec import CHOICES as SPEC_CHOICES
 from skipcost.unet_models.spec import suggest
@@ -36,6 +36,12 @@ class Limits:
 
     case_seconds: float = 120.0
     memory: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a limit that is no length of time or no size, before anything runs under it."""
+        check_number("case_seconds", self.case_seconds, above=0)
+        if self.memory is not None:
+            parse_bytes(self.memory)
 
     def memory_bytes(self, machine_bytes: int) -> int:
         """The limit in bytes."""
@@ -63,9 +69,9 @@ class Plan:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: object) -> int:
     """Read "8GiB" (2**30) or "8GB" (10**9); SweepError with the accepted forms."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", text.upper())
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", str(text).upper())
     if not match or match[2] not in _UNITS:
         message = (
             f"{text!r} is not a size in bytes: write 8GiB (2**30 bytes each) or 8GB (10**9), KiB, KB, MiB, MB, or bytes"
@@ -115,11 +121,10 @@ def load_plan(name: str, settings: dict[str, list[str]], device: str, threads: i
 def _plan(name: str, content: dict[str, Any], settings: dict[str, list[str]], machine: dict[str, Any]) -> Plan:
     _known_keys("the sweep", content, TOP_KEYS)
     grids = content.get("grid")
-    if not isinstance(grids, list) or not grids:
-        message = "a sweep needs at least one [[grid]] table"
+    if not isinstance(grids, list) or not grids or not all(isinstance(grid, dict) for grid in grids):
+        message = "a sweep needs at least one [[grid]] table, and nothing else under that name"
         raise ValueError(message)
     budget, limits = Budget(**content.get("timing", {})), Limits(**content.get("limits", {}))
-    limits.memory_bytes(0)
     merged: dict[tuple[SkipGraph, str], PlannedCase] = {}
     left_out: dict[str, str] = {}
     for grid in grids:
@@ -160,7 +165,7 @@ def _in_order(metrics: Any) -> tuple[str, ...]:
 def make_case(chosen: dict[str, Any], machine: dict[str, Any]) -> Case:
     """Make one case from flat values; what is not said is usual for the device and the mode."""
     chosen = dict(chosen)
-    spec = ModelSpec.parse(chosen.pop("label")) if "label" in chosen else ModelSpec()
+    spec = ModelSpec.parse(str(chosen.pop("label"))) if "label" in chosen else ModelSpec()
     spec = spec.with_fields(**{key: chosen.pop(key) for key in SPEC_KEYS if key in chosen})
     values = usual_values(
         chosen.pop("device", machine["device"]),

@@ -8,6 +8,7 @@ CUDA is never initialised here, because it does not survive a fork.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -64,6 +65,8 @@ def _run(request: dict[str, Any], requests: IO[str], replies: IO[str]) -> dict[s
         if child == 0:
             _become_worker(request, writer, log)
         os.close(writer)
+        with contextlib.suppress(OSError):  # both sides set it: whoever comes first, the group is there to be killed
+            os.setpgid(child, child)
         timed_out = _relay(results, requests, replies, request["time_limit_s"])
         os.close(results)
         if timed_out:

@@ -20,6 +20,14 @@ WINDOW = 3
 BLOCK = 16
 
 
+def check_number(name: str, value: object, above: float = float("-inf")) -> None:
+    """Refuse what is no number, or not above a bound; ValueError says what was received."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > above:
+        accepted = "a number" if above == float("-inf") else f"a number above {above:g}"
+        message = f"{name}={value!r} is not {accepted}"
+        raise ValueError(message)
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
     """How long to sample, and when enough is known: seconds, relative half-width of the median, fewest samples."""
@@ -31,6 +39,8 @@ class Budget:
 
     def __post_init__(self) -> None:
         """Refuse a budget under which nothing would be measured."""
+        for name in ("seconds", "noise", "least", "warmup_seconds"):
+            check_number(name, getattr(self, name))
         if self.seconds <= 0 or self.noise < 0 or self.least < 1 or self.warmup_seconds < 0:
             message = f"{self} cannot be kept: seconds above 0, noise 0 or more, least 1 or more are accepted"
             raise ValueError(message)

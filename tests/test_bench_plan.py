@@ -134,7 +134,13 @@ def test_a_gpu_sweep_has_the_gpus_defaults(tmp_path: Path) -> None:
         ("[[grid]]\nlabel = 'unet/4'\n", "is not a label: write variant/dDEPTH/wWIDTH/skip"),
         ("[timing]\nseconds = -1\n[[grid]]\n", "cannot be kept"),
         ("[timing]\nsecond = 1\n[[grid]]\n", "second"),
+        ("[timing]\nseconds = 'x'\n[[grid]]\n", "seconds='x' is not a number"),
+        ("[limits]\ncase_seconds = 'x'\n[[grid]]\n", "case_seconds='x' is not a number above 0"),
+        ("[limits]\ncase_seconds = 0\n[[grid]]\n", "case_seconds=0 is not a number above 0"),
         ("[limits]\nmemory = '8 gigs'\n[[grid]]\n", "write 8GiB"),
+        ("[limits]\nmemory = [1]\n[[grid]]\n", "write 8GiB"),
+        ("grid = [1]\n", r"needs at least one \[\[grid\]\] table, and nothing else"),
+        ("[[grid]]\nlabel = 5\n", "'5' is not a label"),
     ],
 )
 def test_a_wrong_sweep_is_refused_in_a_sentence(tmp_path: Path, text: str, message: str) -> None:
@@ -150,9 +156,18 @@ def test_an_unknown_sweep_names_the_nearest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("8GiB", 8 * 2**30), ("8GB", 8 * 10**9), ("1.5 mib", 3 * 2**19), ("123", 123), ("7kb", 7000)]
+    ("text", "count"),
+    [
+        ("8GiB", 8 * 2**30),
+        ("8GB", 8 * 10**9),
+        ("1.5 mib", 3 * 2**19),
+        ("123", 123),
+        (123, 123),
+        (1.5e9, 1_500_000_000),
+        ("7kb", 7000),
+    ],
 )
-def test_bytes_are_read_with_their_unit(text: str, count: int) -> None:
+def test_bytes_are_read_with_their_unit(text: object, count: int) -> None:
     """GiB and GB differ, and both are taken at their word."""
     assert parse_bytes(text) == count
 
