@@ -1,0 +1,103 @@
+"""What the ops refuse, in one sentence each, before anything is launched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+SIDES = (1, 3)
+PADDINGS = (0, 1)
+
+
+def names(dtypes: Sequence[torch.dtype]) -> str:
+    """List types as people write them."""
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def check_maps(op: str, maps: Sequence[Tensor], dtypes: Sequence[torch.dtype] = DTYPES) -> None:
+    """Refuse maps that are not (N, C_i, H_i, W_i) of one batch, one type that the kernel takes, and one device."""
+    if not maps:
+        message = f"{op} got no maps: give it at least one of shape (N, C, H, W)"
+        raise ValueError(message)
+    first = maps[0]
+    for index, each in enumerate(maps):
+        if each.ndim != 4:  # noqa: PLR2004 - N, C, H, W
+            message = f"map {index} of {op} has shape {tuple(each.shape)}: every map must be (N, C, H, W)"
+            raise ValueError(message)
+        if each.dtype not in dtypes:
+            message = f"map {index} of {op} is {each.dtype}, which the kernel does not take; accepted: {names(dtypes)}"
+            raise ValueError(message)
+        if (each.dtype, each.device) != (first.dtype, first.device):
+            message = (
+                f"map {index} of {op} is {each.dtype} on {each.device}, map 0 is {first.dtype} on "
+                f"{first.device}: bring all maps to one type and device first"
+            )
+            raise ValueError(message)
+        if each.shape[0] != first.shape[0]:
+            message = (
+                f"map {index} of {op} has batch size {each.shape[0]}, map 0 has {first.shape[0]}: "
+                "all maps must come from the same batch"
+            )
+            raise ValueError(message)
+
+
+def check_weight(
+    op: str, maps: Sequence[Tensor], weight: Tensor, padding: int, vectors: Mapping[str, Tensor | None]
+) -> None:
+    """Refuse a weight that is not (O, C, k, k) for these maps, and vectors that are not one number per output."""
+    first = maps[0]
+    sides = tuple(weight.shape[2:])
+    if weight.ndim != 4 or sides[0] != sides[1] or sides[0] not in SIDES:  # noqa: PLR2004 - O, C, k, k
+        message = f"the weight of {op} has shape {tuple(weight.shape)}: (O, C, 3, 3) and (O, C, 1, 1) are supported"
+        raise ValueError(message)
+    channels = sum(each.shape[1] for each in maps)
+    if weight.shape[1] != channels:
+        message = (
+            f"the weight of {op} has shape {tuple(weight.shape)}, the maps have {channels} channels: the weight must "
+            f"read {channels}; groups, stride and dilation other than 1 are not supported"
+        )
+        raise ValueError(message)
+    if (weight.dtype, weight.device) != (first.dtype, first.device):
+        message = (
+            f"the weight of {op} is {weight.dtype} on {weight.device}, the maps are {first.dtype} on {first.device}: "
+            "bring them to one type and device first"
+        )
+        raise ValueError(message)
+    if padding not in PADDINGS:
+        message = f"padding={padding} of {op} is not supported; accepted: 0, 1"
+        raise ValueError(message)
+    check_vectors(op, weight, vectors)
+    if min(output_size(maps, weight.shape[2], padding)) < 1:
+        message = (
+            f"{op} got maps of {', '.join(f'{each.shape[2]}x{each.shape[3]}' for each in maps)}: after cropping, "
+            f"nothing is left of a {sides[0]}x{sides[1]} convolution with padding {padding}; give it larger maps"
+        )
+        raise ValueError(message)
+
+
+def check_vectors(op: str, weight: Tensor, vectors: Mapping[str, Tensor | None]) -> None:
+    """Refuse per-channel numbers that are not (O,), on the weight's device, in fp32 (fp64 beside fp64)."""
+    wanted = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        if tuple(vector.shape) != (weight.shape[0],):
+            message = f"{name} of {op} has shape {tuple(vector.shape)}: one number for each of {weight.shape[0]} outputs"
+            raise ValueError(message)
+        if (vector.dtype, vector.device) != (wanted, weight.device):
+            message = (
+                f"{name} of {op} is {vector.dtype} on {vector.device}: beside a weight of {weight.dtype} on "
+                f"{weight.device} it must be {wanted} on {weight.device}"
+            )
+            raise ValueError(message)
+
+
+def output_size(maps: Sequence[Tensor], side: int, padding: int) -> tuple[int, int]:
+    """Height and width of a convolution over maps that are cropped to the smallest of them."""
+    shrink = side - 1 - 2 * padding
+    height = min(each.shape[2] for each in maps) - shrink
+    width = min(each.shape[3] for each in maps) - shrink
+    return height, width

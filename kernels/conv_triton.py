@@ -1,0 +1,257 @@
+"""The device code of the convolutions: stride 1, 3x3 or 1x1, over one map or several side by side, by addresses.
+
+Triton reads the annotation of a kernel's argument as its type, so arguments are described in comments. Every kernel
+computes a tile of `pixels` x `channels` outputs as a product of matrices, [pixels, depth] x [depth, channels], summed
+over taps and input channels; all operands are channels-last. `_finish` is the common end: scale, shift, ReLU, and what
+else is wanted of the tile while it is in registers.
+"""
+# ruff: noqa: ANN001, ANN202 - see above
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["batch", "height", "width", "out_height", "out_width"])
+def conv(
+    sources,  # one per map: [N, H, W, C_i], windows of equal size
+    source_channels,  # one per map: C_i
+    source_strides,  # one per map: N's, H's, W's
+    weight,  # [O, taps, sum of C_i]
+    scale,  # [O] or None
+    shift,  # [O] or None
+    out,  # [N, H', W', O]
+    pooled,  # [N, H' // 2, W' // 2, O] or None
+    partials,  # [tiles, 3, O] or None
+    out_strides,  # N's, H's, W's
+    pooled_strides,  # N's, H's, W's, or None
+    batch,
+    height,
+    width,
+    out_height,
+    out_width,
+    in_channels,  # of all maps
+    out_channels,
+    side: tl.constexpr,  # 3 or 1: taps = side * side
+    padding: tl.constexpr,
+    relu: tl.constexpr,
+    precision: tl.constexpr,  # of the product: "ieee" or "tf32"
+    wide: tl.constexpr,
+    tile_pixels: tl.constexpr,
+    tile_channels: tl.constexpr,
+    tile_depth: tl.constexpr,
+    group: tl.constexpr,
+) -> None:
+    """Convolve the maps as if they were one, their channels side by side; the joined map is never formed."""
+    tile, first_channel = _place(
+        batch, out_height, out_width, out_channels, pooled, wide, tile_pixels, tile_channels, group
+    )
+    n, y, x, inside = _pixels(tile, batch, out_height, out_width, pooled, wide, tile_pixels)
+    o = first_channel + tl.arange(0, tile_channels)  # [tile_channels]
+    in_o = o < out_channels
+    total = _zeros(out, tile_pixels, tile_channels)
+    first = 0
+    for source in tl.static_range(len(sources)):
+        count = source_channels[source]
+        strides = source_strides[source]
+        blocks = tl.cdiv(count, tile_depth)
+        for step in range(side * side * blocks):
+            tap = step // blocks
+            c = (step - tap * blocks) * tile_depth + tl.arange(0, tile_depth)  # [tile_depth]
+            in_c = c < count
+            sy = y + tap // side - padding
+            sx = x + tap % side - padding
+            in_map = inside & (sy >= 0) & (sy < height) & (sx >= 0) & (sx < width)
+            pixel = n * strides[0] + sy * strides[1] + sx * strides[2]
+            a = tl.load(
+                sources[source] + pixel[:, None] + c[None, :], mask=in_map[:, None] & in_c[None, :], other=0.0
+            )
+            row = o * (side * side * in_channels) + tap * in_channels + first
+            b = tl.load(weight + row[None, :] + c[:, None], mask=in_o[None, :] & in_c[:, None], other=0.0)
+            total = tl.dot(a, b, total, input_precision=precision, out_dtype=total.dtype)
+        first += count
+    _finish(
+        total, tile, n, y, x, inside, o, in_o, scale, shift, out, pooled, partials, out_strides, pooled_strides,
+        batch, out_height, out_width, out_channels, relu, wide, tile_pixels, tile_channels,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["batch", "height", "width", "out_height", "out_width"])
+def conv_few(
+    source,  # [N, H, W, C]
+    source_strides,  # N's, H's, W's, C's: an image may come as it is, channels first
+    weight,  # [O, taps, C]
+    scale,  # [O] or None
+    shift,  # [O] or None
+    out,  # [N, H', W', O]
+    pooled,  # [N, H' // 2, W' // 2, O] or None
+    partials,  # [tiles, 3, O] or None
+    out_strides,  # N's, H's, W's
+    pooled_strides,  # N's, H's, W's, or None
+    batch,
+    height,
+    width,
+    out_height,
+    out_width,
+    out_channels,
+    in_channels: tl.constexpr,
+    side: tl.constexpr,
+    padding: tl.constexpr,
+    relu: tl.constexpr,
+    precision: tl.constexpr,
+    wide: tl.constexpr,
+    tile_pixels: tl.constexpr,
+    tile_channels: tl.constexpr,
+    tile_depth: tl.constexpr,  # at least taps * C
+    group: tl.constexpr,
+) -> None:
+    """Convolve a map of so few channels that all taps of all of them are one step of the product."""
+    tile, first_channel = _place(
+        batch, out_height, out_width, out_channels, pooled, wide, tile_pixels, tile_channels, group
+    )
+    n, y, x, inside = _pixels(tile, batch, out_height, out_width, pooled, wide, tile_pixels)
+    o = first_channel + tl.arange(0, tile_channels)  # [tile_channels]
+    in_o = o < out_channels
+    k = tl.arange(0, tile_depth)  # [tile_depth]
+    in_k = k < side * side * in_channels
+    tap = k // in_channels
+    c = k % in_channels
+    sy = y[:, None] + (tap // side)[None, :] - padding  # [tile_pixels, tile_depth]
+    sx = x[:, None] + (tap % side)[None, :] - padding
+    in_map = inside[:, None] & in_k[None, :] & (sy >= 0) & (sy < height) & (sx >= 0) & (sx < width)
+    address = (n * source_strides[0])[:, None] + sy * source_strides[1] + sx * source_strides[2]
+    address += (c * source_strides[3])[None, :]
+    a = tl.load(source + address, mask=in_map, other=0.0)
+    row = o * (side * side * in_channels)
+    b = tl.load(weight + row[None, :] + k[:, None], mask=in_o[None, :] & in_k[:, None], other=0.0)
+    total = _zeros(out, tile_pixels, tile_channels)
+    total = tl.dot(a, b, total, input_precision=precision, out_dtype=total.dtype)
+    _finish(
+        total, tile, n, y, x, inside, o, in_o, scale, shift, out, pooled, partials, out_strides, pooled_strides,
+        batch, out_height, out_width, out_channels, relu, wide, tile_pixels, tile_channels,
+    )  # fmt: skip
+
+
+@triton.jit
+def _zeros(out, tile_pixels: tl.constexpr, tile_channels: tl.constexpr):
+    """Sums start as zeros of 32 bits, or of 64 where the operands have them."""
+    if out.dtype.element_ty == tl.float64:
+        total = tl.zeros((tile_pixels, tile_channels), dtype=tl.float64)
+    else:
+        total = tl.zeros((tile_pixels, tile_channels), dtype=tl.float32)
+    return total
+
+
+@triton.jit
+def _place(
+    batch, out_height, out_width, out_channels, pooled, wide: tl.constexpr,
+    tile_pixels: tl.constexpr, tile_channels: tl.constexpr, group: tl.constexpr,
+):  # fmt: skip
+    """Return which tile of pixels, and from which output channel on, this program computes.
+
+    Programs that run at the same time take `group` neighbouring tiles and all channels of them, so that the weights
+    and the rows that tiles share are still in the L2 cache.
+    """
+    if wide:
+        batch = batch.to(tl.int64)
+    if pooled is None:
+        pixels = batch * out_height * out_width
+    else:
+        pixels = batch * ((out_height + 1) // 2) * ((out_width + 1) // 2) * 4
+    tiles = tl.cdiv(pixels, tile_pixels)
+    across = tl.cdiv(out_channels, tile_channels)
+    program = tl.program_id(0)
+    first = program // (group * across) * group
+    rows = tl.minimum(tiles - first, group)
+    within = program % (group * across)
+    return first + within % rows, (within // rows) * tile_channels
+
+
+@triton.jit
+def _pixels(tile, batch, out_height, out_width, pooled, wide: tl.constexpr, tile_pixels: tl.constexpr):
+    """Return image, row and column of each output pixel of a tile, and whether it exists.
+
+    Where the map is also pooled, four pixels in a row of the tile are one 2x2 window of the map; windows that hang
+    over its edge are computed, for the sake of their pixels, and not pooled.
+    """
+    if wide:  # all addresses are computed from this one, so all of them become 64 bits wide
+        tile = tile.to(tl.int64)
+    m = tile * tile_pixels + tl.arange(0, tile_pixels)  # [tile_pixels]
+    if pooled is None:
+        x = m % out_width
+        y = (m // out_width) % out_height
+        n = m // (out_width * out_height)
+    else:
+        windows_across = (out_width + 1) // 2
+        windows_down = (out_height + 1) // 2
+        window = m // 4
+        x = (window % windows_across) * 2 + m % 2
+        y = ((window // windows_across) % windows_down) * 2 + (m % 4) // 2
+        n = window // (windows_across * windows_down)
+    return n, y, x, (n < batch) & (y < out_height) & (x < out_width)
+
+
+@triton.jit
+def _finish(
+    total, tile, n, y, x, inside, o, in_o, scale, shift, out, pooled, partials, out_strides, pooled_strides,
+    batch, out_height, out_width, out_channels, relu: tl.constexpr, wide: tl.constexpr,
+    tile_pixels: tl.constexpr, tile_channels: tl.constexpr,
+):  # fmt: skip
+    """Scale, shift and clip the sums, store them, and derive the pooled map and the statistics from what was stored."""
+    stored = finished(total, o, in_o, scale, shift, relu).to(out.dtype.element_ty)
+    keep = inside[:, None] & in_o[None, :]
+    pixel = n * out_strides[0] + y * out_strides[1] + x * out_strides[2]
+    tl.store(out + pixel[:, None] + o[None, :], stored, mask=keep)
+    if partials is not None:
+        summarize(stored.to(total.dtype), keep, tile, o, in_o, partials, out_channels)
+    if pooled is not None:
+        windows: tl.constexpr = tile_pixels // 4
+        best = largest_of(tl.reshape(stored.to(total.dtype), (windows, 4, tile_channels)))
+        if wide:
+            tile = tile.to(tl.int64)
+        m = tile * windows + tl.arange(0, windows)
+        windows_across = (out_width + 1) // 2
+        windows_down = (out_height + 1) // 2
+        px = m % windows_across
+        py = (m // windows_across) % windows_down
+        pn = m // (windows_across * windows_down)
+        whole = (pn < batch) & (py < out_height // 2) & (px < out_width // 2)
+        window = pn * pooled_strides[0] + py * pooled_strides[1] + px * pooled_strides[2]
+        tl.store(
+            pooled + window[:, None] + o[None, :],
+            best.to(pooled.dtype.element_ty),
+            mask=whole[:, None] & in_o[None, :],
+        )
+
+
+@triton.jit
+def finished(total, o, in_o, scale, shift, relu: tl.constexpr):
+    """Scale and shift the sums per output channel, where asked; ReLU lets NaN through, as PyTorch's does."""
+    if scale is not None:
+        total = total * tl.load(scale + o, mask=in_o, other=0.0)[None, :]
+    if shift is not None:
+        total = total + tl.load(shift + o, mask=in_o, other=0.0)[None, :]
+    if relu:
+        total = tl.where(total <= 0.0, 0.0, total)
+    return total
+
+
+@triton.jit
+def summarize(values, keep, tile, o, in_o, partials, out_channels):
+    """Write count, mean and summed squared deviations of a tile, per channel; no atomics, so runs are repeatable."""
+    count = tl.sum(keep.to(values.dtype), axis=0)  # [tile_channels]
+    mean = tl.sum(tl.where(keep, values, 0.0), axis=0) / tl.maximum(count, 1.0)
+    away = tl.where(keep, values - mean[None, :], 0.0)
+    row = partials + tile * 3 * out_channels + o
+    tl.store(row, count, mask=in_o)
+    tl.store(row + out_channels, mean, mask=in_o)
+    tl.store(row + 2 * out_channels, tl.sum(away * away, axis=0), mask=in_o)
+
+
+@triton.jit
+def largest_of(windows):
+    """Maximum over dimension 1 of [windows, 4, channels]; NaN if there is one, as PyTorch's max-pool has it."""
+    broken = tl.max((windows != windows).to(tl.int32), axis=1)
+    return tl.where(broken > 0, float("nan"), tl.max(windows, axis=1))
