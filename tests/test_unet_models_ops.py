@@ -29,6 +29,9 @@ from skipcost.unet_models import (
 )
 from skipcost.unet_models.ops import ConvNormAct
 
+STEPS = [field.name for field in fields(Ops) if getattr(REFERENCE, field.name) is not None]
+JOINED = ("merge_conv", "conv_pool")  # several steps in one op, which the reference does one by one
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -85,7 +88,7 @@ def test_dropping_maps_lowers_the_peak(variant: str) -> None:
 
         return run
 
-    hoarding = Ops(**{field.name: keeping(getattr(REFERENCE, field.name)) for field in fields(Ops)})
+    hoarding = Ops(**{name: keeping(getattr(REFERENCE, name)) for name in STEPS})
 
     assert _peak_bytes(build(spec), 32, 32) < 0.6 * _peak_bytes(build(spec, hoarding), 32, 32)
 
@@ -199,7 +202,7 @@ def _fused(network: SkipGraph, edge: Edge) -> bool:
     return edge.shift > 0 and edge.conv is not None and not steers
 
 
-@pytest.mark.parametrize("op", [field.name for field in fields(Ops)])
+@pytest.mark.parametrize("op", STEPS)
 @by_label(
     [
         *(ModelSpec(variant, 3, 2, skip, classes=1) for variant in VARIANTS for skip in ("concat", "gated")),
@@ -236,3 +239,52 @@ def test_a_replaced_op_decides_the_output() -> None:
     outputs = [net(torch.randn(1, 1, 16, 16)) for _ in range(2)]
 
     assert torch.equal(*outputs)
+
+
+class _Joined:
+    """The joined ops, made of the reference's steps, and how often each ran."""
+
+    def __init__(self) -> None:
+        self.calls = dict.fromkeys(JOINED, 0)
+        self.ops = replace(REFERENCE, merge_conv=self.merge_conv, conv_pool=self.conv_pool)
+
+    def merge_conv(self, layer: ConvNormAct, maps: list[Tensor], how: str, up: nn.ConvTranspose2d | None) -> Tensor:
+        self.calls["merge_conv"] += 1
+        if up is not None:
+            maps.append(REFERENCE.up_conv(up, maps.pop()))
+        merged = [REFERENCE.merge(maps, how)]
+        maps.clear()
+        return REFERENCE.conv_norm_act(layer, merged.pop())
+
+    def conv_pool(self, layer: ConvNormAct, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.calls["conv_pool"] += 1
+        full = REFERENCE.conv_norm_act(layer, x)
+        return full, REFERENCE.pool(full, 2, ceil=False)
+
+
+@by_label(
+    [
+        *cells((2,)),
+        *(ModelSpec(variant, 3, 2, skip, padding="valid") for variant, skip in (("unet", "concat"), ("unet++", "sum"))),
+    ]
+)
+def test_joined_ops_do_what_their_steps_do(spec: ModelSpec) -> None:
+    """Every node enters through one, every pooled encoder map leaves through the other, and no bit changes."""
+    joined = _Joined()
+    net, reference = build(spec, joined.ops).eval(), build(spec).eval()
+    reference.load_state_dict(net.state_dict())
+    image = torch.randn(1, 1, 93, 95) if spec.padding == "valid" else torch.randn(1, 1, 13, 14)
+
+    outputs = outputs_of(net(image))
+
+    network = graph(spec)
+    assert joined.calls == {"merge_conv": len(network.nodes), "conv_pool": network.depth}
+    assert all(map(torch.equal, outputs, outputs_of(reference(image))))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_joined_ops_hold_no_map_longer(variant: str) -> None:
+    """The peak of memory is not above that of the steps: lists are emptied, and pooled maps dropped by their reader."""
+    spec = ModelSpec(variant, 3, 4)
+
+    assert _peak_bytes(build(spec, _Joined().ops), 32, 32) <= 1.01 * _peak_bytes(build(spec), 32, 32)

@@ -77,19 +77,49 @@ class SkipNet(nn.Module):
         return (masked if len(masked) > 1 else masked[0]), class_logits
 
     def _run_node(self, node: Node, maps: dict[str, Tensor], unread: Counter[str]) -> Tensor:
-        held = [self.ops.merge(self._arrivals(node, maps, unread), node.merge)]
-        for layer in cast("nn.ModuleList", self.nodes[node.name]):
-            held.append(self.ops.conv_norm_act(cast("ConvNormAct", layer), held.pop()))
+        first, *others = cast("list[ConvNormAct]", list(cast("nn.ModuleList", self.nodes[node.name])))
+        held = [self._enter(node, first, maps, unread)]
+        pooling = self._pooling(node) if self.ops.conv_pool and others else None
+        for layer in others[:-1] if pooling else others:
+            held.append(self.ops.conv_norm_act(layer, held.pop()))
+        if pooling and self.ops.conv_pool:
+            full, maps[pooling.name] = self.ops.conv_pool(others[-1], held.pop())
+            return full
         return held.pop()
 
-    def _arrivals(self, node: Node, maps: dict[str, Tensor], unread: Counter[str]) -> list[Tensor]:
-        """Carry every input to the node; the map that steers a gate is up-sampled once, for the gate and its edge."""
+    def _enter(self, node: Node, layer: ConvNormAct, maps: dict[str, Tensor], unread: Counter[str]) -> Tensor:
+        """Merge the node's inputs and run its first convolution, in one op where there is one."""
+        if self.ops.merge_conv is None:
+            held = [self.ops.merge(self._arrivals(node, maps, unread), node.merge)]
+            return self.ops.conv_norm_act(layer, held.pop())
+        edge = node.inputs[-1]
+        plain = edge is node.deeper and not edge.conv and not edge.project and not any(e.gate for e in node.inputs)
+        up = cast("nn.ConvTranspose2d", self._layers(edge).up) if edge.up and plain else None
+        return self.ops.merge_conv(layer, self._arrivals(node, maps, unread, raw=up is not None), node.merge, up)
+
+    def _pooling(self, node: Node) -> Edge | None:
+        """The edge on which the next encoder level pools this node; None in the decoder and at the bottom."""
+        reads = (edge for edge in self.graph.edges if edge.source == node.name)
+        return next((edge for edge in reads if edge.shift == -1 and not edge.skip), None)
+
+    def _arrivals(
+        self, node: Node, maps: dict[str, Tensor], unread: Counter[str], *, raw: bool = False
+    ) -> list[Tensor]:
+        """Carry every input to the node; the map that steers a gate is up-sampled once, for the gate and its edge.
+
+        With `raw` the deeper map arrives as it is; what its last convolution pooled already arrives as that.
+        """
         signal: list[Tensor] = []
         if node.deeper and any(edge.gate for edge in node.inputs):
             signal.append(self._resample(node.deeper, _read(node.deeper, maps, unread)))
         arrivals = []
         for edge in node.inputs:
-            if signal and edge is node.deeper:
+            if edge.name in maps:
+                _read(edge, maps, unread)
+                arrivals.append(maps.pop(edge.name))
+            elif raw and edge is node.deeper:
+                arrivals.append(_read(edge, maps, unread).pop())
+            elif signal and edge is node.deeper:
                 arrivals.append(self._convolve(edge, signal, resampled=True))
             elif edge.gate:
                 layers = self._layers(edge)

@@ -121,7 +121,13 @@ def gate(layer: AttentionGate, x: Tensor, signal: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Ops:
-    """The functions through which the executor does all of its arithmetic on maps."""
+    """The functions through which the executor does all of its arithmetic on maps.
+
+    The last two join steps that other rows do one by one; where they are None, as in the reference, those rows run.
+    merge_conv(layer, maps, how, up): merge the maps, the last of them up-sampled by `up` first where that is given, and
+    run a node's first convolution. It may empty the list, so that no map outlives its use.
+    conv_pool(layer, x): run a node's last convolution; return the map and its 2x2 max-pool, floored.
+    """
 
     conv_norm_act: Callable[[ConvNormAct, Tensor], Tensor]
     up_conv: Callable[[nn.ConvTranspose2d, Tensor], Tensor]
@@ -130,6 +136,8 @@ class Ops:
     pool: Callable[..., Tensor]
     merge: Callable[[list[Tensor], str], Tensor]
     gate: Callable[[AttentionGate, Tensor, Tensor], Tensor]
+    merge_conv: Callable[[ConvNormAct, list[Tensor], str, nn.ConvTranspose2d | None], Tensor] | None = None
+    conv_pool: Callable[[ConvNormAct, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 REFERENCE = Ops(conv_norm_act, up_conv, up_sample, up_sample_conv, pool, merge, gate)
