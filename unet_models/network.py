@@ -58,6 +58,10 @@ class SkipNet(nn.Module):
 
     def forward(self, image: Tensor) -> Output:
         """Run the graph on (N, in_channels, H, W)."""
+        with self.ops.around():
+            return self._run(image)
+
+    def _run(self, image: Tensor) -> Output:
         graph, maps, logits = self.graph, {IMAGE: image}, {}
         unread = Counter(edge.source for edge in graph.edges)
         class_logits = None

@@ -8,6 +8,7 @@ weights, so that a replacement may fold or pack them, and never own state of the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -123,10 +124,12 @@ def gate(layer: AttentionGate, x: Tensor, signal: Tensor) -> Tensor:
 class Ops:
     """The functions through which the executor does all of its arithmetic on maps.
 
-    The last two join steps that other rows do one by one; where they are None, as in the reference, those rows run.
+    merge_conv and conv_pool join steps that other rows do one by one; where they are None, as in the reference, those
+    rows run.
     merge_conv(layer, maps, how, up): merge the maps, the last of them up-sampled by `up` first where that is given, and
     run a node's first convolution. It may empty the list, so that no map outlives its use.
     conv_pool(layer, x): run a node's last convolution; return the map and its 2x2 max-pool, floored.
+    around: makes the context in which one forward pass runs.
     """
 
     conv_norm_act: Callable[[ConvNormAct, Tensor], Tensor]
@@ -138,6 +141,7 @@ class Ops:
     gate: Callable[[AttentionGate, Tensor, Tensor], Tensor]
     merge_conv: Callable[[ConvNormAct, list[Tensor], str, nn.ConvTranspose2d | None], Tensor] | None = None
     conv_pool: Callable[[ConvNormAct, Tensor], tuple[Tensor, Tensor]] | None = None
+    around: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 REFERENCE = Ops(conv_norm_act, up_conv, up_sample, up_sample_conv, pool, merge, gate)
