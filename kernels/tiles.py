@@ -70,6 +70,7 @@ class Need:
     precision: str  # fp32 | tf32 | bf16 | fp16
     taps: int = 9
     sources: int = 1
+    divisor: int = 1  # the greatest that the channels of all maps have in common
 
     @property
     def pixels(self) -> int:
@@ -83,30 +84,31 @@ def up_to(size: int, largest: int) -> int:
 
 
 def default_tile(need: Need, form: str) -> Tile:
-    """Return the tile of a shape that nobody has tuned; sm_90's figures in KERNELS: `skipcost kernels resources`.
+    """Return the tile of a shape that nobody has tuned: what leaves room for most warps on a multiprocessor of sm_90.
 
-    Two 4-byte operands fill shared memory as fast as four of 2 bytes, so their depth is halved. More than 64 output
-    channels take 8 warps: with 4, a program's accumulator and addresses pass 168 registers and a third block is lost.
+    Read off binaries that Triton 3.7.1 compiled ahead of time, bf16: at 64 outputs 8 warps take 80 registers where 4
+    take 152, and three blocks fit either way. At 128 outputs 128 pixels leave room for one block only (134 registers
+    by descriptor, 171 by address), 64 pixels for three. Operands of 4 bytes fill shared memory twice as fast, so their
+    depth is halved.
     """
     wide = need.precision in ("fp32", "tf32")
-    channels = up_to(need.out_channels, 64 if wide or form == "few" else 128)
-    warps = 8 if channels > 64 else 4  # noqa: PLR2004 - see above
+    channels = up_to(need.out_channels, 64 if wide or form == "few" or (form == "pointer" and need.sources > 1) else 128)
     if form == "few":
-        return Tile("few", 128, channels, up_to(need.taps * need.in_channels, 64), 4, 2)
+        return Tile("few", 128, channels, up_to(need.taps * need.in_channels, 64), 8, 2)
+    pixels, warps = (64, 4) if channels > 64 else (128, 8)  # noqa: PLR2004 - see above
     depth = up_to(need.in_channels, 32 if wide else 64)
-    if form == "tma":
-        return Tile("tma", 128, channels, depth, warps, 3, *_block(need.height, need.width))
+    if form == "tma":  # a block must not reach beyond the last channel of a map
+        depth = min(depth, max(need.divisor & -need.divisor, MATRIX_MIN))
+        return Tile("tma", pixels, channels, depth, warps, 3, *_block(pixels, need.height, need.width))
     if need.sources > 1:  # the loop over each source is written out, and its addresses with it
-        return Tile("pointer", 128, min(channels, 64), min(depth, 32), 8, 3)
-    return Tile("pointer", 128, channels, depth, warps, 3)
+        depth = min(depth, 32)
+    return Tile("pointer", pixels, channels, depth, warps, 3)
 
 
-def _block(height: int, width: int) -> tuple[int, int]:
-    """Cut a map into blocks of 128 pixels so that the fewest hang over its edges; near-square ones where equal."""
-    return min(
-        ((8, 16), (16, 8), (4, 32), (2, 64)),
-        key=lambda block: -(-height // block[0]) * -(-width // block[1]),
-    )
+def _block(pixels: int, height: int, width: int) -> tuple[int, int]:
+    """Cut a map into blocks so that the fewest hang over its edges; near-square ones where that is equal."""
+    sides = [(8, pixels // 8), (4, pixels // 4), (16, pixels // 16), (2, pixels // 2)]
+    return min(sides, key=lambda block: -(-height // block[0]) * -(-width // block[1]))
 
 
 CANDIDATES: dict[str, tuple[Tile, ...]] = {
@@ -118,6 +120,7 @@ CANDIDATES: dict[str, tuple[Tile, ...]] = {
         Tile("pointer", 128, 128, 64, 8, 3),
         Tile("pointer", 64, 128, 64, 4, 3),
         Tile("pointer", 64, 64, 64, 4, 4),
+        Tile("pointer", 64, 128, 32, 4, 4),
         Tile("pointer", 64, 32, 64, 4, 4),
     ),
     "tma": (
@@ -128,10 +131,16 @@ CANDIDATES: dict[str, tuple[Tile, ...]] = {
         Tile("tma", 128, 128, 64, 8, 3, 8, 16),
         Tile("tma", 128, 128, 64, 8, 4, 8, 16),
         Tile("tma", 128, 128, 64, 8, 4, 16, 8),
+        Tile("tma", 128, 64, 64, 8, 3, 8, 16),
+        Tile("tma", 128, 128, 32, 8, 4, 8, 16),
+        Tile("tma", 64, 128, 64, 4, 3, 4, 16),
+        Tile("tma", 64, 128, 64, 4, 4, 8, 8),
+        Tile("tma", 256, 64, 64, 8, 3, 16, 16),
         Tile("tma", 256, 128, 64, 8, 3, 16, 16),
     ),
     "few": (
         Tile("few", 128, 64, 32, 4, 2),
+        Tile("few", 128, 64, 32, 8, 2),
         Tile("few", 128, 64, 64, 4, 2),
         Tile("few", 256, 64, 32, 8, 2),
         Tile("few", 64, 64, 32, 4, 2),

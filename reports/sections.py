@@ -18,6 +18,7 @@ from skipcost.reports.curves import scaling_context, tradeoff_context
 from skipcost.reports.data import BASE, REFERENCE_SKIP, Data
 from skipcost.reports.findings import find
 from skipcost.reports.grid import Cell, Grid, whole, words
+from skipcost.reports.kernels import kernels_context
 from skipcost.reports.networks import networks_context
 from skipcost.reports.provenance import provenance_context
 from skipcost.reports.table import rows_context
@@ -141,6 +142,7 @@ SECTIONS: tuple[Section, ...] = (
     Section("scaling", "How cost grows", "Scaling", scaling_context),
     Section("tradeoffs", "What is traded for what", "Trade-offs", tradeoff_context),
     Section("networks", "Where in the network the cost is", "Networks", networks_context),
+    Section("kernels", "What fused kernels can win", "Kernels", kernels_context),
     Section("rows", "All rows", "All rows", rows_context),
     Section("failures", "Failures and doubts", "Failures", failures_context),
     Section("metrics", "How each number was made", "Metrics", metrics_context),

@@ -1,0 +1,171 @@
+"""Which implementation runs a call, and why: measured where somebody measured it, else worked out by break-even.
+
+A kernel of ours wins where the passes over memory that it saves take longer than what its product loses to cuDNN's:
+that is decided per shape, never for a whole network. Nothing is timed here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from skipcost.kernels import winners
+from skipcost.kernels.calls import Call
+from skipcost.kernels.tiles import FEW_CHANNELS
+
+CUDNN_SHARE = 0.65  # of the matrix peak that cuDNN's convolutions reach: an assumption, until a card is measured
+TRITON_SHARE = 0.74 * CUDNN_SHARE  # the best published Triton convolution against cuDNN, channels-last: pytorch#174752
+MARGIN = 0.05  # a predicted win must be this large: the prediction is no better than that
+ALIGNED = 16  # channels: what Triton knows of a stride, or nothing, and the least depth of a product
+WIDE_LOAD = 8  # elements of 16 bits in 16 bytes: fewer channels in a row are loaded one by one
+VALUE_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {  # by op, what can run it; the first is what a card is judged against
+    "conv_bn_relu": ("cudnn", "tma", "triton"),
+    "conv_bn_relu_pool": ("cudnn", "tma", "triton"),
+    "concat_conv_bn_relu": ("cudnn", "tma", "triton"),
+    "conv_bn_relu_train": ("cudnn", "triton", "reference"),
+    "up_conv": ("reference", "triton"),
+    "crop_concat": ("reference", "triton"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What decides on a GPU: bytes a second of a copy, products and sums a second, from where; and its generation."""
+
+    name: str
+    architecture: str  # "sm90"
+    copy_bytes_per_s: float
+    matrix_flop_per_s: float  # 16-bit operands, dense
+    origin: str
+
+    def matrix_rate(self, precision: str) -> float:
+        """Return FLOP/s of products in this precision: tf32 at half of 16 bits; fp32 without tensor cores, a tenth."""
+        return self.matrix_flop_per_s * {"tf32": 0.5, "fp32": 0.08}.get(precision, 1.0)
+
+
+CARDS: tuple[Card, ...] = (  # bandwidth and dense 16-bit rate as the maker's data sheets give them
+    Card("NVIDIA H200", "sm90", 4.8e12, 989e12, "data sheet"),
+    Card("NVIDIA H100", "sm90", 3.35e12, 989e12, "data sheet, SXM"),
+    Card("NVIDIA A100", "sm80", 2.04e12, 312e12, "data sheet, 80 GB"),
+    Card("NVIDIA L4", "sm89", 0.3e12, 121e12, "data sheet"),
+    Card("NVIDIA GeForce RTX 4090", "sm89", 1.01e12, 165e12, "data sheet"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What runs a call. origin: "rule", "predicted" or "measured"; seconds: per implementation, as far as known."""
+
+    implementation: str
+    why: str
+    origin: str
+    seconds: dict[str, float]
+
+
+def card_named(name: str, architecture: str = "") -> Card:
+    """Return the card of this name, or the first whose name begins or ends so; unknown ones are taken for an H200.
+
+    A wrong guess moves the break-even, never the result; the origin says that it was guessed.
+    """
+    for card in CARDS:
+        if name.casefold() in card.name.casefold() or card.name.casefold() in name.casefold():
+            return Card(name if len(name) > len(card.name) else card.name, *_rest(card))
+    first = CARDS[0]
+    guess = f"unknown card, taken for {first.name}"
+    return Card(name, architecture or first.architecture, first.copy_bytes_per_s, first.matrix_flop_per_s, guess)
+
+
+def _rest(card: Card) -> tuple[str, float, float, str]:
+    return card.architecture, card.copy_bytes_per_s, card.matrix_flop_per_s, card.origin
+
+
+@lru_cache(maxsize=4096)  # a network asks for the same few calls in every step
+def choose(call: Call, card: Card | None) -> Choice:
+    """Return what runs `call` on a card; None is a machine without one."""
+    if card is None:
+        return Choice("reference", "no GPU: the PyTorch reference runs", "rule", {})
+    able = [name for name in IMPLEMENTATIONS[call.op] if not why_not(call, name, card)]
+    found = winners.measured(call, card.name)
+    known = {name: found[name].seconds for name in found if name in able or name == "reference"}
+    if len(known) > 1:
+        best = min(known, key=lambda name: known[name])
+        others = ", ".join(f"{name} {known[name] * 1e6:.1f} us" for name in known if name != best)
+        return Choice(best, f"measured {known[best] * 1e6:.1f} us ({others})", "measured", known)
+    guessed = {name: predict(call, name, card) for name in able}
+    first = able[0]
+    best = min(guessed, key=lambda name: guessed[name])
+    if best == first or guessed[best] > guessed[first] * (1 - MARGIN):
+        return Choice(first, _why_first(call, first, card, guessed), "predicted", guessed)
+    gain = guessed[first] / guessed[best]
+    return Choice(best, f"{_saving(call)}: {gain:.2f}x of {first} at break-even", "predicted", guessed)
+
+
+def why_not(call: Call, name: str, card: Card) -> str:
+    """Say why an implementation cannot run a call on a card, or never should; empty where it may."""
+    if name not in ("triton", "tma") or call.op in ("up_conv", "crop_concat"):
+        return ""
+    if call.precision == "fp32":
+        return "full 32-bit products run without tensor cores"
+    aligned = not any(channels % ALIGNED for channels, _, _ in call.sources)
+    if name == "tma" and card.architecture < "sm90":
+        return f"{card.architecture} has no copy engine"
+    if name == "tma" and (not aligned or call.out_channels % WIDE_LOAD):
+        return f"{ALIGNED} does not divide the channels of every map"
+    few = len(call.sources) == 1 and call.in_channels <= FEW_CHANNELS
+    return "" if aligned or few else f"{ALIGNED} does not divide the channels of every map: they are read one by one"
+
+
+def predict(call: Call, name: str, card: Card) -> float:
+    """Return seconds of an implementation: the slower of its product and its bytes, and the passes it adds.
+
+    Each tensor is read and written once per kernel; what a small map keeps in the L2 cache is not taken off.
+    """
+    ours = name in ("triton", "tma")
+    rate = card.matrix_rate(call.precision) * (TRITON_SHARE if ours else CUDNN_SHARE)
+    product = max(2 * call.macs / rate, call.bytes / card.copy_bytes_per_s)
+    return product + (0 if ours else extra_bytes(call, name) / card.copy_bytes_per_s)
+
+
+def extra_bytes(call: Call, name: str) -> float:
+    """Count the bytes that PyTorch moves for a call beside those of its convolution, batch norm folded or not."""
+    size = VALUE_BYTES[call.precision]
+    height, width = call.window
+    joined = 2 * call.batch * call.in_channels * height * width * size
+    full = call.batch * call.out_channels * call.out_size[0] * call.out_size[1] * size
+    extra = 0.0
+    if call.op == "concat_conv_bn_relu" or (call.op == "conv_bn_relu_train" and len(call.sources) > 1):
+        extra += joined
+    if call.op == "conv_bn_relu_pool":
+        extra += full
+    if call.op == "conv_bn_relu_train":  # statistics, normalize: three passes; eager's ReLU two more
+        extra += (5 if name == "reference" else 3) * full
+    elif name == "reference" and call.op not in ("up_conv", "crop_concat"):
+        extra += 4 * full
+    return extra
+
+
+def _saving(call: Call) -> str:
+    megabytes = extra_bytes(call, "cudnn") / 1e6
+    return f"saves {megabytes:.3g} MB of traffic" if megabytes else "reads few channels better"
+
+
+def _why_first(call: Call, first: str, card: Card, guessed: dict[str, float]) -> str:
+    """Say what keeps each other implementation from being taken."""
+    reasons: dict[str, list[str]] = {}
+    for name in IMPLEMENTATIONS[call.op][1:]:
+        if name == "reference":
+            continue
+        if not (reason := why_not(call, name, card)):
+            reason = "there is no pass over memory to save"
+            if extra_bytes(call, first):
+                ratio, need = guessed[first] / guessed[name], _break_even(call, card)
+                reason = f"{ratio:.2f}x of {first}; wins from {need:.0%} of cuDNN's rate on"
+        reasons.setdefault(reason, []).append(name)
+    return "; ".join(f"{' and '.join(names)}: {reason}" for reason, names in reasons.items())
+
+
+def _break_even(call: Call, card: Card) -> float:
+    """Return the share of cuDNN's speed from which on a fused kernel wins: t / (t + what it saves)."""
+    product = max(2 * call.macs / (card.matrix_rate(call.precision) * CUDNN_SHARE), call.bytes / card.copy_bytes_per_s)
+    return product / (product + extra_bytes(call, "cudnn") / card.copy_bytes_per_s)

@@ -1,0 +1,113 @@
+"""Weights made ready for inference once, and again whenever they change: batch norm folded, reduction along memory.
+
+A pack belongs to its convolution and is kept on it, outside of parameters, buffers and the state_dict. It is made
+again as soon as one of its sources has another version, place or type: an optimizer's step, `load_state_dict`, `.to()`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+ATTRIBUTE = "_skipcost_pack"
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """What a convolution and its norm come to at inference: conv(x, weight) * scale + shift.
+
+    weight: (O, C, k, k), channels_last. scale, shift: (O,) in fp32 (fp64 beside fp64), None for 1 and 0.
+    folded, bias: the same with the scale in the weight and the shift as a bias of the weight's type: one rounding more.
+    """
+
+    weight: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+    folded: Tensor
+    bias: Tensor | None
+
+
+def why_not_fold(norm: nn.Module | None) -> str:
+    """Say why a norm is no scale and shift known beforehand; empty where it is, or where there is none."""
+    if norm is None:
+        return ""
+    if not isinstance(norm, nn.BatchNorm2d):
+        return f"{type(norm).__name__} takes its statistics from each image"
+    if norm.running_mean is None:
+        return "this batch norm keeps no running statistics and takes those of each batch"
+    return "the batch norm is in training and takes its statistics from each batch" if norm.training else ""
+
+
+def affine(conv: nn.Conv2d, norm: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return scale and shift (O,) of a convolution's bias and norm, as differentiable functions of their weights.
+
+    y = gamma * (x + bias - mean) / sqrt(var + eps) + beta (Ioffe and Szegedy, 2015, alg. 2), computed in fp32.
+    ValueError where `why_not_fold` has a reason.
+    """
+    if reason := why_not_fold(norm):
+        message = f"the norm after {conv} cannot be folded into it: {reason}"
+        raise ValueError(message)
+    precise = torch.float64 if conv.weight.dtype == torch.float64 else torch.float32
+    bias = None if conv.bias is None else conv.bias.to(precise)
+    if norm is None:
+        return None, bias
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = torch.rsqrt(norm.running_var.to(precise) + norm.eps)
+    shift = (0 if bias is None else bias) - norm.running_mean.to(precise)
+    if norm.weight is not None:
+        scale = scale * norm.weight.to(precise)
+    shift = shift * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.to(precise)
+
+
+def pack(conv: nn.Conv2d, norm: nn.Module | None, dtype: torch.dtype) -> Pack:
+    """Return the pack of a convolution and its norm for maps of `dtype`; no gradient flows through it."""
+    sources = [conv.weight, conv.bias]
+    if isinstance(norm, nn.BatchNorm2d):
+        # A training step writes the running statistics behind their versions' back; the count of batches tells.
+        sources += [norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked]
+    key = (dtype, getattr(norm, "eps", None), *(_state(each) for each in sources))
+    kept = conv.__dict__.get(ATTRIBUTE)
+    if kept is None or kept[0] != key:
+        kept = (key, _make(conv, norm, dtype))
+        conv.__dict__[ATTRIBUTE] = kept
+    made: Pack = kept[1]
+    return made
+
+
+def _state(x: Tensor | None) -> tuple[int, int, torch.device, torch.dtype] | None:
+    """What changes when a weight does; a tensor made under inference_mode has no version, and cannot be changed."""
+    if x is None:
+        return None
+    return x.data_ptr(), -1 if x.is_inference() else x._version, x.device, x.dtype  # noqa: SLF001 - no public name
+
+
+def _make(conv: nn.Conv2d, norm: nn.Module | None, dtype: torch.dtype) -> Pack:
+    with torch.inference_mode(mode=False), torch.no_grad():
+        scale, shift = affine(conv, norm)
+        weight = conv.weight.detach()
+        folded = weight if scale is None else weight.to(scale.dtype) * scale.view(-1, 1, 1, 1)
+        last = torch.channels_last
+        return Pack(
+            weight=weight.to(dtype).contiguous(memory_format=last),
+            scale=scale,
+            shift=shift,
+            folded=folded.to(dtype).contiguous(memory_format=last),
+            bias=None if shift is None else shift.to(dtype),
+        )
+
+
+def run_folded(x: Tensor, made: Pack, padding: int, *, relu: bool) -> Tensor:
+    """Convolve (N, C, H, W) with the folded weights: on a GPU in one call of cuDNN's, with bias and ReLU in it."""
+    if relu and x.is_cuda and x.numel():
+        bias = made.bias if made.bias is not None else made.folded.new_zeros(made.folded.shape[0])
+        geometry = ([1, 1], [padding, padding], [1, 1], 1)
+        result: Tensor = torch.ops.aten.cudnn_convolution_relu(x, made.folded, bias, *geometry)
+        return result
+    result = functional.conv2d(x, made.folded, made.bias, padding=padding)
+    return functional.relu(result, inplace=True) if relu else result

@@ -1,0 +1,88 @@
+"""The map of winners: what `skipcost kernels bench` measured, here and on the cards that others contributed.
+
+Rows are lines of JSON. The ones that come with the package are the published ones, `reports/published/<card>/kernels*`;
+a machine's own, which come first, are in the file that `own_file` names. Reading needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from skipcost.kernels.calls import Call
+
+FOLDER = "SKIPCOST_KERNELS"  # the environment variable that names another place for a machine's own rows
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One implementation of one call on one card: the median of its samples, and where the row comes from."""
+
+    call: str
+    implementation: str
+    card: str
+    seconds: float
+    source: str
+
+
+def own_file() -> Path:
+    """Return where this machine's rows are: $SKIPCOST_KERNELS/kernels.jsonl, or the user's cache folder."""
+    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get(FOLDER) or Path(cache_home, "skipcost")) / "kernels.jsonl"
+
+
+def read_rows(text: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file; a last line that was torn off while it was written is passed over."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                message = f"line {number} of the rows is no JSON ({error}): remove it, or measure again"
+                raise ValueError(message) from None
+
+
+def timings(rows: Iterable[dict[str, Any]], source: str) -> Iterator[Timing]:
+    """Yield what can be compared: rows of calls with samples, caches hot, as the layers of a network find them."""
+    for row in rows:
+        if row.get("call") and row.get("outcome") == "ok" and row.get("cache", "hot") == "hot":
+            seconds = statistics.median(row["seconds"])
+            yield Timing(row["call"], row["implementation"], row["device"]["name"], seconds, source)
+
+
+@cache
+def table(card: str) -> dict[str, dict[str, Timing]]:
+    """Return, for a card by name, the timings of each call by implementation; a machine's own rows win."""
+    found: dict[str, dict[str, Timing]] = {}
+    for timing in [*published(), *_own()]:
+        if timing.card == card:
+            found.setdefault(timing.call, {})[timing.implementation] = timing
+    return found
+
+
+def measured(call: Call, card: str) -> dict[str, Timing]:
+    """Return the timings of a call on a card by implementation; empty where nobody measured it."""
+    return table(card).get(call.key, {})
+
+
+def published() -> Iterator[Timing]:
+    """Yield the timings that come with the package, by file; data of `reports`, read as files, without its code."""
+    folder = resources.files("skipcost.reports") / "published"
+    for card in sorted(folder.iterdir(), key=lambda each: each.name) if folder.is_dir() else ():
+        for file in sorted(card.iterdir(), key=lambda each: each.name) if card.is_dir() else ():
+            if file.name.startswith("kernels") and file.name.endswith(".jsonl"):
+                yield from timings(read_rows(file.read_text()), f"{card.name}/{file.name}")
+
+
+def _own() -> Iterator[Timing]:
+    path = own_file()
+    if path.is_file():
+        yield from timings(read_rows(path.read_text()), str(path))
