@@ -15,6 +15,7 @@ from skipcost.bench.cases import Case
 from skipcost.bench.memory import trace_peaks
 from skipcost.bench.records import Result
 from skipcost.bench.subject import AUTOCAST, make_subject
+from skipcost.kernels.fvcore_handles import HANDLES
 
 
 def preload_fvcore() -> Any:
@@ -45,6 +46,8 @@ def fvcore_count(case: Case) -> Result:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer's remarks about sizes that become constants
         analysis = count(subject.network, subject.tensors[-1])
+        for name, handle in HANDLES.items():
+            analysis.set_op_handle(name, handle)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         total = int(analysis.total())
         detail: dict[str, Any] = {

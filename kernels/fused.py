@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -185,7 +186,7 @@ class FusedOps:
             shape = (conv.out_channels, conv.kernel_size[0], _padding(conv))
         elif isinstance(conv, nn.ConvTranspose2d):
             shape = (conv.out_channels,)
-        return self.choose(_call(op, x.shape[0], tuple(sizes), precision, training, relu, *shape), x)
+        return self.choose(_call(op, int(x.shape[0]), tuple(sizes), precision, training, relu, *shape), x)
 
 
 @lru_cache(maxsize=4096)  # the same few in every step
@@ -218,7 +219,8 @@ def form_of(chosen: str, maps: list[Tensor], weight: Tensor) -> str:
 
 
 def _sizes(maps: list[Tensor]) -> list[tuple[int, int, int]]:
-    return [(each.shape[1], each.shape[2], each.shape[3]) for each in maps]
+    sizes = [tuple(map(int, each.shape[1:])) for each in maps]  # a tracer's sizes are no numbers
+    return cast("list[tuple[int, int, int]]", sizes)
 
 
 def _padding(conv: nn.Conv2d) -> int:
