@@ -24,6 +24,7 @@ RELAXED = (  # tests build values from tables, bad ones included, and look into 
     "--no-warn-unused-ignores",
     *(f"--disable-error-code={code}" for code in ("arg-type", "operator", "index", "union-attr", "redundant-cast")),
 )
+TRITONS = {"3.6.0": ("numpy==2.3.5",), "3.9.0": ()}  # Triton 3.6's interpreter fails on numpy 2.4
 FOLDERS = ("unet_models", "kernels", "bench", "reports")
 
 nox.options.default_venv_backend = "none"
@@ -132,6 +133,38 @@ def perf(session: nox.Session) -> None:
     store.parent.mkdir(exist_ok=True)
     options = ("--benchmark-only", f"--benchmark-json={store}", "-s")
     session.run(_tool("python"), "-m", "pytest", "tests/perf", *options, *session.posargs, external=True)
+
+
+@nox.session
+def resources(session: nox.Session) -> None:
+    """Compile every kernel for further GPUs and gate what it needs; sm_90 and gfx942 are in every run of the tests."""
+    _install(session)
+    targets = [option for name in ("sm_80", "sm_89", "sm_100") for option in ("--target", name)]
+    session.run(_tool("skipcost"), "kernels", "resources", *targets, *session.posargs, external=True)
+
+
+@nox.session
+def mutants(session: nox.Session) -> None:
+    """Seed faults into the kernels, one at a time, and see the interpreter's checks fail; minutes a kernel."""
+    _install(session, "test")
+    session.run(_tool("python"), "tests/mutants.py", *session.posargs, external=True)
+
+
+@nox.session
+def tritons(session: nox.Session) -> None:
+    """Run the kernels' tests with the oldest Triton that is supported and the newest known, beside the pinned one.
+
+    Only Triton and what it needs is installed anew, into a folder that goes before the shared environment.
+    """
+    _install(session, "test")
+    for version, others in TRITONS.items():
+        folder = ROOT / ".nox" / f"triton-{version}"
+        if not folder.exists():
+            command = (_tool("python"), "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps")
+            session.run(*command, "--target", str(folder), f"triton=={version}", *others, external=True)
+        kernels = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_kernels_*.py"))]
+        command = (_tool("python"), "-m", "pytest", *(session.posargs or kernels))
+        session.run(*command, env={"PYTHONPATH": str(folder)}, external=True)
 
 
 @nox.session

@@ -50,19 +50,19 @@ def read_rows(text: str) -> Iterator[dict[str, Any]]:
                 raise ValueError(message) from None
 
 
-def timings(rows: Iterable[dict[str, Any]], source: str) -> Iterator[Timing]:
+def timings(rows: Iterable[dict[str, Any]]) -> Iterator[Timing]:
     """Yield what can be compared: rows of calls with samples, caches hot, as the layers of a network find them."""
     for row in rows:
         if row.get("call") and row.get("outcome") == "ok" and row.get("cache", "hot") == "hot":
             seconds = statistics.median(row["seconds"])
-            yield Timing(row["call"], row["implementation"], row["device"]["name"], seconds, source)
+            yield Timing(row["call"], row["implementation"], row["device"]["name"], seconds, row["source"])
 
 
 @cache
 def table(card: str) -> dict[str, dict[str, Timing]]:
     """Return, for a card by name, the timings of each call by implementation; a machine's own rows win."""
     found: dict[str, dict[str, Timing]] = {}
-    for timing in [*published(), *_own()]:
+    for timing in [*published(), *timings(_own_rows())]:
         if timing.card == card:
             found.setdefault(timing.call, {})[timing.implementation] = timing
     return found
@@ -73,16 +73,32 @@ def measured(call: Call, card: str) -> dict[str, Timing]:
     return table(card).get(call.key, {})
 
 
+@cache
+def networks(card: str) -> dict[str, dict[tuple[str, str], dict[str, float]]]:
+    """Return what whole networks took on a card: by label, by case and precision, by way, the median in seconds."""
+    found: dict[str, dict[tuple[str, str], dict[str, float]]] = {}
+    for row in [*_published_rows(), *_own_rows()]:
+        if row.get("network") and row.get("outcome") == "ok" and row["device"]["name"] == card:
+            at = found.setdefault(row["network"], {}).setdefault((row["case"], row["precision"]), {})
+            at[row["implementation"]] = statistics.median(row["seconds"])
+    return found
+
+
 def published() -> Iterator[Timing]:
-    """Yield the timings that come with the package, by file; data of `reports`, read as files, without its code."""
+    """Yield the timings that come with the package."""
+    return timings(_published_rows())
+
+
+def _published_rows() -> Iterator[dict[str, Any]]:
+    """Yield rows by card and file; they are data of `reports`, read as files, without its code."""
     folder = resources.files("skipcost.reports") / "published"
     for card in sorted(folder.iterdir(), key=lambda each: each.name) if folder.is_dir() else ():
         for file in sorted(card.iterdir(), key=lambda each: each.name) if card.is_dir() else ():
             if file.name.startswith("kernels") and file.name.endswith(".jsonl"):
-                yield from timings(read_rows(file.read_text()), f"{card.name}/{file.name}")
+                yield from ({**row, "source": f"{card.name}/{file.name}"} for row in read_rows(file.read_text()))
 
 
-def _own() -> Iterator[Timing]:
+def _own_rows() -> Iterator[dict[str, Any]]:
     path = own_file()
     if path.is_file():
-        yield from timings(read_rows(path.read_text()), str(path))
+        yield from ({**row, "source": str(path)} for row in read_rows(path.read_text()))

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import skipcost.kernels
-from skipcost.kernels import BACKENDS, Backend, backends
-from skipcost.kernels import crop_concat as crop_concat_module
+from skipcost.kernels import BACKENDS, KERNELS, Backend, backends, ways, winners
+from skipcost.kernels.dispatch import CARDS
+from skipcost.kernels.fused import FusedOps
+from skipcost.kernels.ways import WAYS
 from skipcost.unet_models import REFERENCE, ModelSpec, Ops, build
 
 DEVICES = ("cpu", "cuda")
@@ -90,15 +94,23 @@ def test_compile_is_the_reference_under_torch_compile() -> None:
     assert [id(each) for each in compiled.parameters()] == [id(each) for each in network.parameters()]
 
 
-def test_fused_replaces_the_merge_and_nothing_else() -> None:
-    """What has no kernel yet is the reference's op, so a difference in time is the kernel's."""
+def test_fused_joins_steps_and_leaves_the_rest() -> None:
+    """What has a kernel is replaced, two joined ops are added; gates are the reference's, op by op."""
     fused = BACKENDS["fused"].ops()
 
-    replaced = [
-        field.name for field in dataclasses.fields(Ops) if getattr(fused, field.name) != getattr(REFERENCE, field.name)
+    same = [
+        field.name for field in dataclasses.fields(Ops) if getattr(fused, field.name) == getattr(REFERENCE, field.name)
     ]
-    assert replaced == ["merge"]
-    assert fused.merge is crop_concat_module.merge
+    assert same == ["gate"]
+    assert fused.merge_conv is not None
+    assert fused.conv_pool is not None
+
+
+def test_every_network_has_ops_of_its_own() -> None:
+    """What training files for its backward pass is filed per network."""
+    first, second = BACKENDS["fused"].ops(), BACKENDS["fused"].ops()
+
+    assert first.merge_conv != second.merge_conv
 
 
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "compile"])
@@ -179,12 +191,77 @@ def test_the_package_exports_what_it_says() -> None:
         _ = skipcost.kernels.rewritten
 
 
-def test_every_kernel_says_what_it_is_worth() -> None:
-    """A kernel's file opens with what is fused, what that saves, when it loses, and on which GPUs it was tried."""
+@pytest.mark.parametrize("op", KERNELS)
+def test_every_kernel_says_what_it_is_worth(op: str) -> None:
+    """The file of an op opens with what is fused, what that saves, when it loses, and on which GPUs it was tried."""
     folder = Path(skipcost.kernels.__path__[0])
-    kernels = [path for path in folder.glob("*.py") if path.with_name(f"{path.stem}_triton.py").exists()]
 
-    assert kernels
-    for path in kernels:
-        words = path.read_text()
-        assert all(each in words for each in ("What is fused", "Bytes saved", "When it loses", "Tried on"))
+    texts = [path.read_text() for path in folder.glob("*.py")]
+    (words,) = (text for text in texts if f"\ndef {op}(" in text and '"skipcost::' in text)
+
+    assert all(each in words for each in ("What is fused", "Bytes saved", "When it loses", "Tried on"))
+
+
+def _measured(label: str, case: str, seconds: dict[str, float]) -> Iterator[dict[str, Any]]:
+    for name, value in seconds.items():
+        row = {"network": label, "case": case, "precision": "bf16", "implementation": name, "seconds": [value]}
+        yield {**row, "outcome": "ok", "device": {"name": CARD.name}}
+
+
+CARD = CARDS[0]
+LABEL = "unet/d1/w2/concat"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "way", "why"),
+    [
+        ({"fused": 1e-3, "eager": 2e-3}, "fused", "measured 1 ms (eager 2 ms)"),
+        ({"fused": 3e-3, "eager": 2e-3, "compile-max": 1e-3}, "compile-max", "measured 1 ms (fused 3 ms, eager 2 ms)"),
+        ({"fused": 3e-3, "folded": 2e-3}, "folded", "measured 2 ms (fused 3 ms)"),
+        ({"fused": 3e-3}, "fused", "nobody measured this network at this size on this card: layer by layer"),
+        ({}, "fused", "nobody measured this network at this size on this card: layer by layer"),
+    ],
+)
+def test_a_network_runs_in_the_way_that_won(
+    seconds: dict[str, float], way: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured on the same card at the same size and precision; where nothing of ours wins, what does."""
+    rows = _measured(LABEL, ways.case_name(1, 8, 8, training=False), seconds)
+    monkeypatch.setenv(winners.FOLDER, str(tmp_path))
+    winners.own_file().write_text("".join(json.dumps(row) + "\n" for row in rows))
+    winners.networks.cache_clear()
+    network = ModelSpec.parse(LABEL).graph()
+
+    choices = [
+        ways.choose_way(network, case, "bf16", CARD)
+        for case in ("n1 8x8 inference", "n1 8x8 training", "n2 8x8 inference")
+    ]
+    winners.networks.cache_clear()
+
+    assert (choices[0].implementation, choices[0].why) == (way, why)
+    assert {each.implementation for each in choices[1:]} == {"fused"}
+
+
+@pytest.mark.parametrize("name", [name for name in WAYS if not name.startswith("compile")])
+def test_every_way_runs_the_same_network(name: str) -> None:
+    """The weights are shared, not copied, and the outputs agree within rounding."""
+    network = build(ModelSpec.parse("unet++/d2/w4/concat"), FusedOps().ops()).eval()
+    image = torch.randn(1, 1, 16, 16)
+
+    other = WAYS[name](network)
+
+    assert {id(each) for each in other.parameters()} == {id(each) for each in network.parameters()}
+    with torch.inference_mode():
+        torch.testing.assert_close(other(image), network(image), rtol=1e-4, atol=1e-4)
+
+
+def test_a_fused_network_says_which_way_it_took() -> None:
+    """Once per size, type and mode; on a CPU there is nothing to choose."""
+    network = BACKENDS["fused"].wrap(build(ModelSpec.parse(LABEL), BACKENDS["fused"].ops()))
+
+    for size in (8, 8, 16):
+        network.eval()(torch.randn(1, 1, size, size))
+    network.train()(torch.randn(2, 1, 8, 8))
+
+    assert [case for case, _ in network.why] == ["n1 8x8 inference", "n1 16x16 inference", "n2 8x8 training"]
+    assert all(choice.origin == "rule" for choice in network.why.values())
