@@ -70,9 +70,9 @@ class FusedOps:
 
     def up_conv(self, layer: nn.ConvTranspose2d, x: Tensor) -> Tensor:
         """Take the place of `Ops.up_conv`."""
-        x, weight, bias = _cast(x, layer.weight, layer.bias)
+        x, weight = _cast(x, layer.weight)
         if self._ask("up_conv", _sizes([x]), x, layer) == "triton":
-            return up_conv(x, weight, bias)
+            return up_conv(x, weight, _bias(layer, x))
         return REFERENCE.up_conv(layer, x)
 
     def merge(self, maps: list[Tensor], how: str) -> Tensor:
@@ -102,8 +102,9 @@ class FusedOps:
         made, padding = pack(layer.conv, layer.norm, x.dtype), _padding(layer.conv)
         chosen = self._ask("conv_bn_relu_pool", _sizes([x]), x, layer.conv, relu=layer.act)
         if chosen in OURS:
-            options = {"padding": padding, "relu": layer.act, "form": form_of(chosen, [x], made.weight)}
-            return conv_bn_relu_pool(x, made.weight, made.scale, made.shift, **options)
+            form = form_of(chosen, [x], made.weight)
+            weights = (made.weight, made.scale, made.shift)
+            return conv_bn_relu_pool(x, *weights, padding=padding, relu=layer.act, form=form)
         full = run_folded(x, made, padding, relu=layer.act) if chosen == "cudnn" else REFERENCE.conv_norm_act(layer, x)
         return full, REFERENCE.pool(full, 2, ceil=False)
 
@@ -111,10 +112,10 @@ class FusedOps:
         """Merge the maps; a transposed convolution writes into its part of the concatenated map."""
         if up is None:
             return self.merge(maps, how)
-        deeper, weight, bias, *others = _cast(maps.pop(), up.weight, up.bias, *maps)
+        deeper, weight, *others = _cast(maps.pop(), up.weight, *maps)
         fits = how == "concat" and all(_fits(deeper, each) for each in others)
         if fits and self._ask("up_conv", _sizes([deeper]), deeper, up) == "triton":
-            return up_conv_concat(others, deeper, weight, bias)
+            return up_conv_concat(others, deeper, weight, _bias(up, deeper))
         return self.merge([*others, self.up_conv(up, deeper)], how)
 
     def _reads_apart(self, layer: ConvNormAct, maps: list[Tensor], up: nn.ConvTranspose2d | None) -> bool:
@@ -150,7 +151,8 @@ class FusedOps:
         if chosen == "reference":
             return REFERENCE.conv_norm_act(layer, self.merge(maps, "concat"))
         implementation = "aten" if chosen == "cudnn" else chosen
-        out, y, norm = train_step(maps, layer.conv, layer.norm, relu=layer.act, implementation=implementation)
+        batch_norm = cast("nn.BatchNorm2d", layer.norm)
+        out, y, norm = train_step(maps, layer.conv, batch_norm, relu=layer.act, implementation=implementation)
         vectors = (norm.mean, norm.variance, norm.gamma, norm.beta)
         self.recipes.remember(out, partial(_normalized, eps=norm.eps, relu=norm.relu), y, *vectors)
         return out
@@ -162,8 +164,8 @@ class FusedOps:
         else:
             made = pack(layer.conv, layer.norm, maps[0].dtype)
             weight, scale, shift = made.weight, made.scale, made.shift
-        options = {"padding": _padding(layer.conv), "relu": layer.act, "form": form_of(chosen, maps, weight)}
-        return concat_conv_bn_relu(maps, weight, scale, shift, **options)
+        form, padding = form_of(chosen, maps, weight), _padding(layer.conv)
+        return concat_conv_bn_relu(maps, weight, scale, shift, padding=padding, relu=layer.act, form=form)
 
     def _ask(
         self,
@@ -235,8 +237,14 @@ def _cast(*maps: Tensor) -> list[Tensor]:
     return [each.to(torch.get_autocast_dtype(device)) for each in maps]
 
 
-def _normalized(y: Tensor, *vectors: Tensor, eps: float, relu: bool) -> Tensor:
-    return normalized(y, Norm(*vectors, eps, relu))
+def _normalized(
+    y: Tensor, mean: Tensor, variance: Tensor, gamma: Tensor, beta: Tensor, *, eps: float, relu: bool
+) -> Tensor:  # fmt: skip
+    return normalized(y, Norm(mean, variance, gamma, beta, eps, relu))
+
+
+def _bias(layer: nn.ConvTranspose2d, x: Tensor) -> Tensor | None:
+    return None if layer.bias is None else layer.bias.to(x.dtype)
 
 
 def _trains(layer: ConvNormAct) -> bool:

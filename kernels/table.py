@@ -135,20 +135,27 @@ def _by(form: str) -> Run:
         chosen = form
         if form == "pointer" and not why_not_few(given.maps, pack_weight(given.weight)):
             chosen = "few"
-        options = {"padding": call.padding, "relu": call.relu, "pooled": pooled, "tf32": given.tf32, "form": chosen}
-        run(conv_bn_relu.launches(given.maps, given.weight, given.scale, given.shift, out, tile=tile, **options))
+        made = conv_bn_relu.launches(
+            given.maps, given.weight, given.scale, given.shift, out,
+            padding=call.padding, relu=call.relu, pooled=pooled, tf32=given.tf32, form=chosen, tile=tile,
+        )  # fmt: skip
+        run(made)
         return (out,) if pooled is None else (out, pooled)
 
     return convolve
+
+
+def _worst(given: Operands, actual: Tensor, exact: validate.Exact, *, roundings: int) -> float:
+    allowed = validate.allowed(exact, actual.dtype, tf32=given.tf32, roundings=roundings)
+    return validate.worst(actual, exact.value, allowed)
 
 
 def _convolution_errors(given: Operands, results: Results, ours: bool) -> dict[str, float]:
     """PyTorch's ways round the convolution's result, or the folded weight, once more than the kernel does."""
     call = given.call
     exact = validate.conv(given.maps, given.weight, given.scale, given.shift, padding=call.padding, relu=call.relu)
-    options = {"tf32": given.tf32, "roundings": 0 if ours else 2}
     full = results[0]
-    found = {"out": validate.worst(full, exact.value, validate.allowed(exact, full.dtype, **options))}
+    found = {"out": _worst(given, full, exact, roundings=0 if ours else 2)}
     if len(results) > 1:
         found["pooled"] = 0.0 if torch.equal(results[1], functional.max_pool2d(full, 2)) else float("inf")
     return found
@@ -167,8 +174,7 @@ def _up_conv_eager(given: Operands, _tile: Tile | None) -> Results:
 
 def _up_conv_errors(given: Operands, results: Results, ours: bool) -> dict[str, float]:
     exact = validate.up_conv(given.maps[0], given.weight, given.shift.to(given.weight.dtype))
-    options = {"tf32": given.tf32, "roundings": 0 if ours else 1}
-    return {"out": validate.worst(results[0], exact.value, validate.allowed(exact, results[0].dtype, **options))}
+    return {"out": _worst(given, results[0], exact, roundings=0 if ours else 1)}
 
 
 def _crop_concat_errors(given: Operands, results: Results, _ours: bool) -> dict[str, float]:
@@ -212,11 +218,11 @@ def _train(implementation: str) -> Callable[..., tuple[Tensor, Tensor]]:
 def _train_errors(given: Operands, results: Results, ours: bool) -> dict[str, float]:
     """What follows from the convolution's output is judged by that output as it was stored; see `validate`."""
     call, (out, stored, *grads) = given.call, results
-    options = {"tf32": given.tf32, "roundings": 0 if ours else 1}
+    roundings = 0 if ours else 1
     raw = validate.conv(given.maps, given.weight, padding=call.padding)
     normal = validate.batch_norm(stored, given.scale, given.shift, eps=EPS, relu=call.relu).result
     found = {
-        "convolution": validate.worst(stored, raw.value, validate.allowed(raw, stored.dtype, **options)),
+        "convolution": _worst(given, stored, raw, roundings=roundings),
         "out": validate.worst(out, normal.value, validate.allowed(normal, out.dtype)),
     }
     exact = validate.conv_bn_relu_gradients(
@@ -225,7 +231,7 @@ def _train_errors(given: Operands, results: Results, ours: bool) -> dict[str, fl
     )  # fmt: skip
     names = [*(f"gradient of map {at}" for at in range(len(given.maps))), "gradient of weight", "of gamma", "of beta"]
     for name, grad, each in zip(names, grads, exact, strict=True):
-        found[name] = validate.worst(grad, each.value, validate.allowed(each, grad.dtype, **options))
+        found[name] = _worst(given, grad, each, roundings=roundings)
     return found
 
 

@@ -11,13 +11,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from model_cells import by_label, cells, outputs_of
+from model_cells import by_label, outputs_of
 from torch import Tensor
 
 from skipcost.kernels.calls import Call, network_calls
 from skipcost.kernels.fused import FusedOps, dispatched
 from skipcost.kernels.recompute import saved_bytes
-from skipcost.unet_models import VARIANTS, ModelSpec, SkipNet, build
+from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec, SkipNet, build
 
 Choose = Callable[[Call, Tensor], str]
 
@@ -32,9 +32,11 @@ def _always(name: str) -> Choose:
     return choose
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = ("reference", "cudnn", "triton")
 SPECS = [
-    *cells((2,), width=4),
+    *(ModelSpec(variant, 2, 4, skip) for variant in VARIANTS for skip in SKIPS),
+    *(ModelSpec(name, 2, 4, classes=1, head=head) for name, row in VARIANTS.items() for head in row.heads[1:]),
     ModelSpec("unet", 2, 4, padding="valid"),
     ModelSpec("unet++", 2, 4, padding="valid", upsample="bilinear"),
     ModelSpec("unet++", 2, 4, norm="instance"),
