@@ -197,6 +197,13 @@ def report(context: typer.Context) -> None:
     runpy.run_module("skipcost.reports", run_name="__main__", alter_sys=False)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def kernels(context: typer.Context) -> None:
+    """Check, time, tune and explain the fused kernels: `skipcost kernels --help` lists the commands."""
+    sys.argv = ["skipcost kernels", *context.args]
+    runpy.run_module("skipcost.kernels", run_name="__main__", alter_sys=False)
+
+
 def main() -> None:
     """Run the command line; the entry of the console script."""
     guarded(app)

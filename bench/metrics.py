@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from skipcost.bench.records import Result
-from skipcost.bench.timing import Budget
+from skipcost.kernels.timing import Budget
 
 if TYPE_CHECKING:
     from skipcost.bench.cases import Case

@@ -19,7 +19,7 @@ from skipcost.bench.cases import CASE_KEYS, FLAT_NAMES, SPEC_KEYS, Case, usual_v
 from skipcost.bench.cases import CHOICES as CASE_CHOICES
 from skipcost.bench.errors import SweepError
 from skipcost.bench.metrics import METRICS, default_metrics
-from skipcost.bench.timing import Budget, check_number
+from skipcost.kernels.timing import Budget, check_number
 from skipcost.unet_models import ModelSpec, SkipGraph
 from skipcost.unet_models.spec import CHOICES as SPEC_CHOICES
 from skipcost.unet_models.spec import suggest

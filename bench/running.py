@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
 from collections.abc import Callable
@@ -13,20 +12,10 @@ from skipcost.bench.cases import Case
 from skipcost.bench.gpu import process_bytes, throttle_reason
 from skipcost.bench.records import Result
 from skipcost.bench.subject import make_subject
-from skipcost.bench.timing import Budget, Clock, cpu_clock, sample
+from skipcost.kernels.running import cuda_clock
+from skipcost.kernels.timing import Budget, Clock, cpu_clock, sample
 
 CUDA_EXTRA = {"num_alloc_retries": "the allocator ran out of memory and retried"}
-
-
-def cuda_clock(call: Callable[[], object], count: int) -> list[float]:
-    """Time `count` calls on the device: an event either side of each, one synchronisation at the end."""
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        call()
-        mark.record()
-    torch.cuda.synchronize()
-    return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(marks)]
 
 
 def latency(case: Case, budget: Budget) -> Result:

@@ -17,7 +17,7 @@ from typing import IO, Any
 from skipcost.bench.cases import Case
 from skipcost.bench.metrics import MEASURED, METRICS
 from skipcost.bench.records import Result
-from skipcost.bench.timing import Budget
+from skipcost.kernels.timing import Budget
 from skipcost.unet_models.geometry import norm_note
 
 # How torch words a failed allocation on a CPU, and oneDNN inside it.

@@ -10,10 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from skipcost.kernels.backends import BACKENDS, Backend
+    from skipcost.kernels.fuse import Change, fuse
+    from skipcost.kernels.table import KERNELS, Kernel
 
-__all__ = ["BACKENDS", "Backend"]
+__all__ = ["BACKENDS", "KERNELS", "Backend", "Change", "Kernel", "fuse"]
 
-_NEED_TORCH = {"BACKENDS": "backends", "Backend": "backends"}
+_NEED_TORCH = {
+    "BACKENDS": "backends",
+    "Backend": "backends",
+    "Change": "fuse",
+    "KERNELS": "table",
+    "Kernel": "table",
+    "fuse": "fuse",
+}
 
 
 def __getattr__(name: str) -> Any:

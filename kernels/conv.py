@@ -6,6 +6,7 @@ Everything that convolves goes through `conv_launch`: inference, training's forw
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -15,12 +16,19 @@ from skipcost.kernels.tiles import FEW_CHANNELS, Need, Tile, default_tile
 
 GROUP = 8  # tiles of neighbouring pixels that run together
 NHWC = (0, 2, 3, 1)
+MAX_DESCRIPTORS = 8  # maps that the kernel by descriptor has arguments for; UNet++ of depth 6 reads 7
 ALIGNED = 16  # bytes: what descriptors and wide loads need of addresses and strides
 
 
 def pack_weight(weight: Tensor) -> Tensor:
     """Lay (O, C, k, k) out as (O, k, k, C): the reduction runs along memory. No copy where it is channels_last."""
     return weight.permute(NHWC).contiguous()
+
+
+def dense(x: Tensor) -> Tensor:
+    """Return (N, C, H, W) in channels_last, with a new map's strides also where a size of 1 leaves a choice."""
+    wanted = torch.empty(x.shape, dtype=x.dtype, device="meta", memory_format=torch.channels_last).stride()
+    return x if x.stride() == wanted else torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
 
 
 def conv_launch(
@@ -82,6 +90,7 @@ def need_of(
         precision=names.get(weight.dtype, "tf32" if tf32 else "fp32"),
         taps=weight.shape[1] ** 2,
         sources=len(sources),
+        divisor=gcd(*(each.shape[1] for each in sources)),
     )
 
 
@@ -94,18 +103,20 @@ def why_not_few(sources: Sequence[Tensor], weight: Tensor) -> str:
     return ""
 
 
-def why_not_tma(maps: Sequence[Tensor], weight: Tensor, depth: int) -> str:
-    """Say why the copy engine cannot move these maps (sources and outputs) and this weight; empty where it can."""
+def why_not_tma(sources: Sequence[Tensor], outputs: Sequence[Tensor], weight: Tensor, depth: int) -> str:
+    """Say why the copy engine cannot move these maps and this weight; empty where it can."""
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"{weight.dtype} has no descriptor form"
-    for each in maps:
+    if len(sources) > MAX_DESCRIPTORS:
+        return f"{len(sources)} maps are more than {MAX_DESCRIPTORS}"
+    for each in (*sources, *outputs):
         if any(stride * each.itemsize % ALIGNED for axis, stride in enumerate(each.stride()) if axis != 1):
             return f"strides {each.stride()} of {each.itemsize} bytes are not multiples of {ALIGNED} bytes"
-        if each.storage_offset() * each.itemsize % ALIGNED:
-            return f"a map does not start at a multiple of {ALIGNED} bytes"
         if 0 in each.shape:
             return "a map is empty"
-    if any(each.shape[1] % depth for each in maps[:-1]):
+    if any(each.data_ptr() % ALIGNED for each in (*sources, *outputs, weight)):
+        return f"a map or the weight does not start at a multiple of {ALIGNED} bytes"
+    if any(each.shape[1] % depth for each in sources):
         return f"a block of {depth} channels does not divide every map's"
     return ""
 
@@ -148,7 +159,7 @@ def _by_address(
         "in_channels": weight.shape[3],
         "out_channels": weight.shape[0],
     }
-    constants = {**common, "wide": _wide((*sources, out), tile), "tile_pixels": tile.pixels, "group": GROUP}
+    constants = {**common, "wide": _wide(sources, out, pooled, tile), "tile_pixels": tile.pixels, "group": GROUP}
     grid = _grid(out, tile, pooled=pooled is not None)
     return Launch("conv.conv", grid, arguments, constants, tile.warps, tile.stages)
 
@@ -180,7 +191,7 @@ def _of_few_channels(
     constants = {
         **common,
         "in_channels": channels,
-        "wide": _wide((source, out), tile),
+        "wide": _wide(sources, out, pooled, tile),
         "tile_pixels": tile.pixels,
         "group": GROUP,
     }
@@ -194,8 +205,9 @@ def _by_descriptor(
 ) -> Launch:  # fmt: skip
     block = (1, tile.rows, tile.columns)
     half = (1, tile.rows // 2, tile.columns // 2, tile.channels)
+    maps = [Descriptor(each.permute(NHWC), (*block, tile.depth)) for each in sources]
     arguments = {
-        "sources": tuple(Descriptor(each.permute(NHWC), (*block, tile.depth)) for each in sources),
+        **{f"map_{index}": each for index, each in enumerate([*maps, *[None] * (MAX_DESCRIPTORS - len(maps))])},
         "source_channels": tuple(each.shape[1] for each in sources),
         "weight": Descriptor(weight.flatten(1), (tile.channels, tile.depth)),
         "scale": scale,
@@ -203,7 +215,6 @@ def _by_descriptor(
         "out": Descriptor(out.permute(NHWC), (*block, tile.channels)),
         "pooled": None if pooled is None else Descriptor(pooled.permute(NHWC), half),
         "partials": partials,
-        "batch": out.shape[0],
         "out_height": out.shape[2],
         "out_width": out.shape[3],
         "in_channels": weight.shape[3],
@@ -213,6 +224,7 @@ def _by_descriptor(
     return Launch("conv_tma.conv", _grid(out, tile, pooled=False), arguments, constants, tile.warps, tile.stages)
 
 
-def _wide(maps: Sequence[Tensor], tile: Tile) -> bool:
-    """Whether an address, or the number of a pixel that a tile reaches beyond the last one, needs 64 bits."""
-    return any(span(each) + tile.pixels * each.stride(3) >= 2**31 - tile.pixels for each in maps)
+def _wide(sources: Sequence[Tensor], out: Tensor, pooled: Tensor | None, tile: Tile) -> bool:
+    """Whether the offset of an element, or the number of a pixel up to the end of the last tile, needs 64 bits."""
+    pixels = statistics_tiles(out, tile, pooled=pooled is not None) * tile.pixels
+    return max(pixels, *(span(each) for each in (*sources, out, *([] if pooled is None else [pooled])))) >= 2**31

@@ -26,13 +26,14 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from skipcost.kernels.checks import check_maps, check_weight, output_size
-from skipcost.kernels.conv import NHWC, conv_launch, need_of, pack_weight, why_not_few, why_not_tma
+from skipcost.kernels.conv import NHWC, conv_launch, dense, need_of, pack_weight, why_not_few, why_not_tma
 from skipcost.kernels.conv_bn_relu_gradients import gradients, keep, pooled_gradients
 from skipcost.kernels.launch import Launch, on_triton, run
 from skipcost.kernels.tiles import FORMS, Tile, tile_for
 from skipcost.unet_models.ops import crop_all
 
 LAST = torch.channels_last
+COPY_ENGINE = 90  # the first compute capability with one, times ten
 
 
 def conv_bn_relu(
@@ -82,13 +83,20 @@ def conv_bn_relu_pool(
 ) -> tuple[Tensor, Tensor]:
     """Return what `conv_bn_relu` does, and its 2x2 maximum (N, O, H'//2, W'//2); NaN wins, as in PyTorch."""
     _check("conv_bn_relu_pool", [x], weight, scale, shift, padding, form)
+    height, width = output_size([x], weight.shape[2], padding)
+    if min(height, width) < 2:  # noqa: PLR2004 - of a 2x2 window
+        message = f"conv_bn_relu_pool would pool a result of {height}x{width}: 2x2 is the least; give it a larger map"
+        raise ValueError(message)
     result: tuple[Tensor, Tensor] = _forward_pool(x, weight, scale, shift, padding, relu, tf32_allowed(), form)
     return result
 
 
 def tf32_allowed() -> bool:
     """Whether PyTorch's convolutions may round fp32 operands to tf32."""
-    return bool(torch.backends.cudnn.allow_tf32)
+    if torch.compiler.is_compiling():  # the setting's newer name is one that Dynamo refuses to trace
+        return bool(torch.backends.cudnn.allow_tf32)
+    setting: Any = torch.backends.cudnn
+    return bool(setting.conv.fp32_precision == "tf32")  # the older name raises once a newer one was set
 
 
 def _check(
@@ -105,7 +113,7 @@ def _check(
     if form not in ("auto", *FORMS):
         message = f"form={form!r} of {op} is unknown; accepted: auto, {', '.join(FORMS)}"
         raise ValueError(message)
-    if form == "few" and (reason := why_not_few(maps, pack_weight(weight))):
+    if form == "few" and (reason := why_not_few(maps, weight.permute(NHWC))):
         message = f"{op} cannot run in form few: {reason}; take form auto or pointer"
         raise ValueError(message)
 
@@ -131,38 +139,69 @@ def launches(
     architecture = _architecture(out)
     form = tile.form if tile else form
     if form == "auto":
-        form = pick_form(windows, packed, out, architecture)
+        form = pick_form(windows, packed, out, architecture, tf32=tf32)
     if form != "few":
         windows = [each if each.stride(1) == 1 or each.shape[1] == 1 else _last(each) for each in windows]
     chosen = tile or tile_for(need, form, architecture)
-    if form == "tma" and (reason := why_not_tma((*windows, out), packed, chosen.depth)):
-        message = f"the convolution cannot run in form tma: {reason}; take form auto or pointer"
+    outputs = [out] if pooled is None else [out, pooled]
+    if reason := _why_not(windows, outputs, packed, chosen):
+        message = f"the convolution cannot run in form {form}: {reason}; take form auto or pointer"
         raise ValueError(message)
-    options: dict[str, Any] = {"scale": scale, "shift": shift, "relu": relu, "pooled": pooled, "tf32": tf32}
+    # The kernels read numbers side by side: a vector may come as a column of a table, or as one number expanded.
+    vectors = {"scale": scale, "shift": shift}
+    vectors = {name: None if each is None else each.contiguous() for name, each in vectors.items()}
+    options: dict[str, Any] = {"relu": relu, "pooled": pooled, "tf32": tf32, **vectors}
     return [conv_launch(windows, packed, out, padding=padding, tile=chosen, **options)]
 
 
-def pick_form(windows: Sequence[Tensor], packed: Tensor, out: Tensor, architecture: str) -> str:
+def _why_not(windows: Sequence[Tensor], outputs: Sequence[Tensor], packed: Tensor, tile: Tile) -> str:
+    """Say why the kernel of a tile's form cannot read or write these maps; empty where it can."""
+    if tile.form == "few":
+        terms = prod(packed.shape[1:])
+        shallow = f"a tile of depth {tile.depth} does not hold {terms} products" if terms > tile.depth else ""
+        return why_not_few(windows, packed) or shallow
+    if tile.form == "tma" and outputs[0].numel():  # nothing is launched for an empty batch
+        return why_not_tma(windows, outputs, packed, tile.depth)
+    return ""
+
+
+def pick_form(
+    windows: Sequence[Tensor], packed: Tensor, out: Tensor, architecture: str, *, tf32: bool = False
+) -> str:  # fmt: skip
     """Return the kernel that suits the maps: few channels at once, by descriptor from sm_90 on, else by address."""
     if not why_not_few(windows, packed):
         return "few"
-    depth = tile_for(need_of(windows, packed, out), "tma", architecture).depth
-    if architecture >= "sm90" and not why_not_tma((*windows, out), packed, depth):
+    depth = tile_for(need_of(windows, packed, out, tf32=tf32), "tma", architecture).depth
+    if _has_copy_engine(architecture) and not why_not_tma(windows, [out], packed, depth):
         return "tma"
     return "pointer"
 
 
 def _architecture(x: Tensor) -> str:
-    """Return "sm90" and the like, from sm_90 on, where kernels differ; "" for older cards and the interpreter."""
+    """Return what a GPU's configurations are filed under: "sm90", "gfx942"; "" where there is none."""
     if not x.is_cuda:
         return ""
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return f"sm{major}{minor}"
+    properties = torch.cuda.get_device_properties(x.device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).partition(":")[0]
+    return f"sm{properties.major}{properties.minor}"
+
+
+def _has_copy_engine(architecture: str) -> bool:
+    """Whether descriptors are more than a notation: from sm_90 on."""
+    return architecture.startswith("sm") and int(architecture[2:]) >= COPY_ENGINE
 
 
 def _last(x: Tensor) -> Tensor:
     """Lay a map out channels_last, also where its strides would pass for it by accident."""
     return x.permute(NHWC).contiguous().permute(0, 3, 1, 2)
+
+
+def empty_results(
+    maps: Sequence[Tensor], weight: Tensor, padding: int, pooled: bool
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Return room for the result, channels_last, and for its pooled map where that is wanted."""
+    return _empty(maps, weight, padding), _empty(maps, weight, padding, halved=2) if pooled else None
 
 
 def _empty(maps: Sequence[Tensor], weight: Tensor, padding: int, halved: int = 1) -> Tensor:
@@ -182,7 +221,7 @@ def _reference(
     if shift is not None:
         total = total + shift.view(-1, 1, 1)
     total = total.to(x.dtype)
-    return (total.relu() if relu else total).contiguous(memory_format=LAST)
+    return dense(total.relu() if relu else total)
 
 
 @torch.library.custom_op("skipcost::conv_bn_relu", mutates_args=(), device_types=("cpu", "cuda"))
@@ -204,7 +243,7 @@ def _forward_pool(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if not on_triton(weight):
         full = _reference([x], weight, scale, shift, padding, relu)
-        return full, torch.nn.functional.max_pool2d(full, 2).contiguous(memory_format=LAST)
+        return full, dense(torch.nn.functional.max_pool2d(full, 2))
     out, pooled = _empty([x], weight, padding), _empty([x], weight, padding, halved=2)
     run(launches([x], weight, scale, shift, out, padding=padding, relu=relu, pooled=pooled, tf32=tf32, form=form))
     return out, pooled
@@ -220,11 +259,11 @@ def _(x: Tensor, weight: Tensor, _scale: Any, _shift: Any, padding: int, *_: Any
     return _empty([x], weight, padding), _empty([x], weight, padding, halved=2)
 
 
-@register_flop_formula([torch.ops.skipcost.conv_bn_relu, torch.ops.skipcost.conv_bn_relu_pool])  # type: ignore[untyped-decorator]  # torch's own
-def _flops(maps: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+@register_flop_formula([torch.ops.skipcost.conv_bn_relu, torch.ops.skipcost.conv_bn_relu_pool])
+def _flops(_maps: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
     """As many as conv2d over the joined maps: 2 per element of the weight and output pixel."""
     full = out_shape[0] if isinstance(out_shape[0], tuple | list | torch.Size) else out_shape
-    return 2 * prod(weight) * full[0] * prod(full[2:])
+    return int(2 * prod(weight) * full[0] * prod(full[2:]))
 
 
 _forward.register_autograd(gradients, setup_context=keep)

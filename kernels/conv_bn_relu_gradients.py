@@ -6,7 +6,6 @@ the inputs and the output is kept for them; the gradient of the scale needs the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from skipcost.kernels.conv import dense
 from skipcost.kernels.crop_concat import spread
 from skipcost.unet_models.ops import crop_all
 
@@ -45,7 +45,7 @@ def backward(
     d_joined, d_weight, _ = torch.ops.aten.convolution_backward(
         grad, joined, weight, None, *geometry, [True, True, False]
     )
-    return [*spread(d_joined, maps), d_weight.contiguous(), d_scale, d_shift]
+    return [*spread(dense(d_joined), maps), d_weight.contiguous(), d_scale, d_shift]
 
 
 @backward.register_fake
@@ -57,10 +57,10 @@ def _(
     return [*d_maps, torch.empty_like(weight, memory_format=torch.contiguous_format), vector, vector.clone()]
 
 
-@register_flop_formula(torch.ops.skipcost.conv_bn_relu_backward)  # type: ignore[untyped-decorator]  # torch's own
+@register_flop_formula(torch.ops.skipcost.conv_bn_relu_backward)
 def _flops(grad: Any, _out: Any, _maps: Any, weight: Any, *_: Any, **__: Any) -> int:
     """Three convolutions: of the maps again, of their gradients, of the weight's."""
-    return 3 * 2 * prod(weight) * grad[0] * prod(grad[2:])
+    return int(6 * prod(weight) * grad[0] * prod(grad[2:]))
 
 
 def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:

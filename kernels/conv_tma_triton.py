@@ -2,6 +2,8 @@
 
 A descriptor covers exactly the window of a map that is convolved; what a block reads outside of it is zero, which is
 the padding. So no address and no mask is computed in the loop, and five maps cost the registers of one.
+
+Each map's descriptor is an argument of its own: the launchers of Triton 3.6 and 3.7 find none inside of tuples.
 """
 # ruff: noqa: ANN001 - Triton reads the annotation of a kernel's argument as its type
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
@@ -14,9 +16,16 @@ import triton.language as tl
 from skipcost.kernels.conv_triton import finished, largest_of, summarize
 
 
-@triton.jit(do_not_specialize=["batch", "out_height", "out_width"])
+@triton.jit(do_not_specialize=["out_height", "out_width"])
 def conv(
-    sources,  # one per map: descriptor of [N, H, W, C_i], windows of equal size; block [1, rows, columns, depth]
+    map_0,  # of each map: descriptor of [N, H, W, C_i], windows of equal size; block [1, rows, columns, depth]; or None
+    map_1,
+    map_2,
+    map_3,
+    map_4,
+    map_5,
+    map_6,
+    map_7,
     source_channels,  # one per map: C_i
     weight,  # descriptor of [O, taps * sum of C_i]; block [channels, depth]
     scale,  # [O] or None
@@ -24,7 +33,6 @@ def conv(
     out,  # descriptor of [N, H', W', O]; block [1, rows, columns, channels]
     pooled,  # descriptor of [N, H' // 2, W' // 2, O]; block [1, rows / 2, columns / 2, channels]; or None
     partials,  # [tiles, 3, O] or None
-    batch,
     out_height,
     out_width,
     in_channels,  # of all maps
@@ -55,7 +63,8 @@ def conv(
     pixels: tl.constexpr = tile_rows * tile_columns
     total = tl.zeros((pixels, tile_channels), dtype=tl.float32)
     first = 0
-    for source in tl.static_range(len(sources)):
+    sources = (map_0, map_1, map_2, map_3, map_4, map_5, map_6, map_7)
+    for source in tl.static_range(len(source_channels)):
         count = source_channels[source]
         blocks = tl.cdiv(count, tile_depth)
         for step in range(side * side * blocks):
@@ -72,11 +81,9 @@ def conv(
     if partials is not None:
         m = tl.arange(0, pixels)
         inside = (top + m // tile_columns < out_height) & (left + m % tile_columns < out_width)
-        summarize(stored.to(tl.float32), inside[:, None] & in_o[None, :], tile, o, in_o, partials, out_channels)
+        summarize(stored.to(tl.float32), inside, tile, o, in_o, partials, out_channels)
     if pooled is not None:
-        windows: tl.constexpr = pixels // 4
         squares = tl.reshape(stored.to(tl.float32), (tile_rows // 2, 2, tile_columns // 2, 2, tile_channels))
-        squares = tl.reshape(tl.permute(squares, (0, 2, 1, 3, 4)), (windows, 4, tile_channels))
-        best = largest_of(squares).to(pooled.dtype)
+        best = largest_of(tl.permute(squares, (0, 2, 4, 1, 3))).to(pooled.dtype)
         best = tl.reshape(best, (1, tile_rows // 2, tile_columns // 2, tile_channels))
         pooled.store([n, top // 2, left // 2, first_channel], best)

@@ -48,7 +48,7 @@ def conv(
     tile, first_channel = _place(
         batch, out_height, out_width, out_channels, pooled, wide, tile_pixels, tile_channels, group
     )
-    n, y, x, inside = _pixels(tile, batch, out_height, out_width, pooled, wide, tile_pixels)
+    n, y, x, inside = _pixels(tile, batch, out_height, out_width, pooled, tile_pixels)
     o = first_channel + tl.arange(0, tile_channels)  # [tile_channels]
     in_o = o < out_channels
     total = _zeros(out, tile_pixels, tile_channels)
@@ -74,7 +74,7 @@ def conv(
         first += count
     _finish(
         total, tile, n, y, x, inside, o, in_o, scale, shift, out, pooled, partials, out_strides, pooled_strides,
-        batch, out_height, out_width, out_channels, relu, wide, tile_pixels, tile_channels,
+        batch, out_height, out_width, out_channels, relu, tile_pixels, tile_channels,
     )  # fmt: skip
 
 
@@ -108,10 +108,11 @@ def conv_few(
     group: tl.constexpr,
 ) -> None:
     """Convolve a map of so few channels that all taps of all of them are one step of the product."""
+    tl.static_assert(side * side * in_channels <= tile_depth)
     tile, first_channel = _place(
         batch, out_height, out_width, out_channels, pooled, wide, tile_pixels, tile_channels, group
     )
-    n, y, x, inside = _pixels(tile, batch, out_height, out_width, pooled, wide, tile_pixels)
+    n, y, x, inside = _pixels(tile, batch, out_height, out_width, pooled, tile_pixels)
     o = first_channel + tl.arange(0, tile_channels)  # [tile_channels]
     in_o = o < out_channels
     k = tl.arange(0, tile_depth)  # [tile_depth]
@@ -130,7 +131,7 @@ def conv_few(
     total = tl.dot(a, b, total, input_precision=precision, out_dtype=total.dtype)
     _finish(
         total, tile, n, y, x, inside, o, in_o, scale, shift, out, pooled, partials, out_strides, pooled_strides,
-        batch, out_height, out_width, out_channels, relu, wide, tile_pixels, tile_channels,
+        batch, out_height, out_width, out_channels, relu, tile_pixels, tile_channels,
     )  # fmt: skip
 
 
@@ -154,7 +155,7 @@ def _place(
     Programs that run at the same time take `group` neighbouring tiles and all channels of them, so that the weights
     and the rows that tiles share are still in the L2 cache.
     """
-    if wide:
+    if wide:  # the tile's number and all that is computed from it, the addresses, become 64 bits wide
         batch = batch.to(tl.int64)
     if pooled is None:
         pixels = batch * out_height * out_width
@@ -170,14 +171,12 @@ def _place(
 
 
 @triton.jit
-def _pixels(tile, batch, out_height, out_width, pooled, wide: tl.constexpr, tile_pixels: tl.constexpr):
+def _pixels(tile, batch, out_height, out_width, pooled, tile_pixels: tl.constexpr):
     """Return image, row and column of each output pixel of a tile, and whether it exists.
 
     Where the map is also pooled, four pixels in a row of the tile are one 2x2 window of the map; windows that hang
     over its edge are computed, for the sake of their pixels, and not pooled.
     """
-    if wide:  # all addresses are computed from this one, so all of them become 64 bits wide
-        tile = tile.to(tl.int64)
     m = tile * tile_pixels + tl.arange(0, tile_pixels)  # [tile_pixels]
     if pooled is None:
         x = m % out_width
@@ -196,7 +195,7 @@ def _pixels(tile, batch, out_height, out_width, pooled, wide: tl.constexpr, tile
 @triton.jit
 def _finish(
     total, tile, n, y, x, inside, o, in_o, scale, shift, out, pooled, partials, out_strides, pooled_strides,
-    batch, out_height, out_width, out_channels, relu: tl.constexpr, wide: tl.constexpr,
+    batch, out_height, out_width, out_channels, relu: tl.constexpr,
     tile_pixels: tl.constexpr, tile_channels: tl.constexpr,
 ):  # fmt: skip
     """Scale, shift and clip the sums, store them, and derive the pooled map and the statistics from what was stored."""
@@ -205,12 +204,11 @@ def _finish(
     pixel = n * out_strides[0] + y * out_strides[1] + x * out_strides[2]
     tl.store(out + pixel[:, None] + o[None, :], stored, mask=keep)
     if partials is not None:
-        summarize(stored.to(total.dtype), keep, tile, o, in_o, partials, out_channels)
+        summarize(stored.to(total.dtype), inside, tile, o, in_o, partials, out_channels)
     if pooled is not None:
         windows: tl.constexpr = tile_pixels // 4
-        best = largest_of(tl.reshape(stored.to(total.dtype), (windows, 4, tile_channels)))
-        if wide:
-            tile = tile.to(tl.int64)
+        squares = tl.reshape(stored.to(total.dtype), (windows, 2, 2, tile_channels))
+        best = largest_of(tl.permute(squares, (0, 3, 1, 2)))
         m = tile * windows + tl.arange(0, windows)
         windows_across = (out_width + 1) // 2
         windows_down = (out_height + 1) // 2
@@ -239,19 +237,28 @@ def finished(total, o, in_o, scale, shift, relu: tl.constexpr):
 
 
 @triton.jit
-def summarize(values, keep, tile, o, in_o, partials, out_channels):
-    """Write count, mean and summed squared deviations of a tile, per channel; no atomics, so runs are repeatable."""
-    count = tl.sum(keep.to(values.dtype), axis=0)  # [tile_channels]
-    mean = tl.sum(tl.where(keep, values, 0.0), axis=0) / tl.maximum(count, 1.0)
-    away = tl.where(keep, values - mean[None, :], 0.0)
+def summarize(values, inside, tile, o, in_o, partials, out_channels):
+    """Write count, mean and summed squared deviations of a tile, per channel; no atomics, so runs are repeatable.
+
+    Masked by pixel alone: what channels past the last one come to is not stored, and a mask of both takes 90 registers.
+    """
+    count = tl.sum(inside.to(values.dtype), axis=0)
+    mean = tl.sum(tl.where(inside[:, None], values, 0.0), axis=0) / tl.maximum(count, 1.0)  # [tile_channels]
+    away = tl.where(inside[:, None], values - mean[None, :], 0.0)
     row = partials + tile * 3 * out_channels + o
-    tl.store(row, count, mask=in_o)
+    tl.store(row, tl.zeros_like(mean) + count, mask=in_o)
     tl.store(row + out_channels, mean, mask=in_o)
     tl.store(row + 2 * out_channels, tl.sum(away * away, axis=0), mask=in_o)
 
 
 @triton.jit
 def largest_of(windows):
-    """Maximum over dimension 1 of [windows, 4, channels]; NaN if there is one, as PyTorch's max-pool has it."""
-    broken = tl.max((windows != windows).to(tl.int32), axis=1)
-    return tl.where(broken > 0, float("nan"), tl.max(windows, axis=1))
+    """Maximum over the last two dimensions, 2 x 2; NaN if there is one, as PyTorch's max-pool has it."""
+    left, right = tl.split(windows)
+    upper, lower = tl.split(_larger(left, right))
+    return _larger(upper, lower)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)

@@ -19,7 +19,6 @@ Tried on no GPU yet: checked in Triton's interpreter, and compiled ahead of time
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skipcost.kernels.launch import Launch, on_triton, run, span
 from skipcost.unet_models.ops import REFERENCE, crop, crop_all
 
 DTYPES = (
@@ -114,12 +114,12 @@ def _check(maps: Sequence[Tensor]) -> None:
 @torch.library.custom_op("skipcost::crop_concat", mutates_args=(), device_types=("cpu", "cuda"))
 def _forward(maps: list[Tensor]) -> Tensor:
     windows = crop_all(maps)
-    if not _on_triton(maps[0]):
+    if not on_triton(maps[0]):
         return torch.cat(windows, 1)
     batch, _, height, width = windows[0].shape
     channels = [each.shape[1] for each in maps]
     out = _empty(maps[0], (batch, sum(channels), height, width), all(like_channels_last(each) for each in windows))
-    launch([_centred(*pair) for pair in zip(maps, out.split(channels, 1), strict=True)])
+    run(launches([centred(*pair) for pair in zip(maps, out.split(channels, 1), strict=True)]))
     return out
 
 
@@ -139,12 +139,27 @@ def _backward(
 ) -> list[Tensor]:
     """Return, for each cropped map, its gradient (N, C_i, H_i, W_i): a window of `grad` in a frame of zeros."""
     windows = [grad.narrow(1, start, count) for start, count in zip(starts, channels, strict=True)]
-    grads = _empty_grads(grad, channels, heights, widths, channels_last)
-    if _on_triton(grad):
-        launch([_centred(*pair) for pair in zip(windows, grads, strict=True)])
-    else:
-        for window, each in zip(windows, grads, strict=True):
-            crop(each.zero_(), *window.shape[-2:]).copy_(window)
+    return _framed(windows, _empty_grads(grad, channels, heights, widths, channels_last))
+
+
+def spread(grad: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+    """Give each map (N, C_i, H_i, W_i) its part of the gradient of them all, cropped and side by side.
+
+    grad: (N, sum of C_i, h, w). What was cropped away gets zeros; the results are channels_last and share no memory.
+    """
+    if len(maps) == 1 and maps[0].shape == grad.shape:
+        return [grad]
+    windows = grad.split([each.shape[1] for each in maps], 1)
+    return _framed(windows, [_empty(grad, tuple(each.shape), channels_last=True) for each in maps])
+
+
+def _framed(windows: Sequence[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """Fill each gradient with its window, in a frame of zeros."""
+    if on_triton(grads[0]):
+        run(launches([centred(*pair) for pair in zip(windows, grads, strict=True)]))
+        return grads
+    for window, each in zip(windows, grads, strict=True):
+        crop(each.zero_(), *window.shape[-2:]).copy_(window)
     return grads
 
 
@@ -185,11 +200,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
 _forward.register_autograd(_gradients, setup_context=_keep_shapes)
 
 
-def _on_triton(x: Tensor) -> bool:
-    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _empty(like: Tensor, shape: tuple[int, ...], channels_last: bool) -> Tensor:  # noqa: FBT001 - from a list of them
+def _empty(like: Tensor, shape: tuple[int, ...], channels_last: bool) -> Tensor:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
@@ -210,34 +221,33 @@ def like_channels_last(x: Tensor) -> bool:
     return strides[0] >= least and least != strides[1]
 
 
-def _centred(source: Tensor, target: Tensor) -> Move:
+def centred(source: Tensor, target: Tensor) -> Move:
     """Lay the smaller of the two maps on the middle of the larger, at offset (H - h) // 2 in both directions."""
     down, right = (math.trunc((source.shape[axis] - target.shape[axis]) / 2) for axis in (2, 3))
     return Move(source, target, down, right)
 
 
-def launch(moves: Sequence[Move]) -> None:
-    """Do all moves in one launch; none of them if nothing is to be written."""
+def launches(moves: Sequence[Move]) -> list[Launch]:
+    """One launch that does all moves whose targets have elements; none if there is nothing to write."""
     moves = [move for move in moves if move.target.numel()]
     if not moves:
-        return
-    from skipcost.kernels import crop_concat_triton  # noqa: PLC0415 - needs triton
-
-    programs, arguments, constants = plan(moves)
-    with torch.cuda.device_of(moves[0].target):
-        crop_concat_triton.place[(programs,)](*arguments, **constants)
-
-
-def plan(moves: Sequence[Move]) -> tuple[int, tuple[tuple[Any, ...], ...], dict[str, int | bool]]:
-    """Return the number of programs, the arguments and the constants with which `place` does the moves."""
+        return []
     source_strides, target_strides, source_sizes, target_sizes, shifts = zip(*map(_numbers, moves), strict=True)
-    run = min(1 << (max(sizes[3] for sizes in target_sizes) - 1).bit_length(), MAX_RUN, TILE)
-    rows = TILE // run
-    programs = sum(-(-sizes[0] // rows) * -(-sizes[3] // run) for sizes in target_sizes)
-    wide = any(_span(each) >= 2**31 - TILE for move in moves for each in (move.source, move.target))
-    sources, targets = tuple(move.source for move in moves), tuple(move.target for move in moves)
-    arguments = (sources, targets, source_strides, target_strides, source_sizes, target_sizes, shifts)
-    return programs, arguments, {"tile_rows": rows, "tile_run": run, "wide": wide}
+    tile_run = min(1 << (max(sizes[3] for sizes in target_sizes) - 1).bit_length(), MAX_RUN, TILE)
+    rows = TILE // tile_run
+    programs = sum(-(-sizes[0] // rows) * -(-sizes[3] // tile_run) for sizes in target_sizes)
+    wide = any(span(each) >= 2**31 - TILE for move in moves for each in (move.source, move.target))
+    arguments = {
+        "sources": tuple(move.source for move in moves),
+        "targets": tuple(move.target for move in moves),
+        "source_strides": source_strides,
+        "target_strides": target_strides,
+        "source_sizes": source_sizes,
+        "target_sizes": target_sizes,
+        "shifts": shifts,
+    }
+    constants = {"tile_rows": rows, "tile_run": tile_run, "wide": wide}
+    return [Launch("crop_concat.place", (programs,), arguments, constants)]
 
 
 def _numbers(move: Move) -> tuple[tuple[int, ...], ...]:
@@ -252,8 +262,3 @@ def _numbers(move: Move) -> tuple[tuple[int, ...], ...]:
         (target[0] * target[a] * target[b], target[a], target[b], target[c]),
         (away[a], away[b], away[c]),
     )
-
-
-def _span(x: Tensor) -> int:
-    """Elements from the first to the last of `x`; with a tile beyond them, row numbers must still fit 31 bits."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))

@@ -63,18 +63,19 @@ def run(launches: Sequence[Launch]) -> None:
         return
     with torch.cuda.device_of(_first_tensor(tuple(launches[0].arguments.values()))):
         for launch in launches:
-            arguments = {name: _described(value) for name, value in launch.arguments.items()}
+            arguments = {name: described(value) for name, value in launch.arguments.items()}
             options = {"num_warps": launch.warps, "num_stages": launch.stages}
             device_function(launch.kernel)[launch.grid](**arguments, **launch.constants, **options)
 
 
-def _described(value: Any) -> Any:
+def described(value: Any) -> Any:
+    """Turn the Descriptors in an argument into those that Triton's launcher takes."""
     if isinstance(value, Descriptor):
         from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: PLC0415 - needs triton
 
         tensor = value.tensor
         return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(value.block))
-    return tuple(_described(each) for each in value) if isinstance(value, tuple) else value
+    return tuple(described(each) for each in value) if isinstance(value, tuple) else value
 
 
 def _first_tensor(values: tuple[Any, ...]) -> Tensor:

@@ -2,47 +2,65 @@
 
 Whether Triton interprets is decided when it is first imported, for the whole process. The tests of a suite share one
 process, and other tests need the compiler; so the functions named `check_*` of a test file run in a second pytest with
-TRITON_INTERPRET=1, and a test in the first reports what they say.
+TRITON_INTERPRET=1, and a test in the first reports what they say. Importing this there makes the interpreter compute as
+a GPU does, see `faithful.py`, or fails: every check file imports it, whoever runs it.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
-LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced", "expanded")
-MARGIN = 97  # canaries on each side of a dense map: odd, so that maps do not start at a multiple of 16 bytes
+from skipcost.kernels.canaries import CHANNELS_ADJACENT, DATA, MARGIN, amid
+from skipcost.kernels.canaries import LAYOUTS as CANARY_LAYOUTS
+from skipcost.kernels.launch import interpreted
+from skipcost.kernels.validate import bits
+
+__all__ = ["LAYOUTS", "MARGIN", "amid", "assert_same", "bits", "map_sizes", "maps_amid_nan", "run_checks"]
+
+LAYOUTS = tuple(CANARY_LAYOUTS)
+
+if interpreted() and importlib.util.find_spec("triton"):
+    import faithful
+
+    faithful.install()
 
 
-def amid(values: Tensor, layout: str, canary: float) -> Tensor:
-    """Copy (N, C, H, W) into the middle of a storage full of canaries, with the strides of `layout`."""
-    n, c, h, w = values.shape
-    if layout == "sliced":
-        around = torch.full((n + 2, c + 2, 2 * h + 3, w + 2), canary, dtype=values.dtype)
-        view = around[1 : n + 1, 1 : c + 1, 1 : 2 * h + 1 : 2, 1 : w + 1]
-    elif layout == "expanded":
-        return amid(values[:, :1], "contiguous", canary).expand(-1, c, -1, -1) if c else values
-    else:
-        order = {"contiguous": (0, 1, 2, 3), "channels_last": (0, 2, 3, 1), "transposed": (0, 1, 3, 2)}[layout]
-        around = torch.full((values.numel() + 2 * MARGIN,), canary, dtype=values.dtype)
-        dense = around[MARGIN : MARGIN + values.numel()].view([values.shape[axis] for axis in order])
-        view = dense.permute([order.index(axis) for axis in range(4)])
-    view.copy_(values)
-    return view
+def maps_amid_nan(
+    batch: int,
+    sizes: Sequence[tuple[int, int, int]],
+    dtype: torch.dtype,
+    *,
+    data: str = "normal",
+    layouts: Sequence[str] = CHANNELS_ADJACENT,
+    seed: int = 0,
+) -> list[Tensor]:
+    """Maps (batch, C_i, H_i, W_i) of a kind of data, all different, amid NaN; layouts are repeated as needed."""
+    pairs = zip(sizes, itertools.cycle(layouts), strict=False)
+    return [amid(DATA[data]((batch, *size), dtype, seed + index), layout) for index, (size, layout) in enumerate(pairs)]
 
 
-def bits(x: Tensor) -> Tensor:
-    """The bytes of a map: NaN equals itself, and -0.0 is not 0.0."""
-    return x.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+@st.composite
+def map_sizes(
+    draw: st.DrawFn, channels: Sequence[int] = (1, 3, 16, 17), most: int = 3, largest: int = 9
+) -> tuple[tuple[int, int, int], ...]:
+    """Draw (C, H, W) of 1 to `most` maps; each side is up to 4 longer than the smallest's, which is 1 to `largest`."""
+    smallest = [draw(st.integers(1, largest)) for _ in range(2)]
+    longer = st.tuples(st.sampled_from(channels), st.integers(0, 4), st.integers(0, 4))
+    drawn = draw(st.lists(longer, min_size=1, max_size=most))
+    return tuple((count, smallest[0] + higher, smallest[1] + wider) for count, higher, wider in drawn)
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
@@ -54,7 +72,7 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 def run_checks(file: Path, folder: Path) -> dict[str, list[str]]:
     """Run the checks of `file` in the interpreter; per check, what each of its cases complains about, "" for nothing.
 
-    folder: where the second pytest may leave its report.
+    A case that was skipped complains, and so does a check of which no case ran. folder: for the second pytest's report.
     """
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed, so its interpreter did not run: pip install 'skipcost[gpu]'")
@@ -63,13 +81,14 @@ def run_checks(file: Path, folder: Path) -> dict[str, list[str]]:
     command = [sys.executable, "-m", "pytest", *options, str(file)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if not report.exists():  # a write far beside its target can end the process
+    if done.returncode not in (0, 1) or not report.exists():  # 1: checks failed; a stray write can end the process
         pytest.fail(
             f"the interpreter's pytest ended with {done.returncode}\n{done.stdout}\n{done.stderr}", pytrace=False
         )
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = defaultdict(lambda: ["no case of this check ran in the interpreter's pytest"])
     for case in ET.parse(report).iter("testcase"):  # noqa: S314 - written by the pytest above
-        found.setdefault(case.attrib["name"].partition("[")[0], []).extend(_complaints(case))
+        name = case.attrib["name"].partition("[")[0]
+        found[name] = [*found.get(name, []), *_complaints(case)]
     return found
 
 

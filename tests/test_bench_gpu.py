@@ -14,8 +14,8 @@ from skipcost.bench import gpu
 from skipcost.bench.cases import Case, usual_values
 from skipcost.bench.metrics import METRICS, default_metrics
 from skipcost.bench.records import Result
-from skipcost.bench.running import cuda_clock
-from skipcost.bench.timing import Budget
+from skipcost.kernels.running import cuda_clock
+from skipcost.kernels.timing import Budget
 from skipcost.unet_models import ModelSpec
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -7,7 +7,7 @@ import pytest
 from skipcost.bench.cases import Case
 from skipcost.bench.figures import FORMATS, text
 from skipcost.bench.metrics import COUNTED, MEASURED, METRICS, PREDICTED
-from skipcost.bench.timing import Budget
+from skipcost.kernels.timing import Budget
 from skipcost.unet_models import ModelSpec
 
 CASE = Case(spec=ModelSpec(depth=2, width=4), height=19, width=30, batch=3)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from skipcost.kernels import crop_concat as module
-from skipcost.kernels.crop_concat import Move, crop_concat, like_channels_last, merge
+from skipcost.kernels.crop_concat import crop_concat, like_channels_last, merge
+from skipcost.kernels.launch import Launch
 from skipcost.unet_models import REFERENCE
 
 LARGE, MIDDLE, SMALL = (2, 3, 7, 9), (2, 1, 4, 6), (2, 2, 4, 5)
@@ -54,10 +55,10 @@ assert crop_concat([torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2)]).shape == (1
 def test_a_cpu_runs_the_reference(memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the interpreter nothing is launched on a CPU, and output and gradients are the reference's."""
 
-    def refuse(moves: Sequence[Move]) -> None:
-        pytest.fail(f"launched {len(moves)} moves")
+    def refuse(launches: Sequence[Launch]) -> None:
+        pytest.fail(f"launched {launches}")
 
-    monkeypatch.setattr(module, "launch", refuse)
+    monkeypatch.setattr(module, "run", refuse)
     maps, references = _maps(memory_format), _maps(memory_format)
 
     result, expected = crop_concat(maps), REFERENCE.merge(references, "concat")

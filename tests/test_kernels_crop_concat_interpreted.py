@@ -20,7 +20,8 @@ from kernel_checks import LAYOUTS, amid, assert_same, run_checks
 from torch import Tensor
 
 from skipcost.kernels import crop_concat as module
-from skipcost.kernels.crop_concat import DTYPES, Move, crop_concat, launch, merge, plan
+from skipcost.kernels.crop_concat import DTYPES, Move, crop_concat, launches, merge
+from skipcost.kernels.launch import run
 from skipcost.unet_models import REFERENCE, VARIANTS, ModelSpec, build
 
 FLOATS = tuple(dtype for dtype in DTYPES if dtype.is_floating_point)
@@ -77,7 +78,7 @@ def _small_tile(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def moved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of moves in each launch of the device code, in the order of the launches."""
     from skipcost.kernels import crop_concat_triton  # noqa: PLC0415 - needs the interpreter
 
@@ -86,33 +87,33 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     class Recorder:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            def run(sources: tuple[Tensor, ...], *arguments: object, **constants: object) -> None:
-                counts.append(len(sources))
-                kernel[grid](sources, *arguments, **constants)
+            def place(**arguments: Any) -> None:
+                counts.append(len(arguments["sources"]))
+                kernel[grid](**arguments)
 
-            return run
+            return place
 
     monkeypatch.setattr(crop_concat_triton, "place", Recorder())
     return counts
 
 
-def check_one_launch_writes_all_maps(launches: list[int]) -> None:
+def check_one_launch_writes_all_maps(moved: list[int]) -> None:
     """Six maps are one launch of the kernel, so the checks of this file are about the kernel."""
     maps = make_maps(Shapes(2, ((3, 5, 6),) * 5 + ((2, 4, 4),), ("contiguous",) * 6, torch.float32))
 
     crop_concat(maps)
 
-    assert launches == [6]
+    assert moved == [6]
 
 
-def check_one_launch_writes_the_gradients_of_the_cropped_maps(launches: list[int]) -> None:
+def check_one_launch_writes_the_gradients_of_the_cropped_maps(moved: list[int]) -> None:
     """Of four maps, two cropped and wanted: backwards they are one launch; the others are views or not wanted."""
     maps = make_maps(Shapes(2, ((3, 5, 6), (2, 4, 7), (2, 4, 4), (1, 9, 9)), ("contiguous",) * 4, torch.float32))
     wanted = differentiable(maps[:3])
 
     crop_concat([*wanted, maps[3]]).sum().backward()
 
-    assert launches == [4, 2]
+    assert moved == [4, 2]
 
 
 @settings(deadline=None, max_examples=60)
@@ -164,7 +165,7 @@ def check_nothing_is_written_beside_the_target(shape: tuple[int, ...], window: t
     expected = torch.zeros(shape)
     expected[..., top : top + window[0], left : left + window[1]] = source
 
-    launch([Move(source, target, -top, -left)])
+    run(launches([Move(source, target, -top, -left)]))
 
     assert_same(target, expected)
     everything = target.as_strided((target.untyped_storage().nbytes() // 4,), (1,), 0)
@@ -239,13 +240,13 @@ def check_a_gradient_keeps_the_memory_format_of_its_map() -> None:
     assert grads[1].is_contiguous()
 
 
-def check_no_launch_where_nothing_is_written(launches: list[int]) -> None:
+def check_no_launch_where_nothing_is_written(moved: list[int]) -> None:
     """An empty batch has an empty result, forwards and backwards, without a launch."""
     maps = differentiable(make_maps(Shapes(0, ((3, 6, 7), (2, 4, 4)), ("contiguous",) * 2, torch.float32)))
 
     crop_concat(maps).sum().backward()
 
-    assert launches == []
+    assert moved == []
     assert maps[0].grad is not None
     assert maps[0].grad.shape == (0, 3, 6, 7)
 
@@ -261,10 +262,11 @@ def check_offsets_beyond_31_bits(batch_stride: int, written: bool) -> None:  # n
     target.zero_() if written else target.fill_(0)
     move = Move(source, target, 0, 0)
 
-    launch([move])
+    (launch,) = launches([move])
+    run([launch])
 
     assert torch.equal(target, torch.arange(120, dtype=torch.int8).view(2, 3, 4, 5))
-    assert plan([move])[2]["wide"]
+    assert launch.constants["wide"]
 
 
 def check_gradcheck_passes_in_float64() -> None:
@@ -295,7 +297,7 @@ def check_opcheck_passes_backwards() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def check_a_network_has_the_references_bits(variant: str, launches: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def check_a_network_has_the_references_bits(variant: str, moved: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """With the kernel in it, a network that crops every skip gives and learns the reference's bits."""
     monkeypatch.setattr(module, "TILE", 1 << 15)  # the interpreter's time goes by programs, whatever their size
     spec = ModelSpec(variant=variant, depth=2, width=3, padding="valid")
@@ -307,7 +309,7 @@ def check_a_network_has_the_references_bits(variant: str, launches: list[int], m
     for output in (result, expected):
         output.square().sum().backward()
 
-    assert launches
+    assert moved
     assert_same(result, expected)
     for actual, wanted in zip(network.parameters(), reference.parameters(), strict=True):
         assert actual.grad is not None
@@ -317,7 +319,7 @@ def check_a_network_has_the_references_bits(variant: str, launches: list[int], m
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def check_a_channels_last_network_has_the_references_bits(
-    variant: str, launches: list[int], monkeypatch: pytest.MonkeyPatch
+    variant: str, moved: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The layout that GPUs run in; forwards only, since autograd's NCHW gradients let convolutions round otherwise."""
     monkeypatch.setattr(module, "TILE", 1 << 15)
@@ -329,7 +331,7 @@ def check_a_channels_last_network_has_the_references_bits(
     with torch.no_grad():
         result, expected = network(image), reference(image)
 
-    assert launches
+    assert moved
     assert_same(result, expected)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from skipcost.bench.timing import Budget, Clock, cpu_clock, half_width, sample
+from skipcost.kernels.timing import Budget, Clock, cpu_clock, half_width, sample
 
 SHORT = Budget(seconds=0.02, noise=0.01, least=5, warmup_seconds=0.05)
 

@@ -71,10 +71,12 @@ def half_width(seconds: list[float]) -> float:
     return float(1.57 * (high - low) / len(seconds) ** 0.5 / middle)
 
 
-def cpu_clock(call: Callable[[], object], count: int) -> list[float]:
-    """Time `count` calls one by one on the host."""
+def cpu_clock(call: Callable[[], object], count: int, before: Callable[[], object] | None = None) -> list[float]:
+    """Time `count` calls one by one on the host; `before` runs ahead of each and is not timed."""
     durations = []
     for _ in range(count):
+        if before:
+            before()
         start = time.perf_counter()
         call()
         durations.append(time.perf_counter() - start)
@@ -83,7 +85,7 @@ def cpu_clock(call: Callable[[], object], count: int) -> list[float]:
 
 def sample(call: Callable[[], object], clock: Clock, budget: Budget) -> Samples:
     """Warm `call` up and time it with `clock` under `budget`; the garbage collector is off meanwhile."""
-    with _no_gc():
+    with no_gc():
         warm, flat = _warm_up(call, clock, budget)
         # Short calls go in blocks: on a GPU the clock synchronises once a block.
         block = BLOCK if statistics.median(warm[-WINDOW:]) * BLOCK < budget.seconds / 8 else 1
@@ -114,7 +116,8 @@ def _is_flat(warm: list[float]) -> bool:
 
 
 @contextmanager
-def _no_gc() -> Iterator[None]:
+def no_gc() -> Iterator[None]:
+    """Collect garbage now and not again inside the block; the caller's setting is restored."""
     was_on = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -1,0 +1,66 @@
+"""What the commands of `skipcost kernels` tell: progress with the time left on stderr, tables on stdout."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+
+EVERY_SECONDS = 10.0  # between lines of progress where they do not overwrite each other
+DIGITS_FROM, DIGITS_TO = 1e3, 1e7  # numbers between are written out; all others with three digits
+
+
+class Progress:
+    """Counts parts of some work against a limit in time; a line that is rewritten, or one now and then in a file."""
+
+    def __init__(self, title: str, total: int, until: float) -> None:
+        self.title, self.total, self.until = title, total, until
+        self.done, self.failed = 0, 0
+        self.began = self.told = time.time()
+
+    def step(self, *, failed: bool = False) -> None:
+        """Note that a part is done."""
+        self.done += 1
+        self.failed += failed
+        now, last = time.time(), self.done == self.total
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r{self.line(now)}\x1b[K" + "\n" * last)
+        elif last or now >= self.told + EVERY_SECONDS:
+            self.told = now
+            sys.stderr.write(self.line(now) + "\n")
+        sys.stderr.flush()
+
+    def line(self, now: float) -> str:
+        """Say how far it is: the time left is what it will take, or what there is if that is less."""
+        expected = (now - self.began) / max(self.done, 1) * (self.total - self.done)
+        left = max(min(expected, self.until - now), 0)
+        trouble = f", {self.failed} failed" if self.failed else ""
+        return f"{self.title}: {self.done}/{self.total}{trouble}, {left // 60:.0f}:{left % 60:02.0f} left"
+
+
+def write_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write aligned columns: the first to the left, numbers to the right."""
+    lines = [list(head), *([_text(cell) for cell in row] for row in rows)]
+    widths = [max(len(line[at]) for line in lines) for at in range(len(head))]
+    numbers = [all(_is_number(line[at]) for line in lines[1:]) for at in range(len(head))]
+    for line in lines:
+        cells = [
+            text.rjust(width) if number else text.ljust(width)
+            for text, width, number in zip(line, widths, numbers, strict=True)
+        ]
+        sys.stdout.write("  ".join(cells).rstrip() + "\n")
+
+
+def _text(cell: object) -> str:
+    if isinstance(cell, float):
+        return f"{cell:.0f}" if DIGITS_FROM <= abs(cell) < DIGITS_TO else f"{cell:.3g}"
+    return str(cell)
+
+
+def _is_number(text: str) -> bool:
+    return text in ("", "-") or text[0].isdigit()
+
+
+def tell(sentence: str) -> None:
+    """Write a sentence to stderr, under the command's name."""
+    sys.stderr.write(f"skipcost kernels: {sentence}\n")

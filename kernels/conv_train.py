@@ -1,0 +1,121 @@
+"""A convolution over maps side by side, and its gradients, by the Triton kernels or by ATen, which is cuDNN's on a GPU.
+
+What `conv_bn_relu_train` does beside batch norm. The Triton kernels read every map through its own window; ATen gets
+the joined map, which is made where it is needed, backwards once more, and never kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from skipcost.kernels.batch_norm import precise
+from skipcost.kernels.checks import output_size
+from skipcost.kernels.conv import conv_launch, need_of, pack_weight, statistics_tiles
+from skipcost.kernels.conv_bn_relu import _architecture, _last, pick_form
+from skipcost.kernels.launch import Launch
+from skipcost.kernels.tiles import FEW_CHANNELS, tile_for
+from skipcost.kernels.weight_gradient import weight_gradient_launches
+from skipcost.unet_models.ops import crop, crop_all
+
+ONES = [1, 1]
+
+
+def empty_output(maps: Sequence[Tensor], weight: Tensor, padding: int) -> Tensor:
+    """Allocate what the convolution of weight (O, sum of C_i, k, k) writes: (N, O, H', W') in channels_last."""
+    return _empty(maps[0], weight.shape[0], *output_size(maps, weight.shape[2], padding))
+
+
+def empty_joined(maps: Sequence[Tensor]) -> Tensor:
+    """Allocate the maps (N, C_i, H_i, W_i), cropped and side by side: (N, sum of C_i, h, w) in channels_last."""
+    height, width = (min(each.shape[axis] for each in maps) for axis in (2, 3))
+    return _empty(maps[0], sum(each.shape[1] for each in maps), height, width)
+
+
+def output_launch(
+    maps: Sequence[Tensor], weight: Tensor, y: Tensor, *, padding: int, tf32: bool
+) -> tuple[Launch, Tensor]:
+    """Convolve the maps into y (N, O, H', W'); also return where statistics of its tiles go, (tiles, 3, O)."""
+    launch = _convolution(crop_all(maps), pack_weight(weight), y, padding, tf32=tf32, summarized=True)
+    return launch, launch.arguments["partials"]
+
+
+def joined_grad_launch(weight: Tensor, grad: Tensor, joined_grad: Tensor, *, padding: int, tf32: bool) -> Launch:
+    """Write the gradient of the joined map (N, C, h, w), given that of the output (N, O, H', W') in channels_last.
+
+    It is a convolution too: the taps turned round, input and output channels exchanged, padded by what is missing.
+    """
+    turned = pack_weight(weight.flip(2, 3).transpose(0, 1))
+    around = weight.shape[2] - 1 - padding
+    if around < 0:  # the frame that a padded 1x1 convolution adds depends on no input
+        grad = crop(grad, *joined_grad.shape[2:])
+    return _convolution([grad], turned, joined_grad, max(around, 0), tf32=tf32)
+
+
+def weight_grad_launches(
+    maps: Sequence[Tensor], grad: Tensor, weight_grad: Tensor, *, padding: int, tf32: bool
+) -> list[Launch]:
+    """Write the gradient of the weight, as (O, k, k, sum of C_i), given that of the output in channels_last."""
+    windows = crop_all(maps)
+    if len(windows) > 1 or windows[0].shape[1] > FEW_CHANNELS:
+        windows = [adjacent(each) for each in windows]
+    return weight_gradient_launches(windows, grad, weight_grad, padding=padding, tf32=tf32)
+
+
+def aten_output(maps: Sequence[Tensor], weight: Tensor, *, padding: int) -> Tensor:
+    """Return the convolution of the maps, cropped and side by side, in channels_last."""
+    return dense(torch.ops.aten.convolution(_joined(maps), _last(weight), None, *_geometry(padding)))
+
+
+def aten_grads(
+    maps: Sequence[Tensor], weight: Tensor, grad: Tensor, *, padding: int, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of the joined map, in channels_last, and of the weight, each where it is wanted."""
+    joined_grad, weight_grad, _ = torch.ops.aten.convolution_backward(
+        grad, _joined(maps), _last(weight), None, *_geometry(padding), [*wanted, False]
+    )
+    return joined_grad if joined_grad is None else dense(joined_grad), weight_grad
+
+
+def adjacent(x: Tensor) -> Tensor:
+    """Return the map (N, C, H, W), with its channels next to each other: a copy where they are not."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else _last(x)
+
+
+def dense(x: Tensor) -> Tensor:
+    """Return the map (N, C, H, W) in channels_last, with a new map's strides also where a size of 1 leaves a choice."""
+    _, channels, height, width = x.shape
+    if x.stride() == (height * width * channels, 1, width * channels, channels):
+        return x
+    return _empty(x, channels, height, width).copy_(x)
+
+
+def _convolution(
+    sources: Sequence[Tensor], packed: Tensor, out: Tensor, padding: int, *, tf32: bool, summarized: bool = False
+) -> Launch:
+    architecture = _architecture(out)
+    form = pick_form(sources, packed, out, architecture, tf32=tf32)
+    if form != "few":
+        sources = [adjacent(each) for each in sources]
+    tile = tile_for(need_of(sources, packed, out, tf32=tf32), form, architecture)
+    partials = None
+    if summarized:
+        partials = out.new_empty((statistics_tiles(out, tile), 3, out.shape[1]), dtype=precise(out))
+    return conv_launch(sources, packed, out, padding=padding, partials=partials, tf32=tf32, tile=tile)
+
+
+def _joined(maps: Sequence[Tensor]) -> Tensor:
+    windows = crop_all(maps)
+    return _last(torch.cat(windows, 1) if len(windows) > 1 else windows[0])
+
+
+def _geometry(padding: int) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
+    """Stride, padding, dilation, not transposed, output padding, groups: as ATen's convolutions take them."""
+    return ONES, [padding, padding], ONES, False, [0, 0], 1
+
+
+def _empty(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    shape = (like.shape[0], channels, height, width)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)

@@ -1,0 +1,65 @@
+"""Whole networks to be timed: in which of `ways.WAYS`, in which cases. Their rows go to the map of winners.
+
+`stepping` makes, verifies and times them, in a process of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from skipcost.kernels.backends import BACKENDS
+from skipcost.kernels.configurations import Setting
+from skipcost.kernels.jobs import Done, Job, Row
+from skipcost.kernels.timing import Budget
+from skipcost.kernels.ways import WAYS, case_name
+
+PRECISIONS = {"inference": "bf16", "training": "amp-bf16"}
+SLOW = ("compile", "compile-max")  # ways that take a minute or more to compile
+INFERENCE_ONLY = ("folded", "compile-max")  # folding and freezing take weights for constants
+BACKEND_OF = {"folded": "eager", "compile-max": "compile"}  # what a way needs of the machine, if not what it is called
+BUDGET = Budget(seconds=1.0, noise=0.005, least=10, warmup_seconds=2.0)
+
+
+def why_not(way: str, device: str) -> str:
+    """Say why a way cannot run on a device of this machine; empty where it can."""
+    return BACKENDS[BACKEND_OF.get(way, way)].why_not(device)
+
+
+def wanted(settings: Sequence[Setting], *, slow: bool) -> list[Row]:
+    """Return the rows, without numbers, of every network in every way that is slow to compile, or that is not."""
+    return [
+        {
+            "network": each.spec.label,
+            "case": case_name(each.batch, each.size, each.size, training=each.mode == "training"),
+            "precision": PRECISIONS[each.mode],
+            "implementation": way,
+        }
+        for each in settings
+        for way in WAYS
+        if (way in SLOW) == slow and not (way in INFERENCE_ONLY and each.mode == "training")
+    ]
+
+
+def make_jobs(rows: Sequence[Row], device: str, budget: Budget) -> list[Job]:
+    """Make one job of all ways of a case."""
+    parts: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        parts.setdefault((row["network"], row["case"]), []).append({"implementation": row["implementation"]})
+    more = {"device": device, "budget": asdict(budget)}
+    return [Job({"network": name, "case": case, **more}, tuple(each)) for (name, case), each in parts.items()]
+
+
+def row_of(done: Done) -> Row:
+    """Return the row of a part without its numbers, as `wanted` gave it."""
+    network, case = done.what["network"], done.what["case"]
+    precision = PRECISIONS[parse_case(case)[3]]
+    return {"network": network, "case": case, "precision": precision, "implementation": done.part["implementation"]}
+
+
+def parse_case(text: str) -> tuple[int, int, int, str]:
+    """Read a name that `ways.case_name` gave, such as `n8 512x512 training`: batch, height, width, mode."""
+    batch, size, mode = text.split()
+    height, _, width = size.partition("x")
+    return int(batch[1:]), int(height), int(width), mode
