@@ -65,8 +65,11 @@ def time_networks(bench: Bench, title: str, rows: Sequence[Row]) -> int:
             left += 1
             continue
         progress.step(failed=done.row["outcome"] in FAILURES)
-        found = {"seconds": [], "cache": None, "graph": None, "saved_bytes": None, "peak_bytes": None, "worst": None}
-        found |= done.row
+        found: Row = {
+            "seconds": [],
+            **dict.fromkeys(("cache", "graph", "saved_bytes", "peak_bytes", "worst")),
+            **done.row,
+        }
         macs = found.pop("macs", 0)
         rate = macs / statistics.median(found["seconds"]) if found["seconds"] else 0
         share = rate / bench.ceilings["macs_per_s"][PRECISION] or None
@@ -81,9 +84,12 @@ def stages(bench: Bench, asked: Sequence[Setting], ops: Sequence[str], only: str
     others = [call for call in calls if call.mode != "inference"]
     found: list[Stage] = [
         ("calls at inference", partial(bench.time_calls, "inference", shipped(first, bench.device))),
-        ("networks", partial(time_networks, bench, "networks", networks.wanted(asked, slow=False))),
+        ("networks", partial(time_networks, bench, "networks", networks.wanted(asked, networks.QUICK_WAYS))),
         ("calls in training", partial(bench.time_calls, "training", shipped(others, bench.device))),
-        ("networks, compiled", partial(time_networks, bench, "compiled", networks.wanted(asked, slow=True))),
+    ]
+    found += [
+        (f"networks, {way}", partial(time_networks, bench, way, networks.wanted(asked, [way])))
+        for way in networks.SLOW_WAYS
     ]
     yield from (stage for stage in found if only is None or stage[0].startswith(only))
 
@@ -93,10 +99,10 @@ def print_calls(rows: Sequence[Row]) -> None:
     best: dict[str, dict[bool, tuple[float, Row]]] = {}
     for row in rows:
         if row.get("call") and row["outcome"] == "ok" and row["cache"] == "hot":
-            seconds, ours = statistics.median(row["seconds"]), row["implementation"] not in LIBRARIES
+            seconds, own = statistics.median(row["seconds"]), row["implementation"] not in LIBRARIES
             known = best.setdefault(row["call"], {})
-            if ours not in known or seconds < known[ours][0]:
-                known[ours] = seconds, row
+            if own not in known or seconds < known[own][0]:
+                known[own] = seconds, row
     compared = {key: (pair[False], pair[True]) for key, pair in best.items() if len(pair) == 2}  # noqa: PLR2004 - both
     if not compared:
         return

@@ -72,11 +72,14 @@ class Call:
             message = f"{self.op} reads one map, not {len(self.sources)}; several are for {', '.join(MERGING)}"
             raise ValueError(message)
         for source in self.sources:
-            if not isinstance(source, tuple) or len(source) != 3:  # noqa: PLR2004 - C, H, W
-                message = f"source {source!r} is not (C, H, W): three whole numbers for each map that {self.op} reads"
-                raise ValueError(message)
-            for name, size in zip(("channels", "height", "width"), source, strict=True):
-                check_integer(f"{name} of source {source}", size, 1, LARGEST)
+            self._check_source(source)
+
+    def _check_source(self, source: object) -> None:
+        if not isinstance(source, tuple) or len(source) != 3:  # noqa: PLR2004 - C, H, W
+            message = f"source {source!r} is not (C, H, W): three whole numbers for each map that {self.op} reads"
+            raise ValueError(message)
+        for name, size in zip(("channels", "height", "width"), source, strict=True):
+            check_integer(f"{name} of source {source}", size, 1, LARGEST)
 
     def _check_convolution(self) -> None:
         if self.kernel not in (1, 3) or isinstance(self.kernel, bool):

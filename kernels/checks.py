@@ -85,7 +85,9 @@ def check_vectors(op: str, weight: Tensor, vectors: Mapping[str, Tensor | None])
         if vector is None:
             continue
         if tuple(vector.shape) != (weight.shape[0],):
-            message = f"{name} of {op} has shape {tuple(vector.shape)}: one number for each of {weight.shape[0]} outputs"
+            message = (
+                f"{name} of {op} has shape {tuple(vector.shape)}: one number for each of {weight.shape[0]} outputs"
+            )
             raise ValueError(message)
         if (vector.dtype, vector.device) != (wanted, weight.device):
             message = (
@@ -93,6 +95,66 @@ def check_vectors(op: str, weight: Tensor, vectors: Mapping[str, Tensor | None])
                 f"{weight.device} it must be {wanted} on {weight.device}"
             )
             raise ValueError(message)
+
+
+def check_up_conv(op: str, maps: Sequence[Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Refuse a weight that is not (C, O, 2, 2) for x (N, C, H, W), and types and devices that differ."""
+    check_maps(op, [*maps, x])
+    shape = tuple(x.shape)
+    if 0 in shape[1:]:
+        message = f"x of {op} has shape {shape}: it needs a channel and a pixel at least; only the batch may be empty"
+        raise ValueError(message)
+    if weight.ndim != 4 or weight.shape[0] != shape[1] or tuple(weight.shape[2:]) != (2, 2):  # noqa: PLR2004
+        message = (
+            f"the weight of {op} has shape {tuple(weight.shape)}: for x of shape {shape} it must be "
+            f"({shape[1]}, O, 2, 2), as of nn.ConvTranspose2d with kernel 2 and stride 2, without groups"
+        )
+        raise ValueError(message)
+    if bias is not None and tuple(bias.shape) != (weight.shape[1],):
+        message = f"the bias of {op} has shape {tuple(bias.shape)}: one number for each of {weight.shape[1]} outputs"
+        raise ValueError(message)
+    for name, each in (("weight", weight), ("bias", bias)):
+        if each is not None and (each.dtype, each.device) != (x.dtype, x.device):
+            message = (
+                f"the {name} of {op} is {each.dtype} on {each.device}, x is {x.dtype} on {x.device}: "
+                "bring them to one type and device first"
+            )
+            raise ValueError(message)
+
+
+def check_encoder_maps(maps: Sequence[Tensor], x: Tensor) -> None:
+    """Refuse a decoder map that will be larger than an encoder map it joins: that is a network wired wrongly."""
+    height, width = 2 * x.shape[2], 2 * x.shape[3]
+    for index, each in enumerate(maps):
+        if each.shape[2] < height or each.shape[3] < width:
+            message = (
+                f"map {index} of up_conv_concat is {each.shape[2]}x{each.shape[3]}, the map that joins it is "
+                f"up-sampled to {height}x{width}: encoder maps must be at least as large; to crop both, use up_conv "
+                "and crop_concat"
+            )
+            raise ValueError(message)
+
+
+def check_buffer(x: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor, channel: int) -> None:
+    """Refuse a buffer that the up-sampled map does not fill, and one that nothing may be written to."""
+    name = f"the buffer of up_conv_into has shape {tuple(buffer.shape)}"
+    check_maps("up_conv_into", [x, buffer])
+    if channel < 0 or channel + weight.shape[1] > buffer.shape[1]:
+        message = f"{name}: {weight.shape[1]} channels from channel {channel} on do not fit; give it more channels"
+        raise ValueError(message)
+    if buffer.shape[2] > 2 * x.shape[2] or buffer.shape[3] > 2 * x.shape[3]:
+        message = (
+            f"{name}: x of shape {tuple(x.shape)} gives {2 * x.shape[2]}x{2 * x.shape[3]} pixels and cannot fill it"
+        )
+        raise ValueError(message)
+    strides = buffer.stride()
+    repeated = any(stride == 0 and size > 1 for stride, size in zip(strides, buffer.shape, strict=True))
+    if repeated or (strides[1] != 1 and buffer.shape[1] > 1):
+        message = f"{name} and strides {strides}: channels must be adjacent and nothing repeated; make it channels_last"
+        raise ValueError(message)
+    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, weight, bias, buffer)):
+        message = "up_conv_into has no gradient, but an argument requires one: use up_conv_concat, or torch.no_grad()"
+        raise ValueError(message)
 
 
 def output_size(maps: Sequence[Tensor], side: int, padding: int) -> tuple[int, int]:

@@ -31,6 +31,11 @@ def dense(x: Tensor) -> Tensor:
     return x if x.stride() == wanted else torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """Lay a map out channels_last, also where its strides would pass for it by accident."""
+    return x.permute(NHWC).contiguous().permute(0, 3, 1, 2)
+
+
 def conv_launch(
     sources: Sequence[Tensor],
     weight: Tensor,
@@ -105,20 +110,20 @@ def why_not_few(sources: Sequence[Tensor], weight: Tensor) -> str:
 
 def why_not_tma(sources: Sequence[Tensor], outputs: Sequence[Tensor], weight: Tensor, depth: int) -> str:
     """Say why the copy engine cannot move these maps and this weight; empty where it can."""
+    maps = (*sources, *outputs)
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"{weight.dtype} has no descriptor form"
     if len(sources) > MAX_DESCRIPTORS:
         return f"{len(sources)} maps are more than {MAX_DESCRIPTORS}"
-    for each in (*sources, *outputs):
+    if any(0 in each.shape for each in maps):
+        return "a map is empty"
+    for each in maps:
         if any(stride * each.itemsize % ALIGNED for axis, stride in enumerate(each.stride()) if axis != 1):
             return f"strides {each.stride()} of {each.itemsize} bytes are not multiples of {ALIGNED} bytes"
-        if 0 in each.shape:
-            return "a map is empty"
-    if any(each.data_ptr() % ALIGNED for each in (*sources, *outputs, weight)):
+    if any(each.data_ptr() % ALIGNED for each in (*maps, weight)):
         return f"a map or the weight does not start at a multiple of {ALIGNED} bytes"
-    if any(each.shape[1] % depth for each in sources):
-        return f"a block of {depth} channels does not divide every map's"
-    return ""
+    divides = all(each.shape[1] % depth == 0 for each in sources)
+    return "" if divides else f"a block of {depth} channels does not divide every map's"
 
 
 def _grid(out: Tensor, tile: Tile, *, pooled: bool) -> tuple[int]:

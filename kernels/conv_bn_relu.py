@@ -26,9 +26,18 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from skipcost.kernels.checks import check_maps, check_weight, output_size
-from skipcost.kernels.conv import NHWC, conv_launch, dense, need_of, pack_weight, why_not_few, why_not_tma
+from skipcost.kernels.conv import (
+    NHWC,
+    channels_last,
+    conv_launch,
+    dense,
+    need_of,
+    pack_weight,
+    why_not_few,
+    why_not_tma,
+)
 from skipcost.kernels.conv_bn_relu_gradients import gradients, keep, pooled_gradients
-from skipcost.kernels.launch import Launch, on_triton, run
+from skipcost.kernels.launch import Launch, architecture_of, on_triton, run, tf32_allowed
 from skipcost.kernels.tiles import FORMS, Tile, tile_for
 from skipcost.unet_models.ops import crop_all
 
@@ -91,14 +100,6 @@ def conv_bn_relu_pool(
     return result
 
 
-def tf32_allowed() -> bool:
-    """Whether PyTorch's convolutions may round fp32 operands to tf32."""
-    if torch.compiler.is_compiling():  # the setting's newer name is one that Dynamo refuses to trace
-        return bool(torch.backends.cudnn.allow_tf32)
-    setting: Any = torch.backends.cudnn
-    return bool(setting.conv.fp32_precision == "tf32")  # the older name raises once a newer one was set
-
-
 def _check(
     op: str,
     maps: Sequence[Tensor],
@@ -136,12 +137,12 @@ def launches(
     windows = crop_all(maps)
     packed = pack_weight(weight)
     need = need_of(windows, packed, out, tf32=tf32)
-    architecture = _architecture(out)
+    architecture = architecture_of(out)
     form = tile.form if tile else form
     if form == "auto":
         form = pick_form(windows, packed, out, architecture, tf32=tf32)
     if form != "few":
-        windows = [each if each.stride(1) == 1 or each.shape[1] == 1 else _last(each) for each in windows]
+        windows = [each if each.stride(1) == 1 or each.shape[1] == 1 else channels_last(each) for each in windows]
     chosen = tile or tile_for(need, form, architecture)
     outputs = [out] if pooled is None else [out, pooled]
     if reason := _why_not(windows, outputs, packed, chosen):
@@ -177,24 +178,9 @@ def pick_form(
     return "pointer"
 
 
-def _architecture(x: Tensor) -> str:
-    """Return what a GPU's configurations are filed under: "sm90", "gfx942"; "" where there is none."""
-    if not x.is_cuda:
-        return ""
-    properties = torch.cuda.get_device_properties(x.device)
-    if torch.version.hip:
-        return str(properties.gcnArchName).partition(":")[0]
-    return f"sm{properties.major}{properties.minor}"
-
-
 def _has_copy_engine(architecture: str) -> bool:
     """Whether descriptors are more than a notation: from sm_90 on."""
     return architecture.startswith("sm") and int(architecture[2:]) >= COPY_ENGINE
-
-
-def _last(x: Tensor) -> Tensor:
-    """Lay a map out channels_last, also where its strides would pass for it by accident."""
-    return x.permute(NHWC).contiguous().permute(0, 3, 1, 2)
 
 
 def empty_results(

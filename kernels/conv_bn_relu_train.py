@@ -8,9 +8,10 @@ norm's, and the concatenation into the weight's. Implementation "triton" does al
 cuDNN, on a joined map that lives only while they run, and takes one more pass for the statistics.
 
 Bytes saved: forwards, per output map one read (with "triton", two) and the copy of the joined map; backwards, ReLU's
-read and write. Kept for the gradients are the maps, the weight, the convolution's output and four vectors: neither the
-joined map nor the normalised one. Of a U-Net of width 64 at 512x512, batch 16, in 16 bits, that is half of what eager
-PyTorch keeps. Sums are added in a fixed order, without atomics: with "triton", the same input gives the same bits.
+read and write. Kept for the gradients are maps, weight, the convolution's output and four vectors, but no joined map:
+fp32, 128 x 128, U-Net (depth 4, width 16) keeps 91 % of what it keeps eagerly, UNet++ (3, 16) 80 %, UNet 3+ (3, 16)
+88 %; the result itself follows from what is kept, see `recompute`. Sums are added in a fixed order, without atomics:
+with "triton", the same input gives the same bits.
 
 When it loses: where the product decides, which is from 512 channels or below 32x32 pixels on, cuDNN is faster: "aten".
 
@@ -38,7 +39,6 @@ from skipcost.kernels.batch_norm import (
 )
 from skipcost.kernels.checks import check_maps, check_weight, output_size
 from skipcost.kernels.conv import NHWC
-from skipcost.kernels.conv_bn_relu import tf32_allowed
 from skipcost.kernels.conv_train import (
     adjacent,
     aten_grads,
@@ -49,9 +49,9 @@ from skipcost.kernels.conv_train import (
     output_launch,
     weight_grad_launches,
 )
-from skipcost.kernels.crop_concat import _gradients as window_gradients
+from skipcost.kernels.crop_concat import gradients as window_gradients
 from skipcost.kernels.crop_concat import like_channels_last
-from skipcost.kernels.launch import on_triton, run
+from skipcost.kernels.launch import on_triton, run, tf32_allowed
 from skipcost.unet_models.ops import crop_all
 
 OP = "conv_bn_relu_train"

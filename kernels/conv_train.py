@@ -13,9 +13,9 @@ from torch import Tensor
 
 from skipcost.kernels.batch_norm import precise
 from skipcost.kernels.checks import output_size
-from skipcost.kernels.conv import conv_launch, need_of, pack_weight, statistics_tiles
-from skipcost.kernels.conv_bn_relu import _architecture, _last, pick_form
-from skipcost.kernels.launch import Launch
+from skipcost.kernels.conv import channels_last, conv_launch, need_of, pack_weight, statistics_tiles
+from skipcost.kernels.conv_bn_relu import pick_form
+from skipcost.kernels.launch import Launch, architecture_of
 from skipcost.kernels.tiles import FEW_CHANNELS, tile_for
 from skipcost.kernels.weight_gradient import weight_gradient_launches
 from skipcost.unet_models.ops import crop, crop_all
@@ -66,7 +66,7 @@ def weight_grad_launches(
 
 def aten_output(maps: Sequence[Tensor], weight: Tensor, *, padding: int) -> Tensor:
     """Return the convolution of the maps, cropped and side by side, in channels_last."""
-    return dense(torch.ops.aten.convolution(_joined(maps), _last(weight), None, *_geometry(padding)))
+    return dense(torch.ops.aten.convolution(_joined(maps), channels_last(weight), None, *_geometry(padding)))
 
 
 def aten_grads(
@@ -74,14 +74,14 @@ def aten_grads(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of the joined map, in channels_last, and of the weight, each where it is wanted."""
     joined_grad, weight_grad, _ = torch.ops.aten.convolution_backward(
-        grad, _joined(maps), _last(weight), None, *_geometry(padding), [*wanted, False]
+        grad, _joined(maps), channels_last(weight), None, *_geometry(padding), [*wanted, False]
     )
     return joined_grad if joined_grad is None else dense(joined_grad), weight_grad
 
 
 def adjacent(x: Tensor) -> Tensor:
     """Return the map (N, C, H, W), with its channels next to each other: a copy where they are not."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else _last(x)
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else channels_last(x)
 
 
 def dense(x: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def dense(x: Tensor) -> Tensor:
 def _convolution(
     sources: Sequence[Tensor], packed: Tensor, out: Tensor, padding: int, *, tf32: bool, summarized: bool = False
 ) -> Launch:
-    architecture = _architecture(out)
+    architecture = architecture_of(out)
     form = pick_form(sources, packed, out, architecture, tf32=tf32)
     if form != "few":
         sources = [adjacent(each) for each in sources]
@@ -108,7 +108,7 @@ def _convolution(
 
 def _joined(maps: Sequence[Tensor]) -> Tensor:
     windows = crop_all(maps)
-    return _last(torch.cat(windows, 1) if len(windows) > 1 else windows[0])
+    return channels_last(torch.cat(windows, 1) if len(windows) > 1 else windows[0])
 
 
 def _geometry(padding: int) -> tuple[list[int], list[int], list[int], bool, list[int], int]:

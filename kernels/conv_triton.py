@@ -5,7 +5,7 @@ computes a tile of `pixels` x `channels` outputs as a product of matrices, [pixe
 over taps and input channels; all operands are channels-last. `_finish` is the common end: scale, shift, ReLU, and what
 else is wanted of the tile while it is in registers.
 """
-# ruff: noqa: ANN001, ANN202 - see above
+# ruff: noqa: ANN001, ANN201, ANN202 - see above
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
 
 from __future__ import annotations
@@ -65,9 +65,7 @@ def conv(
             sx = x + tap % side - padding
             in_map = inside & (sy >= 0) & (sy < height) & (sx >= 0) & (sx < width)
             pixel = n * strides[0] + sy * strides[1] + sx * strides[2]
-            a = tl.load(
-                sources[source] + pixel[:, None] + c[None, :], mask=in_map[:, None] & in_c[None, :], other=0.0
-            )
+            a = tl.load(sources[source] + pixel[:, None] + c[None, :], mask=in_map[:, None] & in_c[None, :], other=0.0)
             row = o * (side * side * in_channels) + tap * in_channels + first
             b = tl.load(weight + row[None, :] + c[:, None], mask=in_o[None, :] & in_c[:, None], other=0.0)
             total = tl.dot(a, b, total, input_precision=precision, out_dtype=total.dtype)

@@ -175,13 +175,14 @@ def _empty_grads(
     return [_empty(grad, (grad.shape[0], *size), last) for size, last in zip(sizes, channels_last, strict=True)]
 
 
-def _keep_shapes(ctx: Any, inputs: tuple[list[Tensor]], output: Tensor) -> None:
+def keep_shapes(ctx: Any, inputs: tuple[list[Tensor]], output: Tensor) -> None:
+    """Keep what `gradients` needs: no map, only what shape and layout each has."""
     ctx.shapes = [each.shape for each in inputs[0]]
     ctx.channels_last = [like_channels_last(each) for each in inputs[0]]
     ctx.size = output.shape[-2:]
 
 
-def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+def gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     """Write the gradients of the cropped maps that need one; the others' are views of `grad`, or nothing."""
     needed: list[bool] = ctx.needs_input_grad[0]
     counts = [shape[1] for shape in ctx.shapes]
@@ -197,7 +198,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     return grads
 
 
-_forward.register_autograd(_gradients, setup_context=_keep_shapes)
+_forward.register_autograd(gradients, setup_context=keep_shapes)
 
 
 def _empty(like: Tensor, shape: tuple[int, ...], channels_last: bool) -> Tensor:

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from skipcost.kernels.batch_norm import Norm, normalized
 from skipcost.kernels.calls import Call
 from skipcost.kernels.conv import pack_weight, why_not_few
-from skipcost.kernels.conv_bn_relu import concat_conv_bn_relu, conv_bn_relu_pool, tf32_allowed
+from skipcost.kernels.conv_bn_relu import concat_conv_bn_relu, conv_bn_relu_pool
 from skipcost.kernels.conv_bn_relu_train import train_step
 from skipcost.kernels.crop_concat import merge
 from skipcost.kernels.dispatch import Card, card_named, choose
+from skipcost.kernels.launch import architecture_of, tf32_allowed
 from skipcost.kernels.prepack import affine, pack, run_folded, why_not_fold
 from skipcost.kernels.recompute import Recipes, pool, remembering
 from skipcost.kernels.up_conv import up_conv, up_conv_concat
@@ -62,7 +63,8 @@ class FusedOps:
 
     def around(self) -> AbstractContextManager[object]:
         """Return what a forward pass runs in: with gradients, where maps are filed under how they are made."""
-        return self.recipes if torch.is_grad_enabled() else nullcontext()
+        filed = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return self.recipes if filed else nullcontext()
 
     def conv_norm_act(self, layer: ConvNormAct, x: Tensor) -> Tensor:
         """Take the place of `Ops.conv_norm_act`."""
@@ -209,8 +211,7 @@ def card_of(x: Tensor) -> Card | None:
     """Return the card that a map lies on; None on a machine's own memory."""
     if not x.is_cuda:
         return None
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return _card(torch.cuda.get_device_name(x.device), f"sm{major}{minor}")
+    return _card(torch.cuda.get_device_name(x.device), architecture_of(x))
 
 
 def form_of(chosen: str, maps: list[Tensor], weight: Tensor) -> str:

@@ -160,7 +160,8 @@ class _Edit:
         `view` becomes `reshape`; what modules of the user's own read is contiguous again where the inputs were.
         """
         for node in self.graph.nodes:
-            if node.op == "call_method" and node.target == "view" and not isinstance(node.args[1], torch.dtype):
+            sizes = node.args[1:]
+            if node.op == "call_method" and node.target == "view" and sizes and not isinstance(sizes[0], torch.dtype):
                 node.target = "reshape"
         unknown = self.wires.unknown()
         read = dict.fromkeys(each for node in unknown for each in node.all_input_nodes)
@@ -171,7 +172,8 @@ class _Edit:
         for each in maps:
             with self.graph.inserting_after(each):
                 restored = self.graph.call_method("restored", (self.ops, each, dense))
-            each.replace_all_uses_with(restored, delete_user_cb=lambda user, new=restored: user is not new)
+            for user in [user for user in each.users if user is not restored]:
+                user.replace_input_with(each, restored)
 
     def _read(self, join: Join, *settings: Any) -> Node:
         """Replace a join's pads and up-sampling, and return the call that joins its maps."""

@@ -48,6 +48,7 @@ HANDLES: dict[str, Handle] = {
     "skipcost::conv_bn_relu_train": _convolution,
     "skipcost::up_conv": _up_conv(0),
     "skipcost::up_conv_concat": _up_conv(1),
+    "skipcost::up_conv_into": _up_conv(0),
     "skipcost::crop_concat": _nothing,
     "skipcost::max_pool": _nothing,
 }

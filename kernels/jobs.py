@@ -14,6 +14,7 @@ import json
 import os
 import queue
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -172,6 +173,8 @@ class _Worker:
             if ending is None:
                 return
             self.stop()
+            if not rest:  # it ended after its last row
+                return
             if ending == "time":
                 for item in _left(job, rest):
                     self.done.put(item)
@@ -206,12 +209,12 @@ class _Worker:
     def give_up(self) -> None:
         """End the process under the thread's hands, which then ends too."""
         if (process := self.process) is not None:
-            process.process.kill()
+            process.end()
         self.thread.join()
 
     def stop(self) -> None:
         if self.process is not None:
-            self.process.kill()
+            self.process.close()
             self.process = None
 
 
@@ -260,13 +263,19 @@ class _Process:
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         return f"the process ended with {how}" + (f": {said[-1]}" if said else "")
 
-    def kill(self) -> None:
+    def end(self) -> None:
+        """End the process and those that it started, such as compilers: they are a group of their own."""
         with contextlib.suppress(ProcessLookupError):
-            self.process.kill()
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """End the process and let go of what it was spoken to through."""
+        self.end()
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout, self.errors):
-            with contextlib.suppress(BrokenPipeError):
-                stream.close()
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
 
 
 def serve(function: str, lines: IO[str], out: IO[str]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +41,8 @@ def why_not(device: str) -> str:
     """Say why kernels cannot be run on a device here; empty where they can."""
     if device == "cuda" and not torch.cuda.is_available():
         return "this PyTorch sees no CUDA GPU: run it on a machine with one"
+    if find_spec("triton") is None:
+        return "triton is not installed: pip install 'skipcost[gpu]'"
     if device == "cpu" and not interpreted():
         return "on a CPU the kernels only run in Triton's interpreter: set TRITON_INTERPRET=1, or use a CUDA GPU"
     return ""

@@ -103,3 +103,21 @@ def on_triton(x: Tensor) -> bool:
 def span(x: Tensor) -> int:
     """Elements from the first to the last of `x`, gaps included: what decides whether offsets fit 31 bits."""
     return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def architecture_of(x: Tensor) -> str:
+    """Return what a GPU's configurations are filed under: "sm90", "gfx942"; "" where there is none."""
+    if not x.is_cuda:
+        return ""
+    properties = torch.cuda.get_device_properties(x.device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).partition(":")[0]
+    return f"sm{properties.major}{properties.minor}"
+
+
+def tf32_allowed() -> bool:
+    """Whether PyTorch's convolutions may round fp32 operands to tf32."""
+    if torch.compiler.is_compiling():  # the setting's newer name is one that Dynamo refuses to trace
+        return bool(torch.backends.cudnn.allow_tf32)
+    setting: Any = torch.backends.cudnn
+    return bool(setting.conv.fp32_precision == "tf32")  # the older name raises once a newer one was set

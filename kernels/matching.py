@@ -69,7 +69,7 @@ def find(wiring: Wiring) -> Found:
         if wiring.is_empty(node):
             if node.op == "call_module":
                 found.absorbed.append(str(node.target))
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]  # a map
+            node.replace_all_uses_with(node.args[0])
             wiring.graph.erase_node(node)
     joined = {node: _join(wiring, node) for node in wiring.graph.nodes if wiring.is_cat(node)}
     for node in wiring.graph.nodes:

@@ -16,7 +16,8 @@ from skipcost.kernels.timing import Budget
 from skipcost.kernels.ways import WAYS, case_name
 
 PRECISIONS = {"inference": "bf16", "training": "amp-bf16"}
-SLOW = ("compile", "compile-max")  # ways that take a minute or more to compile
+SLOW_WAYS = ("compile", "compile-max")  # take a minute and more to compile, the second several
+QUICK_WAYS = tuple(way for way in WAYS if way not in SLOW_WAYS)
 INFERENCE_ONLY = ("folded", "compile-max")  # folding and freezing take weights for constants
 BACKEND_OF = {"folded": "eager", "compile-max": "compile"}  # what a way needs of the machine, if not what it is called
 BUDGET = Budget(seconds=1.0, noise=0.005, least=10, warmup_seconds=2.0)
@@ -27,8 +28,8 @@ def why_not(way: str, device: str) -> str:
     return BACKENDS[BACKEND_OF.get(way, way)].why_not(device)
 
 
-def wanted(settings: Sequence[Setting], *, slow: bool) -> list[Row]:
-    """Return the rows, without numbers, of every network in every way that is slow to compile, or that is not."""
+def wanted(settings: Sequence[Setting], ways: Sequence[str]) -> list[Row]:
+    """Return the rows, without numbers, of every network in each of these ways that there is in its mode."""
     return [
         {
             "network": each.spec.label,
@@ -37,8 +38,8 @@ def wanted(settings: Sequence[Setting], *, slow: bool) -> list[Row]:
             "implementation": way,
         }
         for each in settings
-        for way in WAYS
-        if (way in SLOW) == slow and not (way in INFERENCE_ONLY and each.mode == "training")
+        for way in ways
+        if each.mode == "inference" or way not in INFERENCE_ONLY
     ]
 
 

@@ -14,10 +14,10 @@ Bytes saved, gradients unchanged to the last bit: at 512 x 512 under autocast to
 45 % of what it kept, UNet++ (4, 32) 41 %, UNet 3+ (4, 64) 20 %. Autocast's copies of the weights are part of that: they
 stay, so that small maps of wide networks gain less.
 
-What it costs: each reader of a map makes it again, one pass over memory for each recipe on the way, and on the host 6
-microseconds for each tensor that is saved. Readers share nothing. In the three networks no two of them ever held the
-same map at the same time; and one whose backward wrote into its map, or passed it on as a gradient that others are
-added to, would change what the next one reads.
+What it costs: each reader of a map makes it again, one pass over memory for each recipe on the way, and on the host 3
+microseconds for each tensor that is saved. On a CPU that is 11 to 14 % of a training step of the fused ops. Readers
+share nothing. In the three networks no two of them ever held the same map at the same time; and one whose backward
+wrote into its map, or passed it on as a gradient that others are added to, would change what the next one reads.
 
 Why no tensor is taken for another: a recipe is filed, by weak reference, under the storage object of its map and never
 under an address. PyTorch has one such object for as long as a storage lives; with it goes the entry. If the map has
@@ -27,7 +27,7 @@ does not fill its storage alone, then it is saved as ever.
 Left out: code within torch.compile, where nothing is remembered and the compiler itself chooses what to keep; other
 hooks on saved tensors, of which PyTorch calls the innermost only; and tensors that an op keeps outside of autograd.
 
-Runs on any device; on a GPU it has been tried on none yet.
+Tried on no GPU yet.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ def _guarded(original: Callable[..., Any], rewired: Callable[..., Any]) -> Calla
 
 def _may_run(module: Rewired, given: Sequence[Any]) -> bool:
     """Whether the graph does, now, what the module's own forward would do."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # torch's
         return False  # compilers fuse by themselves, and what is exported should need nothing of ours
     if any(isinstance(each, fx.Proxy) or (isinstance(each, Tensor) and type(each) is not Tensor) for each in given):
         return False

@@ -133,7 +133,7 @@ def _loss(run: Runnable, image: Tensor, target: Tensor) -> Tensor:
 
 def _gradients(network: nn.Module, run: Runnable, image: Tensor, target: Tensor) -> Tensor:
     """Return the gradients of all parameters in one row; the network has none afterwards."""
-    _loss(run, image, target).backward()  # type: ignore[no-untyped-call]
+    _loss(run, image, target).backward()
     row = torch.cat([each.grad.flatten() for each in network.parameters() if each.grad is not None])
     network.zero_grad(set_to_none=True)
     return row
@@ -179,7 +179,7 @@ def _training(case: _Case, network: nn.Module, run: Runnable, machine: Machine) 
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        _loss(run, case.image, case.target).backward()  # type: ignore[no-untyped-call]
+        _loss(run, case.image, case.target).backward()
         optimizer.step()
 
     return step

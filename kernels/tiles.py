@@ -92,7 +92,9 @@ def default_tile(need: Need, form: str) -> Tile:
     depth is halved.
     """
     wide = need.precision in ("fp32", "tf32")
-    channels = up_to(need.out_channels, 64 if wide or form == "few" or (form == "pointer" and need.sources > 1) else 128)
+    channels = up_to(
+        need.out_channels, 64 if wide or form == "few" or (form == "pointer" and need.sources > 1) else 128
+    )
     if form == "few":
         return Tile("few", 128, channels, up_to(need.taps * need.in_channels, 64), 8, 2)
     pixels, warps = (64, 4) if channels > 64 else (128, 8)  # noqa: PLR2004 - see above

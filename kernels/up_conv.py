@@ -34,13 +34,12 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
-from skipcost.kernels.checks import check_maps
+from skipcost.kernels.checks import check_buffer, check_encoder_maps, check_up_conv
 from skipcost.kernels.conv import need_of
-from skipcost.kernels.conv_bn_relu import _architecture, tf32_allowed
-from skipcost.kernels.crop_concat import _gradients as _gradients_of_maps
-from skipcost.kernels.crop_concat import _keep_shapes, centred
+from skipcost.kernels.crop_concat import centred, keep_shapes
+from skipcost.kernels.crop_concat import gradients as gradients_of_maps
 from skipcost.kernels.crop_concat import launches as moving
-from skipcost.kernels.launch import Launch, on_triton, run, span
+from skipcost.kernels.launch import Launch, architecture_of, on_triton, run, span, tf32_allowed
 from skipcost.kernels.tiles import Tile, tile_for
 from skipcost.unet_models.ops import crop
 
@@ -55,18 +54,19 @@ def up_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     take the reference unless TRITON_INTERPRET=1, which must then be set before triton is first imported. fp32 is
     multiplied as PyTorch's convolutions are told to: tf32 where allowed.
     """
-    _check("up_conv", [], x, weight, bias)
+    check_up_conv("up_conv", [], x, weight, bias)
     result: Tensor = _up_conv(x, weight, bias, tf32_allowed())
     return result
 
 
 def up_conv_concat(maps: Sequence[Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Up-sample x, centre-crop it and the maps to the smallest of them, and concatenate: the maps, then x.
+    """Up-sample x, centre-crop the maps to its size or the smallest of theirs, and concatenate: the maps, then x.
 
-    maps: (N, C_i, H_i, W_i), of x's type and device; the rest as for `up_conv`. The result is (N, sum of C_i + O, h, w)
-    in channels_last, h and w the least of H_i and 2H, of W_i and 2W.
+    maps: (N, C_i, H_i, W_i), of x's type and device, none smaller than (2H, 2W); the rest as for `up_conv`. The result
+    is (N, sum of C_i + O, 2H, 2W) in channels_last.
     """
-    _check("up_conv_concat", maps, x, weight, bias)
+    check_up_conv("up_conv_concat", maps, x, weight, bias)
+    check_encoder_maps(maps, x)
     result: Tensor = _concat(list(maps), x, weight, bias, tf32_allowed())
     return result
 
@@ -78,54 +78,9 @@ def up_conv_into(x: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor,
     memory with x; if smaller than 2H x 2W, it gets the centre. The rest as for `up_conv`. Inference only: an op that
     writes into its argument has no gradient in PyTorch; in training, use `up_conv_concat`.
     """
-    _check("up_conv_into", [], x, weight, bias)
-    _check_buffer(x, weight, bias, buffer, channel)
+    check_up_conv("up_conv_into", [], x, weight, bias)
+    check_buffer(x, weight, bias, buffer, channel)
     _into(x, weight, bias, buffer, channel, tf32_allowed())
-
-
-def _check(op: str, maps: Sequence[Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    check_maps(op, [*maps, x])
-    shape = tuple(x.shape)
-    if 0 in shape[1:]:
-        message = f"x of {op} has shape {shape}: it needs a channel and a pixel at least; only the batch may be empty"
-        raise ValueError(message)
-    if weight.ndim != 4 or weight.shape[0] != shape[1] or tuple(weight.shape[2:]) != (2, 2):  # noqa: PLR2004
-        message = (
-            f"the weight of {op} has shape {tuple(weight.shape)}: for x of shape {shape} it must be "
-            f"({shape[1]}, O, 2, 2), as of nn.ConvTranspose2d with kernel 2 and stride 2, without groups"
-        )
-        raise ValueError(message)
-    if bias is not None and tuple(bias.shape) != (weight.shape[1],):
-        message = f"the bias of {op} has shape {tuple(bias.shape)}: one number for each of {weight.shape[1]} outputs"
-        raise ValueError(message)
-    for name, each in (("weight", weight), ("bias", bias)):
-        if each is not None and (each.dtype, each.device) != (x.dtype, x.device):
-            message = (
-                f"the {name} of {op} is {each.dtype} on {each.device}, x is {x.dtype} on {x.device}: "
-                "bring them to one type and device first"
-            )
-            raise ValueError(message)
-
-
-def _check_buffer(x: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor, channel: int) -> None:
-    name = f"the buffer of up_conv_into has shape {tuple(buffer.shape)}"
-    check_maps("up_conv_into", [x, buffer])
-    if channel < 0 or channel + weight.shape[1] > buffer.shape[1]:
-        message = f"{name}: {weight.shape[1]} channels from channel {channel} on do not fit; give it more channels"
-        raise ValueError(message)
-    if buffer.shape[2] > 2 * x.shape[2] or buffer.shape[3] > 2 * x.shape[3]:
-        message = (
-            f"{name}: x of shape {tuple(x.shape)} gives {2 * x.shape[2]}x{2 * x.shape[3]} pixels and cannot fill it"
-        )
-        raise ValueError(message)
-    strides = buffer.stride()
-    repeated = any(stride == 0 and size > 1 for stride, size in zip(strides, buffer.shape, strict=True))
-    if repeated or (strides[1] != 1 and buffer.shape[1] > 1):
-        message = f"{name} and strides {strides}: channels must be adjacent and nothing repeated; make it channels_last"
-        raise ValueError(message)
-    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, weight, bias, buffer)):
-        message = "up_conv_into has no gradient, but an argument requires one: use up_conv_concat, or torch.no_grad()"
-        raise ValueError(message)
 
 
 def pack_weight(weight: Tensor) -> Tensor:
@@ -168,7 +123,7 @@ def _product(
     batch, in_channels, height, width = x.shape
     packed, columns = pack_weight(weight), 4 * weight.shape[1]
     need = need_of([x], packed.view(columns, 1, 1, in_channels), x, tf32=tf32, op="up_conv")
-    tile = tile or tile_for(need, "pointer", _architecture(x))
+    tile = tile or tile_for(need, "pointer", architecture_of(x))
     if need.pixels + tile.pixels > LIMIT:
         message = f"x of up_conv has shape {tuple(x.shape)}: the kernel counts 2**31 pixels at most; split the batch"
         raise ValueError(message)
@@ -286,7 +241,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _keep_concat(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _keep_shapes(ctx, inputs[:1], output)
+    keep_shapes(ctx, inputs[:1], output)
     ctx.save_for_backward(*inputs[1:3])
 
 
@@ -294,7 +249,7 @@ def _concat_gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Give the maps what crop_concat gives them, and the up-sampled x the last channels of `grad`."""
     x, weight = ctx.saved_tensors
     window = grad.narrow(1, grad.shape[1] - weight.shape[1], weight.shape[1])
-    of_maps = _gradients_of_maps(ctx, grad)
+    of_maps = gradients_of_maps(ctx, grad)
     return of_maps, *_up_gradients(window, x, weight, ctx.needs_input_grad[1:4]), None
 
 

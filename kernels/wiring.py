@@ -58,8 +58,8 @@ class Wiring:
         """Return where a node is: the name of its module, or of the one whose Python calls the function."""
         if node.op == "call_module":
             return str(node.target)
-        *_, around = [("", None), *node.meta.get("nn_module_stack", {}).values()]
-        return f"{around[0]}.{self.name(node)}" if around[0] else self.name(node)
+        stack: list[tuple[str, Any]] = list(node.meta.get("nn_module_stack", {}).values())
+        return f"{stack[-1][0]}.{self.name(node)}" if stack else self.name(node)
 
     def is_call(self, node: Node, functions: tuple[Callable[..., Any], ...], *methods: str) -> bool:
         """Whether a node calls one of these functions or methods, on a map as its first argument."""
@@ -83,7 +83,7 @@ class Wiring:
             return False
         dimension = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         plain = all(isinstance(each, Node) for each in maps) and not node.kwargs.keys() - {"dim"}
-        return dimension == 1 and len(maps) > 1 and plain
+        return plain and len(maps) > 1 and isinstance(dimension, int) and dimension == 1
 
     def is_halving(self, node: Node) -> bool:
         """Whether a node takes the maximum of 2x2 pixels, an odd last row or column left out."""

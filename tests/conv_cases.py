@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from skipcost.kernels.canaries import CHANNELS_ADJACENT, DATA, amid, blank, unwritten, written_beside
+from skipcost.kernels.canaries import DATA, amid, blank, unwritten, written_beside
 from skipcost.kernels.conv import conv_launch, pack_weight, statistics_tiles
 from skipcost.kernels.conv_bn_relu import launches
 from skipcost.kernels.launch import run
@@ -24,7 +23,7 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp64": torch.float64,
 }
-# The interpreter's time goes by steps of the reduction, whatever their size; so tiles are large, and maps a little larger.
+# The interpreter's time goes by steps of the reduction, whatever their size: tiles are large, and maps a little larger.
 TILES = {
     "pointer": Tile("pointer", 128, 32, 32),
     "few": Tile("few", 128, 32, 64),
@@ -41,7 +40,7 @@ class Case:
     """One convolution. 0 for `outputs`, and nothing for `channels`, `tile` and `layouts`, take what the form has above.
 
     size: height and width of the smallest map; larger: by how much each map exceeds it, and so is cropped.
-    layouts: of the maps, repeated as needed; out_layout: of the result and the pooled map.
+    mean: what the shift is about. layouts: of the maps, repeated as needed; out_layout: of what is written.
     """
 
     form: str
@@ -56,6 +55,7 @@ class Case:
     relu: bool = True
     scaled: bool = True
     shifted: bool = True
+    mean: float = 0.0
     pooled: bool = False
     data: str = "normal"
     layouts: tuple[str, ...] = ("channel_slice", "window", "channels_last")
@@ -74,7 +74,7 @@ class Inputs:
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Draw the inputs of a case; the weight lies as the kernels read it, so that its canaries are beside what they read."""
+    """Draw the inputs of a case; the weight lies as the kernels read it, so that no copy leaves its canaries behind."""
     dtype = DTYPES[case.precision]
     vectors = torch.float64 if dtype == torch.float64 else torch.float32
     channels = case.channels or MAPS[case.form]
@@ -92,7 +92,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         maps,
         amid(weight, "channels_last", aligned=aligned),
         amid(scale, "contiguous") if case.scaled else None,
-        amid(shift, "contiguous") if case.shifted else None,
+        amid(shift + case.mean, "contiguous") if case.shifted else None,
     )
 
 
@@ -172,5 +172,3 @@ def statistics_errors(case: Case, *, both: bool = False) -> tuple[float, float]:
     exact = batch_norm(out, ones, ones, eps=1e-5)
     found = ((mean, exact.mean), (variance, exact.variance))
     return tuple(worst(got, each.value, allowed(each, wide)) for got, each in found)
-
-

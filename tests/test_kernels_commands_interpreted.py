@@ -16,8 +16,9 @@ import pytest
 import torch
 from kernel_checks import run_checks
 
-from skipcost.kernels import check, table, tune
+from skipcost.kernels import check, conv_bn_relu, table, tune
 from skipcost.kernels.__main__ import main
+from skipcost.kernels.judging import FAILURES
 from skipcost.kernels.launch import Launch
 from skipcost.kernels.tiles import CANDIDATES, Tile
 from skipcost.kernels.timing import Budget
@@ -37,6 +38,7 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(check, "INTERPRETED", ("fp32",))
     monkeypatch.setattr(check, "BATCHES", ((2, "inference"), (2, "training")))
+    monkeypatch.setattr(check, "DATA", ("positive",))
 
 
 def check_every_op_passes_in_every_form(capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,20 +48,20 @@ def check_every_op_passes_in_every_form(capsys: pytest.CaptureFixture[str]) -> N
     heard = capsys.readouterr()
     rows = json.loads(heard.out)
     ran = {(row["op"], row["implementation"]) for row in rows if row["outcome"] == "ok"}
-    assert code == 0, [row for row in rows if row["outcome"] in check.FAILURES]
+    assert code == 0, [row for row in rows if row["outcome"] in FAILURES]
     assert ran == {(op, name) for op, kernel in table.KERNELS.items() for name in kernel.implementations}
-    assert {row["data"] for row in rows} == {"normal", "positive"}
+    assert {row["data"] for row in rows} == {"positive"}
     assert "fp32 only" in heard.err
 
 
 def check_a_wrong_kernel_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A kernel whose channels are rolled by one: exit code 1, and the line says which."""
-    honest = table.conv_bn_relu.launches
+    honest = conv_bn_relu.launches
 
     def rolled(maps: Any, *arguments: Any, **options: Any) -> list[Launch]:
         return honest([each.roll(1, 1) for each in maps], *arguments, **options)
 
-    monkeypatch.setattr(table.conv_bn_relu, "launches", rolled)
+    monkeypatch.setattr(conv_bn_relu, "launches", rolled)
 
     code = main(["check", "--device", "cpu", "--networks", NETWORK, "--ops", "conv_bn_relu_pool"])
 

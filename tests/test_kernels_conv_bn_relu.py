@@ -1,4 +1,4 @@
-"""`conv_bn_relu` and its relatives as ops: what they refuse, what they leave to the reference, what tracing sees of them.
+"""`conv_bn_relu` and its relatives as ops: what they refuse, what they leave to the reference, what tracing sees.
 
 The kernels behind them are checked in the files beside this one: `..._interpreted.py`, `..._edges_interpreted.py`, and
 how they are launched in `test_kernels_conv.py`.
@@ -149,6 +149,7 @@ def test_opcheck_passes_on_the_reference(memory_format: torch.memory_format, wan
     torch.library.opcheck(
         torch.ops.skipcost.conv_bn_relu_pool.default, (x, weight[:, :3], None, shift, 0, False, False, "auto")
     )
+    x, y, weight, scale = (each.detach() for each in (x, y, weight, scale))
     torch.library.opcheck(
         torch.ops.skipcost.conv_bn_relu_backward.default, (out, out.relu(), [x, y], weight, scale, 1, True)
     )
@@ -227,7 +228,7 @@ def test_tf32_follows_pytorchs_setting(new: bool) -> None:  # noqa: FBT001 - a p
     write = "torch.backends.cudnn.conv.fp32_precision = 'ieee'" if new else "torch.backends.cudnn.allow_tf32 = False"
     program = f"""
 import torch
-from skipcost.kernels.conv_bn_relu import tf32_allowed
+from skipcost.kernels.launch import tf32_allowed
 assert tf32_allowed()
 {write}
 assert not tf32_allowed()
@@ -259,7 +260,10 @@ X, WEIGHT, VECTOR = torch.ones(2, 3, 6, 7), torch.ones(4, 3, 3, 3), torch.ones(4
         ({"padding": 2}, "padding=2 of concat_conv_bn_relu is not supported; accepted: 0, 1"),
         ({"scale": VECTOR[:3]}, r"scale of .* has shape \(3,\): one number for each of 4 outputs"),
         ({"shift": VECTOR[None]}, r"shift of .* has shape \(1, 4\): one number for each of 4 outputs"),
-        ({"scale": VECTOR.double()}, "scale .* is torch.float64 on cpu: beside a weight of .*32 on cpu it must be .*32"),
+        (
+            {"scale": VECTOR.double()},
+            "scale .* is torch.float64 on cpu: beside a weight of .*32 on cpu it must be .*32",
+        ),
         ({"shift": VECTOR.to("meta")}, "shift .* is torch.float32 on meta: beside a weight of torch.float32 on cpu"),
         ({"maps": [X[:, :, :2]], "padding": 0}, "maps of 2x7: after cropping, nothing is left of a 3x3 convolution"),
         ({"form": "fast"}, "form='fast' of concat_conv_bn_relu is unknown; accepted: auto, pointer, tma, few"),

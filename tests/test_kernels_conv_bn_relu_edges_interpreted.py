@@ -58,7 +58,7 @@ def check_ambiguous_strides_are_read_right(form: str, channels: int, layout: str
 @pytest.mark.parametrize("out_layout", ["channels_last", "channel_slice", "window"])
 @pytest.mark.parametrize("form", FORMS)
 def check_results_may_be_parts_of_larger_maps(form: str, out_layout: str) -> None:
-    """A slice of a wider map's channels, or a window, is written whole and its neighbours not at all; so is the pool."""
+    """A slice of a wider map's channels, or a window, is written whole, its neighbours not at all; so is the pool."""
     checked(Case(form, size=(7, 11), pooled=True, out_layout=out_layout))
 
 
@@ -121,7 +121,7 @@ def check_offsets_beyond_31_bits(form: str, far: str) -> None:
 
 def _far(x: Tensor) -> Tensor:
     """Copy two images (2, C, H, W), the second of which starts beyond 2**31 elements."""
-    _, channels, height, width = x.shape
+    channels, width = x.shape[1], x.shape[3]
     apart = 2**31 + 64  # a multiple of 16 bytes, as descriptors want it
     storage = torch.empty(apart + x[0].numel(), dtype=x.dtype)
     return storage.as_strided(tuple(x.shape), (apart, 1, width * channels, channels)).copy_(x)
@@ -143,7 +143,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
 
 @pytest.mark.parametrize(
     ("form", "channels", "expected"),
-    [("auto", 3, "conv.conv_few"), ("auto", 16, "conv.conv"), ("pointer", 3, "conv.conv"), ("tma", 16, "conv_tma.conv")],
+    [
+        ("auto", 3, "conv.conv_few"),
+        ("auto", 16, "conv.conv"),
+        ("pointer", 3, "conv.conv"),
+        ("tma", 16, "conv_tma.conv"),
+    ],
 )
 def check_the_ops_launch_the_kernel_that_is_asked_for(
     form: str, channels: int, expected: str, launched: list[Launch]

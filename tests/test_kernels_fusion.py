@@ -565,7 +565,7 @@ class Concatenating(nn.Module):
             return self.conv(torch.cat([torch.cat(maps), torch.cat(maps)], dim=1))
         if self.way == "padded":
             maps[1] = functional.pad(functional.pad(maps[1], [1, 1, 0, 2], "reflect"), [-1, -1, 0, -2])
-        joined = torch.cat(maps, axis=1) if self.way == "axis" else torch.cat(tuple(maps), 1)
+        joined = torch.cat(maps, axis=1) if self.way == "axis" else torch.cat(tuple(maps), 1)  # type: ignore[call-arg]
         return self.conv(joined) + (joined.mean() if self.way == "joined" else 0)
 
 

@@ -121,6 +121,11 @@ def test_jobs_run_side_by_side_only_if_their_memory_fits() -> None:
     assert min(apart, too_large) > 12 * 0.3
 
 
+def test_a_process_that_ends_after_its_last_row_costs_nothing() -> None:
+    """There is no part left to blame, and the next job gets another process."""
+    assert outcomes(run(job("x", "go", "lose"), job("y", "go"))) == ["ok"] * 3
+
+
 def test_giving_up_ends_the_processes() -> None:
     """Whoever stops listening, as after Ctrl-C, leaves nothing running."""
     rows = jobs.run([job("x", "go", *["sleep"] * 100)], FUNCTION, Limits(time.time() + 60))

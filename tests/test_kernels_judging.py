@@ -14,6 +14,7 @@ from skipcost.kernels import judging, table
 from skipcost.kernels.calls import Call
 from skipcost.kernels.jobs import LostDeviceError, Row
 from skipcost.kernels.judging import FAILURES, INFINITE, by_image, job_bytes, part_of, reason, same_bits, what_of
+from skipcost.kernels.running import machine_of
 from skipcost.kernels.table import KERNELS, Operands, Results, operands
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,10 +54,14 @@ def raises(error: Exception) -> Doctor:
     return doctor
 
 
-def one_off(results: Results) -> Results:
-    """A kernel that is wrong in a single element of the last image."""
-    results[0][-1, -1, -1, -1] += 0.01
-    return results
+def one_off(image: int) -> Doctor:
+    """A kernel that is wrong in a single element of one image."""
+
+    def doctor(results: Results) -> Results:
+        results[0][image, -1, -1, -1] += 0.01
+        return results
+
+    return doctor
 
 
 @pytest.mark.parametrize(
@@ -70,10 +75,11 @@ def test_the_reference_passes(call: Call) -> None:
     assert 0 <= row["worst"] <= 1
 
 
+@pytest.mark.parametrize("image", [0, -1])
 @pytest.mark.parametrize("call", [CALL, STEP])
-def test_one_wrong_element_fails(call: Call, doctored: Callable[[Call, Doctor], None]) -> None:
-    """However many images there are; the row says of what and by how much."""
-    doctored(call, one_off)
+def test_one_wrong_element_fails(call: Call, image: int, doctored: Callable[[Call, Doctor], None]) -> None:
+    """In whichever image it is; the row says of what and by how much."""
+    doctored(call, one_off(image))
 
     honest, wrong = judged(call, "reference", "triton")
 
@@ -164,7 +170,7 @@ def test_a_device_that_is_lost_is_told_after_the_row(
 ) -> None:
     """The row of what broke it comes first, then nothing more from this process."""
     doctored(CALL, raises(RuntimeError("an illegal memory access")))
-    machine = judging.machine_of("cpu")
+    machine = machine_of("cpu")
 
     def broken() -> None:
         message = "the context is gone"

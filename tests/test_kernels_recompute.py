@@ -819,6 +819,24 @@ class _Program:
         return torch.stack([*self.read, *((each * each).mean() for each in self.maps)]).sum()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own
+def test_the_compiler_stays_out_of_the_hooks() -> None:
+    """A function that it cannot compile runs as it is, and does not have every saved tensor's shape compiled for it."""
+    recipes, compiled = Recipes(), []
+
+    def backend(module: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        compiled.append(module)
+        return module.forward
+
+    def whole(x: Tensor) -> Tensor:
+        with recipes:
+            return (x * x).sum()
+
+    torch.compile(whole, backend=backend)(leaf()).backward()
+
+    assert not compiled
+
+
 def test_a_pass_can_be_exported() -> None:
     """Nothing of it is in the graph but the ops."""
     recipes = Recipes()

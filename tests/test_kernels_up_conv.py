@@ -27,7 +27,7 @@ from skipcost.unet_models import REFERENCE
 from skipcost.unet_models.ops import crop
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
-LARGER, NARROWER = (2, 5, 9, 12), (2, 1, 7, 9)  # beside an up-sampled map of 8 x 10: one is cropped, one crops
+LARGER, NARROWER = (2, 5, 9, 12), (2, 1, 8, 11)  # beside an up-sampled map of 8 x 10: both are cropped
 
 
 def _inputs(memory_format: torch.memory_format = torch.channels_last, device: str = "cpu") -> list[Tensor]:
@@ -180,7 +180,7 @@ def test_a_gpu_that_is_not_there_can_be_traced() -> None:
 
         result = up_conv_concat([first, second], x, weight, bias)
 
-    assert (result.shape, result.stride(), result.device.type) == ((2, 9, 7, 9), (567, 1, 81, 9), "cuda")
+    assert (result.shape, result.stride(), result.device.type) == ((2, 9, 8, 10), (720, 1, 90, 9), "cuda")
 
 
 @pytest.mark.filterwarnings("ignore:Guards may run slower on Python")  # Dynamo's own, on Python 3.13.0
@@ -346,6 +346,10 @@ X, WEIGHT, BIAS = torch.ones(1, 4, 3, 3), torch.ones(4, 2, 2, 2), torch.ones(2)
         (([], X, WEIGHT.to("meta"), BIAS), "the weight of up_conv_concat is torch.float32 on meta, x is torch.float32"),
         (([], X, WEIGHT, torch.ones(3)), r"the bias of up_conv_concat has shape \(3,\): one number for each of 2 outp"),
         (([], X, WEIGHT, BIAS.half()), "the bias of up_conv_concat is torch.float16 on cpu, x is torch.float32 on cpu"),
+        (
+            ([torch.ones(1, 4, 6, 7), torch.ones(1, 4, 9, 5)], X, WEIGHT, BIAS),
+            "map 1 of up_conv_concat is 9x5, the map that joins it is up-sampled to 6x6: encoder maps must be at least",
+        ),
     ],
     ids=[
         "rank",
@@ -360,6 +364,7 @@ X, WEIGHT, BIAS = torch.ones(1, 4, 3, 3), torch.ones(4, 2, 2, 2), torch.ones(2)
         "device",
         "bias",
         "bias's type",
+        "larger than its encoder's",
     ],
 )
 @pytest.mark.usefixtures("_no_launch")
