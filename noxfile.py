@@ -163,8 +163,8 @@ def tritons(session: nox.Session) -> None:
             command = (_tool("python"), "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps")
             session.run(*command, "--target", str(folder), f"triton=={version}", *others, external=True)
         kernels = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_kernels_*.py"))]
-        command = (_tool("python"), "-m", "pytest", *(session.posargs or kernels))
-        session.run(*command, env={"PYTHONPATH": str(folder)}, external=True)
+        tests = session.posargs or kernels
+        session.run(_tool("python"), "-m", "pytest", *tests, env={"PYTHONPATH": str(folder)}, external=True)
 
 
 @nox.session

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from skipcost.kernels.backends import BACKENDS, Backend
-    from skipcost.kernels.fuse import Change, fuse
+    from skipcost.kernels.fusion import Change, fuse
     from skipcost.kernels.table import KERNELS, Kernel
 
 __all__ = ["BACKENDS", "KERNELS", "Backend", "Change", "Kernel", "fuse"]
@@ -18,10 +18,10 @@ __all__ = ["BACKENDS", "KERNELS", "Backend", "Change", "Kernel", "fuse"]
 _NEED_TORCH = {
     "BACKENDS": "backends",
     "Backend": "backends",
-    "Change": "fuse",
+    "Change": "fusion",
     "KERNELS": "table",
     "Kernel": "table",
-    "fuse": "fuse",
+    "fuse": "fusion",
 }
 
 

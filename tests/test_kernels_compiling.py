@@ -14,7 +14,7 @@ from kernel_compiler import python, skip_without_compiler
 
 from skipcost.kernels.compiling import _count_sass, _products, compiled
 from skipcost.kernels.gated import GATED
-from skipcost.kernels.launch import Descriptor, _described, device_function
+from skipcost.kernels.launch import Descriptor, described, device_function
 from skipcost.kernels.targets import TARGETS
 
 
@@ -126,7 +126,7 @@ def test_a_gpu_compiles_the_same(name: str) -> None:
 
     expected = compiled(launch, target).hash
 
-    arguments = {key: _described(_on_the_gpu(value)) for key, value in launch.arguments.items()}
+    arguments = {key: described(_on_the_gpu(value)) for key, value in launch.arguments.items()}
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     kernel = device_function(launch.kernel).warmup(grid=launch.grid, **arguments, **launch.constants, **options)
     assert kernel.hash == expected

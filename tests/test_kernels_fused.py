@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from skipcost.kernels.calls import Call, network_calls
 from skipcost.kernels.fused import FusedOps, dispatched
-from skipcost.kernels.recompute import saved_bytes
+from skipcost.kernels.recompute import Recipes, saved_bytes
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec, SkipNet, build
 
 Choose = Callable[[Call, Tensor], str]
@@ -140,9 +141,9 @@ def test_training_keeps_half_of_what_eager_keeps(variant: str, most: float) -> N
     eager, fused = _pair(ModelSpec(variant, 3, 16), _always("cudnn"))
     image = torch.randn(2, 1, 64, 64).contiguous(memory_format=torch.channels_last)
 
-    held = [saved_bytes(lambda net=net: net(image)) for net in (fused, eager)]
+    kept, all_of_it = saved_bytes(partial(fused, image)), saved_bytes(partial(eager, image))
 
-    assert held[0] <= most * held[1]
+    assert kept <= most * all_of_it
 
 
 def test_recipes_change_no_bit() -> None:
@@ -160,7 +161,7 @@ def test_recipes_change_no_bit() -> None:
         assert torch.equal(actual.grad, wanted.grad)
 
 
-class _NoRecipes(FusedOps().recipes.__class__):
+class _NoRecipes(Recipes):
     """Recipes that remember nothing, so that autograd keeps every map."""
 
     def remember(self, *_: object, **__: object) -> None:

@@ -518,28 +518,54 @@ def test_a_map_that_others_need_is_there(where: str, expected: list[str]) -> Non
 
 
 class Writing(nn.Module):
-    """Keeps a second name for a map that it then adds to."""
+    """Writes to the map that its convolution has read, and to one that has another name."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) -> the same."""
-        x = self.norm(self.conv(x))
-        kept = x
+        """(N, 3, H, W) -> (N, 3, H / 2, W / 2)."""
+        x = x.abs()
+        y = self.conv(x)
         x += 1
-        x *= 2
+        y = self.norm(y)
+        kept = y
+        y += x
+        y *= 2
         return functional.max_pool2d(kept, 2)
 
 
-def test_a_write_shows_under_every_name_of_a_map() -> None:
-    """`x += 1` changes the tensor, so that the pool of its other name sees it."""
+def test_a_write_is_seen_by_later_readers_only_and_under_every_name() -> None:
+    """The convolution has read its map before `x += 1`; the pool of the other name comes after `y *= 2`."""
     model = trained(Writing())
 
     fused, changes = fuse(model)
 
     assert ours(changes) == ["conv_bn_relu"]
+    assert_as_good(fused, model, torch.randn(2, 3, 6, 8))
+
+
+class Keywords(nn.Module):
+    """Gives all arguments by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(6, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, 3, H / 2, W / 2)."""
+        x = self.norm(self.conv(torch.cat(tensors=[x, x], dim=1)))
+        return functional.max_pool2d(input=functional.relu(input=x), kernel_size=2)
+
+
+def test_what_is_called_by_keywords_works_as_before() -> None:
+    """torch.nn.functional gives names back their places; other functions are left alone."""
+    model = trained(Keywords())
+
+    fused, changes = fuse(model)
+
+    assert [change.before for change in changes] == ["Conv2d -> BatchNorm2d -> relu"]
     assert_as_good(fused, model, torch.randn(2, 3, 6, 8))
 
 
@@ -565,6 +591,9 @@ class Concatenating(nn.Module):
             return self.conv(torch.cat([torch.cat(maps), torch.cat(maps)], dim=1))
         if self.way == "padded":
             maps[1] = functional.pad(functional.pad(maps[1], [1, 1, 0, 2], "reflect"), [-1, -1, 0, -2])
+        if self.way == "pooled":
+            x = torch.relu(self.conv(torch.cat(maps, 1)))
+            return x + functional.interpolate(functional.max_pool2d(x, 2), scale_factor=2.0)
         joined = torch.cat(maps, axis=1) if self.way == "axis" else torch.cat(tuple(maps), 1)  # type: ignore[call-arg]
         return self.conv(joined) + (joined.mean() if self.way == "joined" else 0)
 
@@ -574,6 +603,7 @@ class Concatenating(nn.Module):
     ("way", "expected"),
     [
         ("last", [JOINED]),
+        ("pooled", [JOINED]),  # no op does all of that
         ("first", ["concat_conv_bn_relu"]),
         ("twice", ["concat_conv_bn_relu"]),
         ("written", ["concat_conv_bn_relu"]),  # before the map would be made
@@ -919,10 +949,11 @@ class Wrong(nn.Module):
     [
         (Wrong(), torch.ones(1, 3, 6, 6), "Sizes of tensors must match except in dimension 1"),
         (small(DoubleConv(3, 3)), torch.ones(1, 3, 6, 6).double(), "should be the same|expected scalar type"),
+        (small(DoubleConv(3, 3)), torch.ones(1, 3, 6, 6).bfloat16(), "should be the same|expected scalar type"),
         (small(DoubleConv(3, 3)), torch.ones(1, 4, 6, 6), "to have 3 channels, but got 4"),
         (small(DoubleConv(3, 3)), torch.ones(3, 6, 6), "expected 4D input"),
     ],
-    ids=["sizes", "type", "channels", "batch"],
+    ids=["sizes", "64 bits", "16 bits", "channels", "batch"],
 )
 def test_errors_are_the_originals(model: nn.Module, x: Tensor, says: str) -> None:
     """Nothing is cropped, converted or guessed where PyTorch would complain."""
@@ -956,6 +987,31 @@ def test_autocast_computes_in_its_type(name: str) -> None:
     assert ours.dtype == its.dtype
     floor = 4 * torch.finfo(torch.bfloat16).eps * truth.abs().max()
     assert (ours - truth).abs().max() <= 2 * (its - truth).abs().max() + floor
+
+
+class Mixed(nn.Module):
+    """Gives the concatenation of a map in 32 bits with one that autocast has made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(3, 3, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, 6, 2H, 2W)."""
+        return torch.cat([functional.interpolate(x, scale_factor=2.0), self.up(x)], 1)
+
+
+def test_autocast_widens_what_is_concatenated() -> None:
+    """As PyTorch does: 32 bits beside 16 stay 32."""
+    model, x = trained(Mixed()), torch.randn(1, 3, 4, 4)
+    fused, changes = fuse(model)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        (result,), (expected,) = outputs(fused, x), outputs(model, x)
+
+    assert ours(changes) == ["up_conv_concat"]
+    assert result.dtype == torch.float32
+    assert torch.equal(result, expected)
 
 
 def _compile(model: nn.Module, x: Tensor) -> Any:
@@ -1004,14 +1060,57 @@ def test_the_suites_own_networks_are_for_their_backend(variant: str) -> None:
 def test_fusing_twice_changes_nothing_more() -> None:
     """The second finds what the first left, and the result is the same model."""
     model, x = made("dividing")
-    once, _ = fuse(model)
+    once, _ = fuse(model, choose=lambda _call, _x: "triton")
 
     twice, changes = fuse(once)
+    expected = outputs(once, x)
+    once.train()
+    with Called() as called:
+        result = outputs(twice, x)
 
     assert changes == []
-    assert torch.equal(*outputs(once, x), *outputs(twice, x))
-    once.train()
-    assert not twice.training
+    assert called.names
+    assert torch.equal(*result, *expected)
+
+
+def test_a_model_with_a_compiled_call_is_fused_all_the_same() -> None:
+    """What `model.compile()` left on it calls the original, and stays with that."""
+    model, x = made("dividing")
+    model.compile(backend="eager")
+
+    fused, _ = fuse(model, choose=lambda _call, _x: "triton")
+
+    with Called() as called:
+        outputs(fused, x)
+    assert called.names
+
+
+class Branching(nn.Module):
+    """Looks at shapes, then calls a block."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) -> the same."""
+        return self.block(x) if x.shape[2] > 1 else x
+
+
+def test_a_block_that_two_modules_share_is_fused_once() -> None:
+    """Each place is in the list once, also where nothing can be done."""
+    block = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.InstanceNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    model = small(Branching(block), Branching(block))
+
+    fused, changes = fuse(model)
+
+    assert [change.before for change in changes] == [
+        "Branching",
+        "Conv2d -> InstanceNorm2d",
+        "Conv2d -> BatchNorm2d",
+        "Branching",
+    ]
+    assert_as_good(fused, model, torch.randn(2, 3, 6, 7))
 
 
 @pytest.mark.parametrize("given", [None, 3, torch.relu, torch.nn.Conv2d, "unet/d4"], ids=str)
