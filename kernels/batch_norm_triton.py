@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from skipcost.kernels.conv_triton import summarize
+
 
 @triton.jit(do_not_specialize=["batch", "height", "width"])
 def tile_statistics(
@@ -32,15 +34,7 @@ def tile_statistics(
     c, in_c = channels_of(tl.program_id(1), channels, tile_channels)
     keep = inside[:, None] & in_c[None, :]
     values = tl.load(y + offsets(n, i, j, y_strides)[:, None] + c[None, :], mask=keep, other=0.0)
-    values = values.to(partials.dtype.element_ty)
-    count = tl.sum(inside.to(values.dtype), axis=0)
-    mean = tl.sum(values, axis=0) / count
-    away = tl.where(inside[:, None], values - mean[None, :], 0.0)
-    rest = tl.sum(away, axis=0) / count  # what rounding left of the mean; of values of 1000 +- 1 it shows
-    row = partials + tile * 3 * channels + c
-    tl.store(row, tl.zeros_like(mean) + count, mask=in_c)
-    tl.store(row + channels, mean + rest, mask=in_c)
-    tl.store(row + 2 * channels, tl.sum(away * away, axis=0) - rest * rest * count, mask=in_c)
+    summarize(values.to(partials.dtype.element_ty), inside, tile, c, in_c, partials, channels)
 
 
 @triton.jit(do_not_specialize=["tiles"])

@@ -126,25 +126,25 @@ def _storage(view: Tensor) -> Tensor:
     return view.as_strided((view.untyped_storage().nbytes() // view.itemsize,), (1,), 0)
 
 
-def _normal(shape: Sequence[int], seed: int) -> Tensor:
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+def _normal(shape: Sequence[int], seed: int, device: str) -> Tensor:
+    return torch.randn(tuple(shape), generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
-def _one_hot(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
-    values = torch.zeros(tuple(shape), dtype=dtype)
+def _one_hot(shape: Sequence[int], dtype: torch.dtype, seed: int, device: str = "cpu") -> Tensor:
+    values = torch.zeros(tuple(shape), dtype=dtype, device=device)
     if values.numel():
         rows = values.view(len(values), -1)
-        generator = torch.Generator().manual_seed(seed)
-        rows.scatter_(1, torch.randint(rows.shape[1], (len(rows), 1), generator=generator), 1)
+        generator = torch.Generator(device).manual_seed(seed)
+        rows.scatter_(1, torch.randint(rows.shape[1], (len(rows), 1), generator=generator, device=device), 1)
     return values
 
 
-# Made on the CPU, so that every device gets the same numbers. Errors of random sign cancel in "normal" sums; only
-# "positive" ones, which are ever larger than what is added, show products in tf32 and sums in 16 bits where K is large.
-DATA: dict[str, Callable[[Sequence[int], torch.dtype, int], Tensor]] = {  # (shape, dtype, seed)
-    "normal": lambda shape, dtype, seed: _normal(shape, seed).to(dtype),
-    "positive": lambda shape, dtype, seed: _normal(shape, seed).abs().to(dtype),
-    "large": lambda shape, dtype, seed: (_normal(shape, seed) * 1e3).to(dtype),
-    "small": lambda shape, dtype, seed: (_normal(shape, seed) * 1e-3).to(dtype),
+# Made where they are used: a map's millions of numbers take a CPU seconds. Errors of random sign cancel in "normal"
+# sums; only "positive" ones, which are ever larger than what is added, show tf32 and sums in 16 bits where K is large.
+DATA: dict[str, Callable[..., Tensor]] = {  # (shape, dtype, seed, device="cpu")
+    "normal": lambda shape, dtype, seed, device="cpu": _normal(shape, seed, device).to(dtype),
+    "positive": lambda shape, dtype, seed, device="cpu": _normal(shape, seed, device).abs().to(dtype),
+    "large": lambda shape, dtype, seed, device="cpu": (_normal(shape, seed, device) * 1e3).to(dtype),
+    "small": lambda shape, dtype, seed, device="cpu": (_normal(shape, seed, device) * 1e-3).to(dtype),
     "one-hot": _one_hot,  # a single 1 in each image, or in each output channel of a weight: finds what is mixed up
 }

@@ -241,12 +241,14 @@ def summarize(values, inside, tile, o, in_o, partials, out_channels):
     Masked by pixel alone: what channels past the last one come to is not stored, and a mask of both takes 90 registers.
     """
     count = tl.sum(inside.to(values.dtype), axis=0)
-    mean = tl.sum(tl.where(inside[:, None], values, 0.0), axis=0) / tl.maximum(count, 1.0)  # [tile_channels]
+    size = tl.maximum(count, 1.0)
+    mean = tl.sum(tl.where(inside[:, None], values, 0.0), axis=0) / size  # [tile_channels]
     away = tl.where(inside[:, None], values - mean[None, :], 0.0)
+    rest = tl.sum(away, axis=0) / size  # what rounding left of the mean; of values of 1000 +- 1 it shows
     row = partials + tile * 3 * out_channels + o
     tl.store(row, tl.zeros_like(mean) + count, mask=in_o)
-    tl.store(row + out_channels, mean, mask=in_o)
-    tl.store(row + 2 * out_channels, tl.sum(away * away, axis=0), mask=in_o)
+    tl.store(row + out_channels, mean + rest, mask=in_o)
+    tl.store(row + 2 * out_channels, tl.sum(away * away, axis=0) - rest * rest * size, mask=in_o)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from skipcost.kernels import conv_bn_relu, up_conv, validate
+from skipcost.kernels import conv_bn_relu, conv_bn_relu_train, up_conv, validate
 from skipcost.kernels.calls import Call
 from skipcost.kernels.conv import pack_weight, why_not_few
 from skipcost.kernels.crop_concat import crop_concat
@@ -38,6 +38,9 @@ class Operands:
     scale: Tensor  # (O,)
     shift: Tensor  # (O,)
     grad: Tensor  # of the result's shape, in training
+    pack: Pack  # what a network prepares once, and no call is charged for
+    mean: Tensor  # (O,), zeros: with `variance`, ones, and no eps, batch norm is scale and shift
+    variance: Tensor
 
     @property
     def tf32(self) -> bool:
@@ -85,7 +88,18 @@ def operands(call: Call, device: str, seed: int = 0, kind: str = "normal") -> Op
     shift = torch.randn(call.out_channels, generator=generator, device=device)
     out = (call.batch, call.out_channels, *call.out_size)
     grad = _made(DATA[kind], out if call.mode == "training" else (0, 1, 1, 1), dtype, seed + 200, device)
-    return Operands(call, maps, weight.contiguous(memory_format=LAST), scale, shift, grad)
+    weight = weight.contiguous(memory_format=LAST)
+    return Operands(
+        call, maps, weight, scale, shift, grad,
+        _pack(call, weight, scale, shift), torch.zeros_like(shift), torch.ones_like(scale),
+    )  # fmt: skip
+
+
+def _pack(call: Call, weight: Tensor, scale: Tensor, shift: Tensor) -> Pack:
+    axis = 1 if call.op == "up_conv" else 0
+    shape = [-1 if at == axis else 1 for at in range(weight.ndim)]
+    folded = (weight.float() * scale.view(shape)).to(weight.dtype) if call.out_channels else weight
+    return Pack(weight, scale, shift, folded.contiguous(memory_format=LAST), shift.to(weight.dtype))
 
 
 def _made(
@@ -109,17 +123,14 @@ def _eager(given: Operands, _tile: Tile | None) -> Results:
     """What a U-Net in PyTorch does: concatenate, convolve without the redundant bias, batch norm, ReLU, pool."""
     call = given.call
     x = functional.conv2d(given.joined(), given.weight, padding=call.padding)
-    zeros, ones = torch.zeros_like(given.shift), torch.ones_like(given.scale)
-    x = functional.batch_norm(x, zeros, ones, given.scale, given.shift, eps=0.0)
+    x = functional.batch_norm(x, given.mean, given.variance, given.scale, given.shift, eps=0.0)
     return _pooled(call, functional.relu(x, inplace=True) if call.relu else x)
 
 
 def _folded(given: Operands, _tile: Tile | None) -> Results:
     """Batch norm folded into the weights, bias and ReLU in cuDNN's convolution."""
     call = given.call
-    folded = (given.weight.float() * given.scale.view(-1, 1, 1, 1)).to(given.weight.dtype)
-    made = Pack(given.weight, given.scale, given.shift, folded.contiguous(memory_format=LAST), given.shift.to(folded))
-    return _pooled(call, run_folded(given.joined(), made, call.padding, relu=call.relu))
+    return _pooled(call, run_folded(given.joined(), given.pack, call.padding, relu=call.relu))
 
 
 def _pooled(call: Call, full: Tensor) -> Results:
@@ -162,18 +173,18 @@ def _convolution_errors(given: Operands, results: Results, ours: bool) -> dict[s
 
 
 def _up_conv(given: Operands, tile: Tile | None) -> Results:
-    x, weight, bias = given.maps[0], given.weight, given.shift.to(given.weight.dtype)
+    x, weight, bias = given.maps[0], given.weight, given.pack.bias
     out = x.new_empty((x.shape[0], weight.shape[1], 2 * x.shape[2], 2 * x.shape[3])).contiguous(memory_format=LAST)
     run(up_conv.launches(x, weight, bias, out, tf32=given.tf32, tile=tile))
     return (out,)
 
 
 def _up_conv_eager(given: Operands, _tile: Tile | None) -> Results:
-    return (functional.conv_transpose2d(given.maps[0], given.weight, given.shift.to(given.weight.dtype), stride=2),)
+    return (functional.conv_transpose2d(given.maps[0], given.weight, given.pack.bias, stride=2),)
 
 
 def _up_conv_errors(given: Operands, results: Results, ours: bool) -> dict[str, float]:
-    exact = validate.up_conv(given.maps[0], given.weight, given.shift.to(given.weight.dtype))
+    exact = validate.up_conv(given.maps[0], given.weight, given.pack.bias)
     return {"out": _worst(given, results[0], exact, roundings=0 if ours else 1)}
 
 
@@ -207,7 +218,7 @@ def _train(implementation: str) -> Callable[..., tuple[Tensor, Tensor]]:
     def forward(
         call: Call, maps: list[Tensor], weight: Tensor, gamma: Tensor, beta: Tensor
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        op = torch.ops.skipcost.conv_bn_relu_train
+        op = getattr(torch.ops.skipcost, conv_bn_relu_train.OP)
         tf32 = call.precision == "tf32"
         out, stored, _, _ = op(maps, weight, None, gamma, beta, call.padding, EPS, call.relu, tf32, implementation)
         return out, stored

@@ -161,7 +161,8 @@ def tile_for(need: Need, form: str, architecture: str = "") -> Tile:
 def tuning_key(need: Need, form: str) -> str:
     """Name what a tuned tile holds for: channels exactly, pixels by powers of four, since many maps share a tile."""
     size = max(need.pixels, 1).bit_length() // 2
-    return f"{need.op} {form} {need.precision} {need.in_channels}>{need.out_channels} k{need.taps} 4^{size}"
+    channels = f"{need.in_channels}>{need.out_channels}"
+    return f"{need.op} {form} {need.precision} {need.sources}x {channels} k{need.taps} 4^{size}"
 
 
 def tuned_row(need: Need, form: str, tile: Tile, **origin: Any) -> dict[str, Any]:

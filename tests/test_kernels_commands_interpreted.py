@@ -36,6 +36,8 @@ QUICK: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    # The tree may be worked on while tests run; that other code is measured again is another test's.
+    monkeypatch.setattr("skipcost.kernels.measuring.code_hash", lambda: "this code")
     monkeypatch.setattr(check, "INTERPRETED", ("fp32",))
     monkeypatch.setattr(check, "BATCHES", ((2, "inference"), (2, "training")))
     monkeypatch.setattr(check, "DATA", ("positive",))

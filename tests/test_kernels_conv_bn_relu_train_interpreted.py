@@ -135,7 +135,7 @@ def check_all_results_meet_their_bounds(case: Case) -> None:
 @pytest.mark.parametrize(
     ("precision", "case"),
     [
-        *(("bf16", case) for case in CASES[::2]),
+        *(("bf16", case) for case in CASES[::3]),
         *((precision, case) for precision in ("tf32", "fp16") for case in (CASES[2], CASES[7], CASES[8])),
     ],
     ids=str,
@@ -155,7 +155,7 @@ def check_convolutions_by_aten_meet_them_too(case: Case) -> None:
     assert max(found.values()) <= 1, found
 
 
-@pytest.mark.parametrize(("implementation", "tolerance"), [("aten", 2e-6), ("triton", 2e-5)])
+@pytest.mark.parametrize(("implementation", "tolerance"), [("aten", 2e-6), ("triton", 2e-6)])
 def check_a_large_mean_does_not_blur_the_variance(implementation: str, tolerance: float) -> None:
     """Outputs of 1000 +- 1: the mean square less the squared mean would be off by 1 % and more, in either way."""
     x = DATA["normal"]((2, 16, 40, 40), torch.float32, 0).add(1000).contiguous(memory_format=torch.channels_last)
@@ -201,19 +201,16 @@ def check_no_pass_over_memory_is_made_twice(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(("implementation", "momentum"), [("triton", 0.1), ("aten", None)])
 def check_it_trains_as_the_modules_do(implementation: str, momentum: float | None) -> None:
-    """In float64: result, gradients and running statistics over two steps are those of PyTorch's modules."""
-    layers = make_layers(momentum=momentum)
+    """In float64: result, gradients and running statistics of a step are those of PyTorch's modules."""
+    maps, layers = make_maps(), make_layers(momentum=momentum)
     twins = copy.deepcopy(layers)
 
-    for factor in (1, 2):
-        maps = [(each * factor).detach().requires_grad_() for each in make_maps()]
-        result = conv_bn_relu_train(maps, *layers, implementation=implementation)
-        expected = reference(maps, *twins)
-        grads = torch.autograd.grad(result.square().sum(), [*maps, *layers.parameters()])
-        wanted = torch.autograd.grad(expected.square().sum(), [*maps, *twins.parameters()])
-        for actual, want in zip((result, *grads), (expected, *wanted), strict=True):
-            torch.testing.assert_close(actual, want, rtol=1e-9, atol=1e-10)
+    result, expected = conv_bn_relu_train(maps, *layers, implementation=implementation), reference(maps, *twins)
 
+    grads = torch.autograd.grad(result.square().sum(), [*maps, *layers.parameters()])
+    wanted = torch.autograd.grad(expected.square().sum(), [*maps, *twins.parameters()])
+    for actual, want in zip((result, *grads), (expected, *wanted), strict=True):
+        torch.testing.assert_close(actual, want, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(state(layers), state(twins), **EXACT)
 
 
