@@ -9,6 +9,10 @@ Weights stay where they are, and are folded anew when their version has changed,
 writes through `.data`, which change no version, call one of them. In training, where gradients are asked for, under
 torch.compile and in torch.export the model's own forward runs. A layer that is replaced after fusing must be one of
 the same kind; Python that asks for the type of a tensor sees a Proxy, as with any trace by torch.fx.
+
+When it loses: on maps so small that Python decides. A fused call does about 10 us more of it than three layers do; on a
+GPU, capture small models in a CUDA graph, which leaves Python out. Maps are channels_last behind a fused call; an input
+in another layout is converted once, and results are given back in its own.
 """
 
 from __future__ import annotations
