@@ -235,7 +235,8 @@ def _cast(*maps: Tensor) -> list[Tensor]:
     device = maps[0].device.type
     if not torch.is_autocast_enabled(device):
         return list(maps)
-    return [each.to(torch.get_autocast_dtype(device)) for each in maps]
+    wanted = torch.get_autocast_dtype(device)
+    return [each if each.dtype == torch.float64 else each.to(wanted) for each in maps]
 
 
 def _normalized(

@@ -65,26 +65,61 @@ def affine(conv: nn.Conv2d, norm: nn.Module | None) -> tuple[Tensor | None, Tens
     return scale, shift if norm.bias is None else shift + norm.bias.to(precise)
 
 
+class _Kept:
+    """The packs of a convolution by type of map, and what they were made from; an empty one in a copy or a file."""
+
+    __slots__ = ("by_type", "eps", "sources")
+
+    def __init__(self) -> None:
+        self.eps = 0.0
+        self.sources: tuple[_Source | None, ...] = ()
+        self.by_type: dict[torch.dtype, Pack] = {}
+
+    def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
+        return _Kept, ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A weight at a version. `alias` keeps its memory, so that no other weight can come to lie at its address."""
+
+    tensor: Tensor
+    alias: Tensor
+    version: int
+
+    def is_still(self, x: Tensor | None) -> bool:
+        """Whether `x` is that weight, unchanged."""
+        return x is self.tensor and x.data_ptr() == self.alias.data_ptr() and _version(x) == self.version
+
+
+def _version(x: Tensor) -> int:
+    """Return what changes with a tensor; one made under inference_mode has no version, and cannot be changed."""
+    return -1 if x.is_inference() else x._version  # noqa: SLF001 - no public name
+
+
 def pack(conv: nn.Conv2d, norm: nn.Module | None, dtype: torch.dtype) -> Pack:
     """Return the pack of a convolution and its norm for maps of `dtype`; no gradient flows through it."""
-    sources = [conv.weight, conv.bias]
+    tensors: list[Tensor | None] = [conv.weight, conv.bias]
     if isinstance(norm, nn.BatchNorm2d):
         # A training step writes the running statistics behind their versions' back; the count of batches tells.
-        sources += [norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked]
-    key = (dtype, getattr(norm, "eps", None), *(_state(each) for each in sources))
-    kept = conv.__dict__.get(ATTRIBUTE)
-    if kept is None or kept[0] != key:
-        kept = (key, _make(conv, norm, dtype))
-        conv.__dict__[ATTRIBUTE] = kept
-    made: Pack = kept[1]
+        tensors += [norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked]
+    eps = getattr(norm, "eps", 0.0)
+    kept = conv.__dict__.setdefault(ATTRIBUTE, _Kept())
+    if kept.eps != eps or not _same(kept.sources, tensors):
+        kept.eps = eps
+        kept.sources = tuple(None if x is None else _Source(x, x.detach(), _version(x)) for x in tensors)
+        kept.by_type = {}
+    if dtype not in kept.by_type:
+        kept.by_type[dtype] = _make(conv, norm, dtype)
+    made: Pack = kept.by_type[dtype]
     return made
 
 
-def _state(x: Tensor | None) -> tuple[int, int, torch.device, torch.dtype] | None:
-    """What changes when a weight does; a tensor made under inference_mode has no version, and cannot be changed."""
-    if x is None:
-        return None
-    return x.data_ptr(), -1 if x.is_inference() else x._version, x.device, x.dtype  # noqa: SLF001 - no public name
+def _same(sources: tuple[_Source | None, ...], tensors: list[Tensor | None]) -> bool:
+    if len(sources) != len(tensors):
+        return False
+    pairs = zip(sources, tensors, strict=True)
+    return all(x is None if source is None else source.is_still(x) for source, x in pairs)
 
 
 def _make(conv: nn.Conv2d, norm: nn.Module | None, dtype: torch.dtype) -> Pack:

@@ -117,6 +117,7 @@ def cases(draw: st.DrawFn, form: str) -> Case:
     channels = tuple(draw(st.lists(one, min_size=count, max_size=count)))
     outputs = draw(st.sampled_from((8, 16, 24, 40) if by_descriptor else (1, 2, 15, 16, 33)))
     batch = draw(st.integers(0, 3))
+    relu, scaled, shifted = (draw(st.booleans()) for _ in range(3))
     return Case(
         form,
         draw(st.sampled_from(PRECISIONS[form])),
@@ -127,7 +128,9 @@ def cases(draw: st.DrawFn, form: str) -> Case:
         tuple(draw(st.lists(st.sampled_from(ODD), min_size=count, max_size=count))),
         side,
         padding,
-        *(draw(st.booleans()) for _ in range(3)),  # relu, scaled, shifted
+        relu,
+        scaled,
+        shifted,
         data=draw(st.sampled_from(tuple(DATA))),
         layouts=tuple(draw(st.lists(st.sampled_from(CHANNELS_ADJACENT), min_size=count, max_size=count))),
         out_layout=draw(st.sampled_from(CHANNELS_ADJACENT)),

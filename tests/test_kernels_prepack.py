@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -111,6 +112,31 @@ def test_a_pack_follows_every_change(change: Callable[[nn.Conv2d, nn.BatchNorm2d
     assert after is not before
     x = torch.randn(1, 3, 5, 5, dtype=conv.weight.dtype)
     torch.testing.assert_close(run_folded(x, after, 1, relu=False), norm(conv(x)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_at_the_address_of_its_predecessor_is_another_weight() -> None:
+    """Memory that was let go is given out again, and a new weight there starts at the same version."""
+    conv, norm = _layers()
+    for _ in range(50):
+        pack(conv, norm, torch.float32)
+        conv.weight = None
+        conv.weight = nn.Parameter(torch.randn(5, 3, 3, 3))
+
+        made = pack(conv, norm, torch.float32)
+
+        assert torch.equal(made.weight, conv.weight)
+
+
+def test_a_copied_or_saved_layer_leaves_its_packs_behind() -> None:
+    """They are made again from the copy's own weights, and no file holds them."""
+    conv, norm = _layers()
+    size = len(pickle.dumps(conv))
+    pack(conv, norm, torch.float32)
+
+    again = pickle.loads(pickle.dumps(conv))  # noqa: S301 - written on this line
+
+    assert len(pickle.dumps(conv)) < size + 200
+    assert torch.equal(pack(again, norm, torch.float32).weight, conv.weight)
 
 
 def test_a_pack_is_made_once() -> None:
