@@ -23,8 +23,9 @@ from skipcost.kernels.conv_bn_relu_train import train_step
 from skipcost.kernels.crop_concat import merge
 from skipcost.kernels.dispatch import Card, card_named, choose
 from skipcost.kernels.launch import architecture_of, tf32_allowed
+from skipcost.kernels.max_pool import pool
 from skipcost.kernels.prepack import affine, pack, run_folded, why_not_fold
-from skipcost.kernels.recompute import Recipes, pool, remembering
+from skipcost.kernels.recompute import Recipes, remembering
 from skipcost.kernels.up_conv import up_conv, up_conv_concat
 from skipcost.unet_models.ops import REFERENCE, ConvNormAct, Ops
 
