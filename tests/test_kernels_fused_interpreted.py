@@ -16,6 +16,12 @@ from skipcost.unet_models import VARIANTS, ModelSpec, SkipNet, build
 FACTOR = 4.0  # of eager's own error against float64: sums are added in another order, and rounded as often
 
 
+@pytest.fixture(autouse=True)
+def _no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager PyTorch on a CPU keeps fp32 whole; by PyTorch's default the kernels would cut operands as a GPU's do."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def _triton(_call: Call, _x: Tensor) -> str:
     return "triton"
 
