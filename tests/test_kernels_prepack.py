@@ -119,7 +119,7 @@ def test_a_weight_at_the_address_of_its_predecessor_is_another_weight() -> None:
     conv, norm = _layers()
     for _ in range(50):
         pack(conv, norm, torch.float32)
-        conv.weight = None
+        del conv.weight
         conv.weight = nn.Parameter(torch.randn(5, 3, 3, 3))
 
         made = pack(conv, norm, torch.float32)
