@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skipcost.kernels.checks import check_maps
 from skipcost.kernels.launch import Launch, on_triton, run, span
 from skipcost.unet_models.ops import REFERENCE, crop, crop_all
 
@@ -79,36 +80,9 @@ def crop_concat(maps: Sequence[Tensor]) -> Tensor:
     The result has the memory format that torch.cat would give it; a single map is returned as it is. CPU tensors take
     the reference unless TRITON_INTERPRET=1, which must then be set before triton is first imported.
     """
-    _check(maps)
+    check_maps("crop_concat", maps, DTYPES)
     result: Tensor = maps[0] if len(maps) == 1 else _forward(list(maps))
     return result
-
-
-def _check(maps: Sequence[Tensor]) -> None:
-    if not maps:
-        message = "crop_concat got no maps: give it at least one of shape (N, C, H, W)"
-        raise ValueError(message)
-    first = maps[0]
-    for index, each in enumerate(maps):
-        if each.ndim != 4:  # noqa: PLR2004 - N, C, H, W
-            message = f"map {index} of crop_concat has shape {tuple(each.shape)}: every map must be (N, C, H, W)"
-            raise ValueError(message)
-        if each.dtype not in DTYPES:
-            accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-            message = f"map {index} of crop_concat is {each.dtype}, which the kernel cannot copy; accepted: {accepted}"
-            raise ValueError(message)
-        if (each.dtype, each.device) != (first.dtype, first.device):
-            message = (
-                f"map {index} of crop_concat is {each.dtype} on {each.device}, map 0 is {first.dtype} on "
-                f"{first.device}: bring all maps to one type and device first"
-            )
-            raise ValueError(message)
-        if each.shape[0] != first.shape[0]:
-            message = (
-                f"map {index} of crop_concat has batch size {each.shape[0]}, map 0 has {first.shape[0]}: "
-                "all maps must come from the same batch"
-            )
-            raise ValueError(message)
 
 
 @torch.library.custom_op("skipcost::crop_concat", mutates_args=(), device_types=("cpu", "cuda"))
