@@ -13,7 +13,7 @@ from torch import Tensor
 
 from skipcost.kernels.batch_norm import precise
 from skipcost.kernels.checks import output_size
-from skipcost.kernels.conv import channels_last, conv_launch, need_of, pack_weight, statistics_tiles
+from skipcost.kernels.conv import channels_last, conv_launch, dense, need_of, pack_weight, statistics_tiles
 from skipcost.kernels.conv_bn_relu import pick_form
 from skipcost.kernels.launch import Launch, architecture_of
 from skipcost.kernels.tiles import FEW_CHANNELS, tile_for
@@ -82,14 +82,6 @@ def aten_grads(
 def adjacent(x: Tensor) -> Tensor:
     """Return the map (N, C, H, W), with its channels next to each other: a copy where they are not."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else channels_last(x)
-
-
-def dense(x: Tensor) -> Tensor:
-    """Return the map (N, C, H, W) in channels_last, with a new map's strides also where a size of 1 leaves a choice."""
-    _, channels, height, width = x.shape
-    if x.stride() == (height * width * channels, 1, width * channels, channels):
-        return x
-    return _empty(x, channels, height, width).copy_(x)
 
 
 def _convolution(
