@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from skipcost.bench import doctor as doctoring
 from skipcost.bench import explain as explaining
 from skipcost.bench import show as showing
 from skipcost.bench.cases import CHOICES
+from skipcost.bench.console import DB, DEVICE, ERR, JSON, OUT, SET, SIZE, SWEEP, progress_bar, settings_of
 from skipcost.bench.driver import Server, pending
 from skipcost.bench.driver import sweep as run_sweep
 from skipcost.bench.environment import cpus
@@ -42,16 +41,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-PIPED_WIDTH = 200  # columns for a pipe or a file; a terminal has its own
-OUT = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
-ERR = Console(stderr=True)
-SWEEP = Annotated[str, typer.Argument(help="a shipped sweep (quick, ci, full, paper) or the path of a TOML file")]
-DEVICE = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where torch sees one")]
-SET = Annotated[
-    list[str] | None, typer.Option("--set", help="key=v1,v2: replace or add a key of every grid; may be repeated")
-]
-JSON = Annotated[bool, typer.Option("--json", help="print JSON for a program")]
-DB = Annotated[Path, typer.Argument(help="a store made by `skipcost sweep`")]
 
 
 class Format(StrEnum):
@@ -63,33 +52,17 @@ class Format(StrEnum):
     PARQUET = "parquet"
 
 
-def _settings(texts: list[str] | None) -> dict[str, list[str]]:
-    settings = {}
-    for text in texts or []:
-        key, separator, values = text.partition("=")
-        if not separator or not values:
-            message = f"--set {text!r} is not key=v1,v2"
-            raise BenchError(message)
-        settings[key] = values.split(",")
-    return settings
-
-
 @contextmanager
 def _planned(sweep: str, settings: list[str] | None, device: str) -> Iterator[tuple[Plan, Server]]:
     """Plan a sweep and start what measures it; what is wrong with the plan is said before anything starts."""
     if device not in ("auto", *CHOICES["device"]):
         raise BenchError(suggest("device", device, ("auto", *CHOICES["device"])))
-    axes = _settings(settings)
+    axes = settings_of(settings)
     plan = load_plan(sweep, axes, "cpu" if device == "auto" else device, cpus())
     with Server() as server:
         if device == "auto" and server.environment["cuda"]:
             plan = load_plan(sweep, axes, "cuda", cpus())
         yield plan, server
-
-
-def _progress() -> Progress:
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    return Progress(*columns, console=ERR, transient=False)
 
 
 @app.command()
@@ -106,7 +79,7 @@ def plan(
         if store is not None and store.is_file():
             with open_store(store) as opened:
                 todo = pending(planned, opened, server.environment["fingerprint"])
-        with _progress() as progress:
+        with progress_bar() as progress:
             bar = progress.add_task("tracing memory", total=len(todo))
             facts = preview(planned, todo, server, lambda: progress.advance(bar))
     OUT.print_json(data=facts) if as_json else print_preview(facts, OUT)
@@ -123,7 +96,11 @@ def sweep(
     """Measure every case of a sweep that the store does not have yet. Ctrl-C loses nothing; run it again to go on."""
     counts: dict[str, int] = {}
     path = store or Path("results") / f"{Path(sweep).stem}.sqlite"
-    with _planned(sweep, settings, device) as (planned, server), create_store(path) as opened, _progress() as progress:
+    with (
+        _planned(sweep, settings, device) as (planned, server),
+        create_store(path) as opened,
+        progress_bar() as progress,
+    ):
         bar = progress.add_task("", total=len(pending(planned, opened, server.environment["fingerprint"])))
 
         def tell(case: PlannedCase, results: list[Result]) -> None:
@@ -162,7 +139,7 @@ def show(
 @app.command()
 def explain(
     label: Annotated[str, typer.Argument(help="a network, e.g. unet3+/d4/w64/concat")],
-    size: Annotated[str, typer.Option(help="of the image: 512, or 480x640 (height x width)")] = "512",
+    size: SIZE = "512",
     batch: int = 1,
     precision: Annotated[str, typer.Option(help=", ".join(explaining.VALUE_BYTES))] = "fp32",
     mode: Annotated[str, typer.Option(help=", ".join(CHOICES["mode"]))] = "inference",

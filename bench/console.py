@@ -1,0 +1,43 @@
+"""What every command of the command line shares: where it prints, its common options, its progress bar."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from skipcost.bench.errors import BenchError
+
+PIPED_WIDTH = 200  # columns for a pipe or a file; a terminal has its own
+OUT = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+ERR = Console(stderr=True)
+SWEEP = Annotated[str, typer.Argument(help="a shipped sweep (quick, ci, full, paper) or the path of a TOML file")]
+DEVICE = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where torch sees one")]
+SET = Annotated[
+    list[str] | None, typer.Option("--set", help="key=v1,v2: replace or add a key of every grid; may be repeated")
+]
+JSON = Annotated[bool, typer.Option("--json", help="print JSON for a program")]
+DB = Annotated[Path, typer.Argument(help="a store made by `skipcost sweep`")]
+SIZE = Annotated[str, typer.Option(help="of the image: 512, or 480x640 (height x width)")]
+
+
+def settings_of(texts: list[str] | None) -> dict[str, list[str]]:
+    """Read `--set key=v1,v2`, each given once or more."""
+    settings = {}
+    for text in texts or []:
+        key, separator, values = text.partition("=")
+        if not separator or not values:
+            message = f"--set {text!r} is not key=v1,v2"
+            raise BenchError(message)
+        settings[key] = values.split(",")
+    return settings
+
+
+def progress_bar() -> Progress:
+    """Make a bar on stderr with the time left."""
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    return Progress(*columns, console=ERR, transient=False)
