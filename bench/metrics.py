@@ -24,8 +24,9 @@ class Metric:
     """A row of METRICS.
 
     `unit` is a key of the report's formats; `origin` says where the number comes from; `threshold` is the relative
-    change that the gate lets pass (0: any change is a verdict); `modes`, `devices` and `backends` are where it is asked
-    for when a sweep names no metrics. Rows that share `measure` come from one call of it, which returns them all.
+    change that the gate lets pass (0: any change is a verdict); `rests_on` names packages of which another version may
+    give another exact number; `modes`, `devices` and `backends` are where it is asked for when a sweep names none.
+    Rows that share `measure` come from one call of it, which returns them all.
     """
 
     title: str
@@ -34,6 +35,8 @@ class Metric:
     how: str
     measure: Callable[[Case, Budget], list[Result]]
     threshold: float = 0.0
+    rests_on: tuple[str, ...] = ()
+    more_is_better: bool = False
     modes: tuple[str, ...] = ("inference", "training")
     devices: tuple[str, ...] = ("cpu", "cuda")
     backends: tuple[str, ...] = ("eager", "compile", "fused")
@@ -62,6 +65,12 @@ def _activations(case: Case, _budget: Budget) -> list[Result]:
 
 def _receptive_field(case: Case, _budget: Budget) -> list[Result]:
     return _ok("receptive_field", case.graph().receptive_field())
+
+
+def _operators(case: Case, _budget: Budget) -> list[Result]:
+    from skipcost.bench.operators import count_operators  # noqa: PLC0415 - imports torch
+
+    return [count_operators(case)]
 
 
 def _fvcore_flops(case: Case, _budget: Budget) -> list[Result]:
@@ -159,6 +168,17 @@ METRICS: dict[str, Metric] = {
         origin=COUNTED,
         how="side of the window that holds every input pixel which one output pixel depends on",
         measure=_receptive_field,
+        more_is_better=True,
+    ),
+    "operators": Metric(
+        title="operators",
+        unit="count",
+        origin=COUNTED,
+        how="operators below autograd that one step dispatches, views included; counted on the meta device",
+        measure=_operators,
+        rests_on=("torch",),
+        modes=("inference",),
+        backends=("eager",),
     ),
     "fvcore_flops": Metric(
         title="fvcore's flops",
@@ -166,6 +186,7 @@ METRICS: dict[str, Metric] = {
         origin=COUNTED,
         how="fvcore's total (a MAC counts once), whole batch, with the operators that it did not count beside it",
         measure=_fvcore_flops,
+        rests_on=("fvcore",),
         modes=("inference",),
     ),
     "peak_memory_predicted_bytes": Metric(
