@@ -19,6 +19,7 @@ import typer
 
 from skipcost.bench import doctor as doctoring
 from skipcost.bench import explain as explaining
+from skipcost.bench import gate_command
 from skipcost.bench import show as showing
 from skipcost.bench.cases import CHOICES
 from skipcost.bench.console import DB, DEVICE, ERR, JSON, OUT, SET, SIZE, SWEEP, progress_bar, settings_of
@@ -179,6 +180,10 @@ def kernels(context: typer.Context) -> None:
     """Check, time, tune and explain the fused kernels: `skipcost kernels --help` lists the commands."""
     sys.argv = ["skipcost kernels", *context.args]
     runpy.run_module("skipcost.kernels", run_name="__main__", alter_sys=False)
+
+
+app.command()(gate_command.baseline)
+app.command()(gate_command.gate)
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ def describe() -> dict[str, Any]:
         "cuda": _cuda(),
         "versions": {name: _version(name) for name in PACKAGES},
         "flags": {name: os.environ[name] for name in FLAGS if name in os.environ},
-        "code": _code_hash(),
+        "code": code_hash(),
     }
     facts["fingerprint"] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     return facts | {"host": platform.node(), **_git()}
@@ -66,7 +66,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _code_hash() -> str:
+def code_hash() -> str:
     """Hash of the suite's own code that makes numbers: a change of it is another environment, committed or not."""
     digest = hashlib.sha256()
     for package in (skipcost.unet_models, skipcost.kernels, skipcost.bench):

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from skipcost.bench import figures
-from skipcost.bench.cli import ERR, guarded
+from skipcost.bench.cli import guarded
+from skipcost.bench.console import ERR
 from skipcost.reports.page import write_report
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)

@@ -1,0 +1,163 @@
+"""`skipcost baseline` and `skipcost gate`: write down what a sweep's cases cost, and stop what changes it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from skipcost.bench import verdicts as telling
+from skipcost.bench.attribution import attribute
+from skipcost.bench.baseline import Baseline, baseline_of, failures_of, read_baseline
+from skipcost.bench.console import DB, ERR, JSON, OUT
+from skipcost.bench.environment import code_hash
+from skipcost.bench.errors import BenchError, MachineError
+from skipcost.bench.gate import compared, judge
+from skipcost.bench.records import Result
+from skipcost.bench.revisions import Revision, checked_out, merge_base
+from skipcost.bench.store import Store, open_store
+from skipcost.bench.tables import newest_environment, results_by_case
+from skipcost.bench.verdicts import Verdict
+
+TITLE = "skipcost gate"
+
+
+def baseline(
+    store: DB, output: Annotated[Path, typer.Option("-o", help="the file, e.g. bench/baselines/ci.jsonl")]
+) -> None:
+    """Write down what the cases of a store cost, one a line, for `skipcost gate` and for reviewers."""
+    with open_store(store) as opened:
+        if failed := failures_of(opened):
+            case, result = failed[0]
+            message = (
+                f"{len(failed)} exact metrics of {store} have no number, so it cannot be a baseline; the first: "
+                f"{result.metric} of {case.name}: {result.outcome} {result.note}"
+            )
+            raise BenchError(message)
+        made = baseline_of(opened)
+    count = sum(len(entry.exact) for entry in made.entries.values())
+    if not count:
+        message = f"{store} holds no exact number: a baseline of it would compare nothing"
+        raise BenchError(message)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(made.text, encoding="utf-8")
+    except OSError as error:
+        message = f"cannot write {output}: {error.strerror}; name another file with -o"
+        raise BenchError(message) from None
+    ERR.print(f"{count} exact numbers of {len(made.entries)} cases in {output}", soft_wrap=True, highlight=False)
+
+
+def gate(
+    store: DB,
+    baseline: Annotated[Path | None, typer.Option(help="a file that `skipcost baseline` wrote")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="a revision: both sides are computed, at the merge base and in the working tree")
+    ] = None,
+    junit: Annotated[Path | None, typer.Option(help="write JUnit XML here, too")] = None,
+    as_json: JSON = False,  # noqa: FBT002 - a flag of the command line
+) -> None:
+    """Compare every exact number with a baseline's, and fail on any change: 0 unchanged, 1 changed, 2 no comparison."""
+    if (baseline is None) == (against is None):
+        message = "give either --baseline FILE or --against REV: without one there is nothing to compare with"
+        raise BenchError(message)
+    if baseline is not None:
+        verdicts = _against_file(store, baseline)
+        update = f"skipcost baseline {store} -o {baseline}"
+    else:
+        verdicts = _against_revision(store, str(against))
+        update = ""
+    _tell(verdicts, junit, as_json=as_json)
+    if not compared(verdicts):
+        ERR.print("skipcost: nothing could be compared: that is no pass")
+        raise typer.Exit(1)
+    if any(each.fails for each in verdicts):
+        if update:
+            ERR.print(f"If the change is meant, update the baseline and commit it: {update}", soft_wrap=True)
+        raise typer.Exit(1)
+
+
+def _tell(verdicts: list[Verdict], junit: Path | None, *, as_json: bool) -> None:
+    if as_json:
+        telling.write_json(verdicts, OUT)
+    else:
+        telling.print_verdicts(verdicts, OUT)
+    telling.tell_ci(verdicts, TITLE, ERR)
+    if junit:
+        try:
+            junit.write_bytes(telling.junit(verdicts, TITLE))
+        except OSError as error:
+            message = f"cannot write {junit}: {error.strerror}; name another file with --junit"
+            raise BenchError(message) from None
+
+
+def _against_file(path: Path, file: Path) -> list[Verdict]:
+    base = read_baseline(file)
+    with open_store(path) as opened:
+        _check_fresh(opened, path)
+        return judge(base, baseline_of(opened), _reasons(opened))
+
+
+def _check_fresh(store: Store, path: Path) -> None:
+    """Refuse a store of other code: a gate over yesterday's numbers passes whatever was changed today."""
+    run = newest_environment(store)
+    if run.environment.get("code") != code_hash():
+        message = (
+            f"{path} was measured with other code than this: run `skipcost sweep {run.sweep} -o {path}` again, "
+            "which measures what this code does"
+        )
+        raise BenchError(message)
+
+
+def _reasons(store: Store) -> dict[tuple[str, str], str]:
+    """Why there is no number, for the metrics that were tried."""
+    failed = failures_of(store)
+    return {(case.to_json(), result.metric): f"{result.outcome}: {result.note}".strip(": ") for case, result in failed}
+
+
+def _against_revision(path: Path, name: str) -> list[Verdict]:
+    """Compute both sides: the working tree's cases into the store, the merge base's into one that is thrown away."""
+    with open_store(path) as opened:
+        sweep = newest_environment(opened).sweep
+    with checked_out(merge_base(name)) as base, tempfile.TemporaryDirectory() as scratch:
+        other = Path(scratch) / "base.sqlite"
+        _sweep(base, sweep, other)
+        _sweep(None, sweep, path)
+        then, before = _side(other, base)
+        now, after = _side(path, None)
+        with open_store(path) as opened:
+            verdicts = judge(then, now, _reasons(opened))
+        return attribute(verdicts, (before, after), base)
+
+
+def _sweep(revision: Revision | None, sweep: str, store: Path) -> None:
+    """Run a sweep's cases with a revision's code, or with this one's."""
+    words = ("sweep", sweep, "-o", str(store.resolve()))
+    command = (
+        revision.command("skipcost.bench", *words) if revision else [sys.executable, "-m", "skipcost.bench", *words]
+    )
+    done = subprocess.run(  # noqa: S603 - our own command
+        command, env=revision.environment() if revision else None, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        where = f"revision {revision.commit[:12]}" if revision else "the working tree"
+        message = f"`skipcost sweep {sweep}` fails at {where}: {' '.join(done.stderr.split())[-400:]}"
+        raise MachineError(message)
+
+
+def _side(path: Path, revision: Revision | None) -> tuple[Baseline, dict[tuple[str, str], Result]]:
+    """Numbers, and results by (canonical JSON, metric), of one side."""
+    try:
+        with open_store(path) as opened:
+            keys = {case_id: case.to_json() for case_id, (case, _) in opened.cases().items()}
+            found = results_by_case(opened, newest_environment(opened).fingerprint)
+            numbers = baseline_of(opened)
+    except ValueError as error:
+        where = f"revision {revision.commit[:12]}" if revision else path
+        message = f"the cases of {where} cannot be read by this version ({error}): compare with --baseline FILE"
+        raise BenchError(message) from None
+    return numbers, {(keys[case_id], name): each for case_id, row in found.items() for name, each in row.items()}

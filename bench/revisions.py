@@ -1,0 +1,117 @@
+"""Another revision of the suite beside this one: its sources in a git worktree, and processes that import from there.
+
+Both sides use this environment's Python and packages; only the suite's own code differs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import skipcost.bench
+from skipcost.bench.errors import BenchError
+
+FOLDERS = ("unet_models", "kernels", "bench", "reports")
+WORKING_TREE = "working tree"
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """Sources of the suite at `commit` (or WORKING_TREE), importable through `path`."""
+
+    commit: str
+    path: Path
+
+    def environment(self) -> dict[str, str]:
+        """Variables for a process that is to import this revision."""
+        return os.environ | {"PYTHONPATH": str(self.path), "PYTHONSAFEPATH": "1"}
+
+    def command(self, module: str, *words: str) -> list[str]:
+        """Return the command line that runs a module of this revision."""
+        return [sys.executable, "-m", module, *words]
+
+
+def repository() -> Path:
+    """The git repository that this code lies in; BenchError for an installed copy."""
+    folder = Path(skipcost.bench.__path__[0]).resolve()
+    try:
+        tracked = _git(folder, "ls-files", "cases.py")
+        root = _git(folder, "rev-parse", "--show-toplevel")
+    except BenchError:
+        tracked = root = ""
+    if not tracked:
+        message = f"{folder} is no git checkout of skipcost, so there are no revisions to compare: run it in a clone"
+        raise BenchError(message)
+    return Path(root)
+
+
+def _git(folder: Path, *words: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True)  # noqa: S603, S607
+    except OSError as error:
+        message = f"git cannot be run ({error.strerror}): comparing revisions needs it"
+        raise BenchError(message) from None
+    except subprocess.CalledProcessError as error:
+        message = f"git {' '.join(words)} failed: {error.stderr.strip()}"
+        raise BenchError(message) from None
+    return done.stdout.strip()
+
+
+def resolve(name: str) -> str:
+    """The commit that a name stands for; BenchError where there is none."""
+    try:
+        return _git(repository(), "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
+    except BenchError:
+        message = (
+            f"{name!r} is no revision of this repository: name a branch, a tag or a commit "
+            "(a shallow clone may lack it: git fetch --unshallow)"
+        )
+        raise BenchError(message) from None
+
+
+def merge_base(name: str) -> str:
+    """The commit at which HEAD left the revision `name`: what a branch's own changes are compared with."""
+    commit = resolve(name)
+    try:
+        return _git(repository(), "merge-base", commit, "HEAD")
+    except BenchError:
+        message = f"HEAD and {name!r} have no common commit to compare with (a shallow clone: git fetch --unshallow)"
+        raise BenchError(message) from None
+
+
+def dirty() -> bool:
+    """Whether the working tree differs from HEAD."""
+    return bool(_git(repository(), "status", "--porcelain"))
+
+
+@contextlib.contextmanager
+def checked_out(commit: str) -> Iterator[Revision]:
+    """Yield the sources of a commit, or of the working tree as it is, for as long as the block runs."""
+    root = repository()
+    with tempfile.TemporaryDirectory(prefix="skipcost-") as scratch:
+        links, tree = Path(scratch) / "links", root
+        if commit != WORKING_TREE:
+            tree = Path(scratch) / "tree"
+            _git(root, "worktree", "add", "--detach", "--quiet", str(tree), commit)
+        try:
+            _link(tree, links / "skipcost", commit)
+            yield Revision(commit, links)
+        finally:
+            if tree != root:
+                _git(root, "worktree", "remove", "--force", str(tree))
+
+
+def _link(tree: Path, links: Path, commit: str) -> None:
+    """Link the folders under the name by which they are imported."""
+    links.mkdir(parents=True)
+    for folder in FOLDERS:
+        if not (tree / folder).is_dir():
+            message = f"revision {commit[:12]} has no folder {folder}: it cannot be run by this version"
+            raise BenchError(message)
+        (links / folder).symlink_to(tree / folder, target_is_directory=True)

@@ -1,0 +1,166 @@
+"""Verdicts, and the forms in which people and programs read them: a table, Markdown, JUnit XML, JSON, annotations.
+
+What decides is elsewhere (`gate` for exact metrics, `ab` for latency); here nothing is judged again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+from rich.console import Console
+from rich.table import Table
+
+from skipcost.bench import figures
+from skipcost.bench.metrics import METRICS
+
+VERDICTS = {
+    "unchanged": "the same on both sides",
+    "improved": "better than the baseline, which has to be updated for it",
+    "regressed": "worse than the baseline",
+    "missing": "the baseline has it, this side does not",
+    "new": "this side has it, the baseline does not",
+    "not_comparable": "both have it, but the numbers do not mean the same",
+    "inconclusive": "a change could have hidden in the noise",
+}
+PASSING = ("unchanged", "inconclusive")
+SHOWN = 200  # rows in a table for people; Markdown and JUnit have them all
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a comparison says of one metric of one case.
+
+    key: the case's canonical JSON. interval: of the ratio now / base, where it was measured.
+    """
+
+    case: str
+    metric: str
+    verdict: str
+    base: float | None = None
+    now: float | None = None
+    why: str = ""
+    interval: tuple[float, float] | None = None
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse a word outside the table: a misspelt failure would pass."""
+        if self.verdict not in VERDICTS:
+            message = f"verdict {self.verdict!r} is unknown; accepted: {', '.join(VERDICTS)}"
+            raise ValueError(message)
+
+    @property
+    def fails(self) -> bool:
+        """Whether a gate stops at it."""
+        return self.verdict not in PASSING
+
+    @property
+    def change(self) -> str:
+        """The change in percent, with its interval where it has one."""
+        if not self.base or self.now is None:
+            return ""
+        text = f"{self.now / self.base - 1:+.2%}"
+        if self.interval:
+            text += " [{:+.1%}, {:+.1%}]".format(*(edge - 1 for edge in self.interval))
+        return text
+
+    def cells(self) -> tuple[str, ...]:
+        """A row for people: case, metric, base, now, change, verdict, why."""
+        unit = METRICS[self.metric].unit if self.metric in METRICS else "count"
+        numbers = [_exactly(value, unit) for value in (self.base, self.now)]
+        return (self.case, self.metric, *numbers, self.change, self.verdict, self.why)
+
+
+COLUMNS = ("case", "metric", "base", "now", "change", "verdict", "why")
+
+
+def _exactly(value: float | None, unit: str) -> str:
+    """Counts and bytes to the last digit, because one of them may be the change; the rest rounded."""
+    if value is None or unit == "seconds":
+        return figures.text(value, unit)
+    return f"{value:,.0f}"
+
+
+def sentence(verdicts: Sequence[Verdict]) -> str:
+    """Sum the verdicts up in a line."""
+    counts = Counter(each.verdict for each in verdicts)
+    cases = len({(each.case, each.key) for each in verdicts})
+    told = ", ".join(f"{counts[name]} {name}" for name in VERDICTS if counts[name])
+    return f"{len(verdicts)} numbers of {cases} cases: {told or 'nothing was compared'}"
+
+
+def print_verdicts(verdicts: Sequence[Verdict], console: Console) -> None:
+    """Print what did not stay the same as a table, and the sum."""
+    notable = [each for each in verdicts if each.verdict != "unchanged"]
+    if notable:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in COLUMNS:
+            table.add_column(name, justify="right" if name in ("base", "now", "change") else "left", overflow="fold")
+        for each in notable[:SHOWN]:
+            table.add_row(*each.cells(), style="red" if each.verdict in ("regressed", "missing") else None)
+        console.print(table)
+    if len(notable) > SHOWN:
+        console.print(f"and {len(notable) - SHOWN} more")
+    console.print(sentence(verdicts), highlight=False)
+
+
+def to_json(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """Every verdict as JSON values, those that are unchanged too."""
+    return [asdict(each) for each in verdicts]
+
+
+def markdown(verdicts: Sequence[Verdict], title: str) -> str:
+    """A heading, the sum, and a table of what did not stay the same."""
+    lines = [f"### {title}", "", sentence(verdicts), ""]
+    notable = [each for each in verdicts if each.verdict != "unchanged"]
+    if notable:
+        lines += [_row(COLUMNS), _row(["---"] * len(COLUMNS)), *(_row(each.cells()) for each in notable), ""]
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def junit(verdicts: Sequence[Verdict], title: str) -> bytes:
+    """JUnit XML as CI systems read it: a test case per verdict; what could not be decided counts as skipped."""
+    failures = sum(each.fails for each in verdicts)
+    suite = ET.Element("testsuite", name=title, tests=str(len(verdicts)), failures=str(failures))
+    for each in verdicts:
+        case = ET.SubElement(suite, "testcase", classname=each.case, name=each.metric)
+        text = " ".join(part for part in (each.verdict, each.change, each.why) if part)
+        if each.fails:
+            ET.SubElement(case, "failure", message=text)
+        elif each.verdict == "inconclusive":
+            ET.SubElement(case, "skipped", message=text)
+    text: bytes = ET.tostring(suite, encoding="utf-8", xml_declaration=True)
+    return text
+
+
+def tell_ci(verdicts: Sequence[Verdict], title: str, console: Console) -> None:
+    """On GitHub Actions, add the table to the job's summary and annotate what fails; nothing anywhere else."""
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with Path(summary).open("a", encoding="utf-8") as file:
+            file.write(markdown(verdicts, title) + "\n")
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        for each in verdicts:
+            if each.fails or each.verdict == "inconclusive":
+                level = "error" if each.fails else "warning"
+                text = f"{each.case}: {each.metric} {each.verdict} {each.change} {each.why}".strip()
+                console.print(f"::{level} title={title}::{_escaped(text)}", soft_wrap=True, highlight=False)
+
+
+def _escaped(text: str) -> str:
+    """Escape what ends a workflow command early, as GitHub's own toolkit does."""
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def write_json(verdicts: Sequence[Verdict], console: Console) -> None:
+    """Print every verdict for a program."""
+    console.print_json(json.dumps(to_json(verdicts)))

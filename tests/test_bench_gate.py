@@ -1,0 +1,293 @@
+"""The exact gate fails closed: no way of having nothing to say is a pass."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from skipcost.bench import cli
+from skipcost.bench.baseline import FORMAT, SCHEMA, Baseline, baseline_of, read_baseline
+from skipcost.bench.cases import Case
+from skipcost.bench.environment import code_hash
+from skipcost.bench.errors import BenchError
+from skipcost.bench.gate import judge
+from skipcost.bench.metrics import METRICS
+from skipcost.bench.records import OUTCOMES, Result
+from skipcost.bench.store import create_store, open_store
+from skipcost.bench.verdicts import PASSING, VERDICTS
+from skipcost.unet_models import ModelSpec
+
+CASES = tuple(Case(spec=ModelSpec(width=width), threads=1) for width in (8, 16))
+EXACT = tuple(name for name, metric in METRICS.items() if metric.exact)
+VERSIONS = {"torch": "2.13.0+cpu", "fvcore": "0.1.5"}
+
+
+def fill(path: Path, value: float = 100, **changes: Result) -> Path:
+    """A store in which every exact metric of two cases is `value`; `changes` replaces results of the first case."""
+    facts = {"fingerprint": "here", "code": code_hash(), "versions": VERSIONS}
+    with create_store(path) as store:
+        run = store.add_run("2026-01-01T00:00:00+00:00", "ci", 0, facts)
+        for case in CASES:
+            store.add_case(case, [])
+            for name in EXACT:
+                result = changes.get(name) if case is CASES[0] else None
+                store.add_result(run, case.case_id, result or Result(name, samples=(value,)))
+    return path
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """The baseline of a store as `fill` makes it."""
+    with open_store(fill(tmp_path / "base.sqlite")) as opened:
+        text = baseline_of(opened).text
+    path = tmp_path / "ci.jsonl"
+    path.write_text(text)
+    return path
+
+
+def gate(store: Path, file: Path, *words: str) -> tuple[int, str]:
+    """Run the command and return its exit code and everything that it said."""
+    result = CliRunner().invoke(cli.app, ["gate", str(store), "--baseline", str(file), *words])
+    if isinstance(result.exception, BenchError):
+        return result.exception.exit_code, str(result.exception)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def test_equal_numbers_pass(tmp_path: Path, file: Path) -> None:
+    """Both cases, every exact metric, nothing changed: exit code 0, and the count of what was compared."""
+    code, told = gate(fill(tmp_path / "now.sqlite"), file)
+
+    assert code == 0
+    assert f"{2 * len(EXACT)} numbers of 2 cases: {2 * len(EXACT)} unchanged" in told
+
+
+@pytest.mark.parametrize("metric", EXACT)
+@pytest.mark.parametrize("change", [-1, 1])
+def test_any_change_of_an_exact_number_fails(tmp_path: Path, file: Path, metric: str, change: int) -> None:
+    """One more or one less is a verdict, better or worse, and the command that updates the baseline is printed."""
+    store = fill(tmp_path / "now.sqlite", **{metric: Result(metric, samples=(100 + change,))})
+
+    code, told = gate(store, file, "--json")
+
+    verdicts = [each for each in json.loads(told[: told.rindex("]") + 1]) if each["verdict"] != "unchanged"]
+    expected = "improved" if (change > 0) == METRICS[metric].more_is_better else "regressed"
+    assert code == 1
+    assert [(each["metric"], each["verdict"], each["now"]) for each in verdicts] == [(metric, expected, 100 + change)]
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+def test_a_number_that_is_no_more_there_fails(tmp_path: Path, file: Path, outcome: str) -> None:
+    """Whatever outcome takes a number's place, a crash above all, the gate stops and says which."""
+    broken = Result("params", outcome, (), "it broke")
+
+    code, told = gate(fill(tmp_path / "now.sqlite", params=broken), file)
+
+    assert code == 1
+    assert ("not_comparable" if outcome == "unsupported" else "missing") in told
+    assert "it broke" in told or outcome in ("ok", "unsupported")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_what_cannot_be_a_cost_is_missing(tmp_path: Path, file: Path, value: float) -> None:
+    """NaN compares unequal to itself and infinity equal: neither, nor a negative count, is a number to pass with."""
+    code, told = gate(fill(tmp_path / "now.sqlite", params=Result("params", samples=(value,))), file)
+
+    assert code == 1
+    assert "missing" in told
+
+
+def _renamed(text: str) -> str:
+    return text.replace("unet/d4/w8/concat", "unet/d4/w24/concat")
+
+
+def _without_a_case(text: str) -> str:
+    return "".join(line for line in text.splitlines(keepends=True) if "unet/d4/w8/concat" not in line)
+
+
+def _with_a_number_more(text: str) -> str:
+    return text.replace('"params": 100', '"params": 100, "weights": 7', 1)
+
+
+@pytest.mark.parametrize(
+    ("edit", "verdicts"),
+    [
+        pytest.param(_renamed, {"missing", "new"}, id="renamed case"),
+        pytest.param(_without_a_case, {"new"}, id="case only here"),
+        pytest.param(_with_a_number_more, {"missing"}, id="metric that is no more"),
+        pytest.param(lambda text: text.replace('"params": 100, ', "", 1), {"new"}, id="metric only here"),
+    ],
+)
+def test_what_only_one_side_has_fails(
+    tmp_path: Path, file: Path, edit: Callable[[str], str], verdicts: set[str]
+) -> None:
+    """A renamed benchmark is the classic way of passing unseen."""
+    file.write_text(edit(file.read_text()))
+
+    code, told = gate(fill(tmp_path / "now.sqlite"), file)
+
+    assert code == 1
+    assert all(verdict in told for verdict in verdicts)
+
+
+def _header(**changes: Any) -> str:
+    return json.dumps({"format": FORMAT, "schema": SCHEMA, "sweep": "ci", "versions": {}} | changes) + "\n"
+
+
+ROW = '{"name": "a", "case": {"label": "unet/d4/w8/concat"}, "exact": {"params": 1}}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        pytest.param("", "it is empty", id="empty"),
+        pytest.param("\x00\x01", "line 1 is not JSON", id="binary"),
+        pytest.param("[1]\n", "line 1 is not a JSON object", id="other JSON"),
+        pytest.param('{"triton": "3.7.1"}\n' + ROW, "its first line does not say", id="foreign"),
+        pytest.param(_header(schema=SCHEMA + 1) + ROW, f"this version of skipcost reads {SCHEMA}", id="other schema"),
+        pytest.param(_header(), "it holds no number", id="no case"),
+        pytest.param(_header() + ROW.replace('"params": 1', ""), "it holds no number", id="no number"),
+        pytest.param(_header() + ROW + ROW, "line 3 holds a case that an earlier line holds", id="duplicate"),
+        pytest.param(_header() + ROW.replace("1}}", "NaN}}"), "line 2 holds NaN", id="NaN"),
+        pytest.param(_header() + ROW.replace("1}}", "-1}}"), "line 2 has params=-1", id="negative"),
+        pytest.param(_header() + ROW.replace("1}}", "true}}"), "line 2 has params=True", id="truth value"),
+        pytest.param(_header() + ROW.replace("1}}", '"crash"}}'), "line 2 has params='crash'", id="failure"),
+        pytest.param(_header() + '{"name": "a"}\n', "line 2 has no case", id="half a row"),
+        pytest.param(_header() + ROW[:40], "line 2 is not JSON", id="cut off"),
+    ],
+)
+def test_what_is_no_baseline_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    """A baseline that cannot be read in full stops the gate with the reason and the command that writes one."""
+    file = tmp_path / "ci.jsonl"
+    file.write_text(text)
+
+    code, told = gate(fill(tmp_path / "now.sqlite"), file)
+
+    assert code == 2
+    assert said in told
+    assert "skipcost baseline" in told
+
+
+def test_a_missing_baseline_or_store_is_refused(tmp_path: Path, file: Path) -> None:
+    """Neither a file that is not there nor a folder is nothing to compare with."""
+    store = fill(tmp_path / "now.sqlite")
+
+    assert gate(store, tmp_path / "none.jsonl")[0] == 2
+    assert gate(store, tmp_path)[0] == 2
+    assert gate(tmp_path / "none.sqlite", file)[0] == 2
+
+
+def test_zero_compared_numbers_fail(tmp_path: Path) -> None:
+    """A store and a baseline of other cases alone have nothing in common."""
+    file = tmp_path / "ci.jsonl"
+    file.write_text(_header() + ROW.replace("w8", "w32"))
+
+    code, told = gate(fill(tmp_path / "now.sqlite"), file)
+
+    assert code == 1
+    assert "nothing could be compared" in told
+
+
+def test_a_store_of_other_code_is_refused(tmp_path: Path, file: Path) -> None:
+    """Yesterday's numbers would pass whatever was changed today."""
+    path = tmp_path / "old.sqlite"
+    with create_store(path) as store:
+        run = store.add_run("2026-01-01T00:00:00+00:00", "ci", 0, {"fingerprint": "x", "code": "0", "versions": {}})
+        store.add_case(CASES[0], [])
+        store.add_result(run, CASES[0].case_id, Result("params", samples=(100,)))
+
+    code, told = gate(path, file)
+
+    assert code == 2
+    assert "was measured with other code than this: run `skipcost sweep ci" in told
+
+
+@pytest.mark.parametrize("metric", [name for name in EXACT if METRICS[name].rests_on])
+def test_another_version_of_a_package_is_not_comparable(tmp_path: Path, file: Path, metric: str) -> None:
+    """A number that rests on a package and changed with its version is no regression of ours, and no pass."""
+    package = METRICS[metric].rests_on[0]
+    file.write_text(file.read_text().replace(f'"{package}": "', f'"{package}": "0.', 1))
+
+    same = gate(fill(tmp_path / "same.sqlite"), file)
+    changed = gate(fill(tmp_path / "now.sqlite", **{metric: Result(metric, samples=(7,))}), file)
+
+    assert same[0] == 0
+    assert changed[0] == 1
+    assert "not_comparable" in changed[1]
+
+
+def test_exactly_one_thing_to_compare_with_is_asked_for(tmp_path: Path, file: Path) -> None:
+    """Neither none nor two baselines."""
+    store = str(fill(tmp_path / "now.sqlite"))
+
+    for words in ([], ["--baseline", str(file), "--against", "HEAD"]):
+        result = CliRunner().invoke(cli.app, ["gate", store, *words])
+
+        assert isinstance(result.exception, BenchError)
+        assert "either --baseline FILE or --against REV" in str(result.exception)
+
+
+def test_a_baseline_comes_back_as_it_went_out(file: Path) -> None:
+    """Reading and writing again gives the same bytes, sorted by name."""
+    text = file.read_text()
+
+    again = read_baseline(file)
+
+    assert again.text == text
+    names = [json.loads(line)["name"] for line in text.splitlines()[1:]]
+    assert names == sorted(names)
+
+
+def test_a_baseline_is_not_made_of_failures(tmp_path: Path) -> None:
+    """What crashed is no number to hold others against: the command refuses, with the first failure."""
+    store = fill(tmp_path / "x.sqlite", params=Result("params", "crash", note="boom"))
+
+    result = CliRunner().invoke(cli.app, ["baseline", str(store), "-o", str(tmp_path / "b.jsonl")])
+
+    assert isinstance(result.exception, BenchError)
+    assert "params of unet/d4/w8/concat" in str(result.exception)
+    assert "boom" in str(result.exception)
+    assert not (tmp_path / "b.jsonl").exists()
+
+
+def test_noisy_numbers_are_written_for_the_reader_and_never_judged(tmp_path: Path) -> None:
+    """Latencies are rounded to two figures, so that a diff shows changes and not noise; judging ignores them."""
+    path = fill(tmp_path / "x.sqlite")
+    with create_store(path) as store:
+        store.add_result(1, CASES[0].case_id, Result("latency_s", samples=(0.012345, 0.012399, 0.5)))
+    with open_store(path) as opened:
+        made = baseline_of(opened)
+
+    slower = {key: replace(entry, noisy={"latency_s": 9.0}) for key, entry in made.entries.items()}
+    verdicts = judge(made, Baseline("ci", made.versions, slower))
+
+    assert made.entries[CASES[0].to_json()].noisy == {"latency_s": 0.012}
+    assert {each.verdict for each in verdicts} == {"unchanged"}
+    assert "latency_s" not in {each.metric for each in verdicts}
+
+
+def test_junit_and_github_get_every_failure(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JUnit counts the failures; on GitHub the summary gains the table and each failure is an annotation."""
+    summary, junit = tmp_path / "summary.md", tmp_path / "junit.xml"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    store = fill(tmp_path / "now.sqlite", params=Result("params", samples=(101,)))
+
+    code, told = gate(store, file, "--junit", str(junit))
+
+    assert code == 1
+    assert f'tests="{2 * len(EXACT)}" failures="1"' in junit.read_text()
+    assert "| params | 100 | 101 | +1.00% | regressed |" in summary.read_text()
+    assert told.count("::error title=skipcost gate::") == 1
+
+
+def test_every_verdict_has_a_meaning_and_few_pass() -> None:
+    """Only two words let a gate pass; a word outside the table cannot be said."""
+    assert set(PASSING) == {"unchanged", "inconclusive"}
+    assert all(VERDICTS.values())
