@@ -27,10 +27,11 @@ from skipcost.bench.driver import Server, pending
 from skipcost.bench.driver import sweep as run_sweep
 from skipcost.bench.environment import cpus
 from skipcost.bench.errors import BenchError
-from skipcost.bench.plan import Plan, PlannedCase, load_plan, parse_size
+from skipcost.bench.plan import Plan, PlannedCase, load_plan
 from skipcost.bench.preview import preview, print_preview
 from skipcost.bench.records import Result
 from skipcost.bench.store import create_store, open_store
+from skipcost.bench.units import parse_size
 from skipcost.unet_models import ModelSpec
 from skipcost.unet_models.spec import suggest
 

@@ -8,7 +8,6 @@ lists. A grid's keys are the flat names of spec and case, `size` ("512" or "480x
 from __future__ import annotations
 
 import itertools
-import re
 import tomllib
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
@@ -17,8 +16,9 @@ from typing import Any
 
 from skipcost.bench.cases import CASE_KEYS, FLAT_NAMES, SPEC_KEYS, Case, usual_values
 from skipcost.bench.cases import CHOICES as CASE_CHOICES
-from skipcost.bench.errors import SweepError
+from skipcost.bench.errors import BenchError, SweepError
 from skipcost.bench.metrics import METRICS, default_metrics
+from skipcost.bench.units import parse_bytes, parse_size
 from skipcost.kernels.timing import Budget, check_number
 from skipcost.unet_models import ModelSpec, SkipGraph
 from skipcost.unet_models.spec import CHOICES as SPEC_CHOICES
@@ -27,7 +27,6 @@ from skipcost.unet_models.spec import suggest
 GRID_KEYS = (*SPEC_KEYS, *CASE_KEYS, "size", "label", "metrics")
 TOP_KEYS = ("description", "limits", "timing", "grid")
 _FIELDS = {flat: name for name, flat in FLAT_NAMES.items()}
-_UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,26 +68,6 @@ class Plan:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def parse_bytes(text: object) -> int:
-    """Read "8GiB" (2**30) or "8GB" (10**9); SweepError with the accepted forms."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", str(text).upper())
-    if not match or match[2] not in _UNITS:
-        message = (
-            f"{text!r} is not a size in bytes: write 8GiB (2**30 bytes each) or 8GB (10**9), KiB, KB, MiB, MB, or bytes"
-        )
-        raise SweepError(message)
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
-def parse_size(value: object) -> tuple[int, int]:
-    """Read an image size: 512 is square, "480x640" is height x width."""
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(value))
-    if not match:
-        message = f"size={value!r} is not an image size: write 512, or 480x640 (height x width)"
-        raise SweepError(message)
-    return int(match[1]), int(match[2] or match[1])
-
-
 def find_sweep(name: str) -> Path:
     """The file of a sweep: one of ours by name, or a path."""
     folder = Path(str(files("skipcost.bench") / "sweeps"))
@@ -113,7 +92,7 @@ def load_plan(name: str, settings: dict[str, list[str]], device: str, threads: i
         raise SweepError(message) from None
     try:
         return _plan(path.stem, content, settings, {"device": device, "threads": threads})
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, BenchError) as error:
         message = f"{path}: {error}"
         raise SweepError(message) from None
 

@@ -10,7 +10,7 @@ import pytest
 from skipcost.bench.cases import CHOICES, Case
 from skipcost.bench.errors import SweepError
 from skipcost.bench.metrics import METRICS, default_metrics
-from skipcost.bench.plan import Plan, find_sweep, load_plan, parse_bytes, parse_size
+from skipcost.bench.plan import Plan, find_sweep, load_plan
 from skipcost.bench.worker import refusal_of
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 
@@ -153,35 +153,6 @@ def test_an_unknown_sweep_names_the_nearest() -> None:
     """A misspelt sweep names the one that was probably meant, and all of them."""
     with pytest.raises(SweepError, match=r"unknown sweep 'quik'; did you mean 'quick'.*path of a TOML file"):
         find_sweep("quik")
-
-
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [
-        ("8GiB", 8 * 2**30),
-        ("8GB", 8 * 10**9),
-        ("1.5 mib", 3 * 2**19),
-        ("123", 123),
-        (123, 123),
-        (1.5e9, 1_500_000_000),
-        ("7kb", 7000),
-    ],
-)
-def test_bytes_are_read_with_their_unit(text: object, count: int) -> None:
-    """GiB and GB differ, and both are taken at their word."""
-    assert parse_bytes(text) == count
-
-
-@pytest.mark.parametrize("text", ["", "GiB", "8 G i B", "-1GiB", "8TiB"])
-def test_other_sizes_in_bytes_are_refused(text: str) -> None:
-    """Anything else is refused with the accepted forms."""
-    with pytest.raises(SweepError, match="write 8GiB"):
-        parse_bytes(text)
-
-
-def test_sizes_are_height_by_width() -> None:
-    """One number is square, two are rows by columns."""
-    assert (parse_size("512"), parse_size("480x640"), parse_size(64)) == ((512, 512), (480, 640), (64, 64))
 
 
 @pytest.mark.parametrize("device", CHOICES["device"])
