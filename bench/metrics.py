@@ -43,8 +43,8 @@ class Metric:
 
     @property
     def exact(self) -> bool:
-        """Whether equal code must give equal numbers."""
-        return self.origin != MEASURED
+        """Whether equal code must give equal numbers on any machine."""
+        return not self.threshold
 
 
 def _ok(metric: str, value: float) -> list[Result]:
@@ -52,15 +52,23 @@ def _ok(metric: str, value: float) -> list[Result]:
 
 
 def _params(case: Case, _budget: Budget) -> list[Result]:
+    if case.factory:
+        from skipcost.bench.tracing import count_params  # noqa: PLC0415 - imports torch
+
+        return [count_params(case)]
     return _ok("params", case.graph().params())
 
 
-def _conv_macs(case: Case, _budget: Budget) -> list[Result]:
-    return _ok("conv_macs", case.batch * case.graph().conv_macs(case.height, case.width))
+def _convolutions(case: Case, _budget: Budget) -> list[Result]:
+    if case.factory:
+        from skipcost.bench.tracing import count_convolutions  # noqa: PLC0415 - imports torch
 
-
-def _activations(case: Case, _budget: Budget) -> list[Result]:
-    return _ok("activations", case.batch * case.graph().activations(case.height, case.width))
+        return count_convolutions(case)
+    graph = case.graph()
+    return [
+        *_ok("conv_macs", case.batch * graph.conv_macs(case.height, case.width)),
+        *_ok("activations", case.batch * graph.activations(case.height, case.width)),
+    ]
 
 
 def _receptive_field(case: Case, _budget: Budget) -> list[Result]:
@@ -83,16 +91,29 @@ def _predicted(case: Case, _budget: Budget) -> list[Result]:
     from skipcost.bench.counting import predicted_peaks  # noqa: PLC0415 - imports torch
 
     first, steady, detail = predicted_peaks(case)
+    note = detail.pop("note", "")
     return [
-        Result("peak_memory_predicted_bytes", samples=(steady,), detail=detail),
-        Result("peak_memory_predicted_first_bytes", samples=(first,), detail=detail),
+        Result("peak_memory_predicted_bytes", samples=(steady,), note=note, detail=detail),
+        Result("peak_memory_predicted_first_bytes", samples=(first,), note=note, detail=detail),
     ]
+
+
+def _roofline(case: Case, _budget: Budget) -> list[Result]:
+    from skipcost.bench.roofline import reference_line  # noqa: PLC0415 - imports the worker, which imports this table
+
+    return [reference_line(case)]
 
 
 def _latency(case: Case, budget: Budget) -> list[Result]:
     from skipcost.bench.running import latency  # noqa: PLC0415 - imports torch
 
     return [latency(case, budget)]
+
+
+def _layers(case: Case, budget: Budget) -> list[Result]:
+    from skipcost.bench.layer_times import layer_times  # noqa: PLC0415 - imports torch
+
+    return [layer_times(case, budget)]
 
 
 def _compile(case: Case, _budget: Budget) -> list[Result]:
@@ -115,9 +136,19 @@ def _gpu_memory(case: Case, _budget: Budget) -> list[Result]:
     return gpu_memory(case, _gpu_name)
 
 
+def _predicted_gpu_memory(case: Case, _budget: Budget) -> list[Result]:
+    names = [_gpu_name(f"predicted_{figure}", first) for figure in _GPU_FIGURES for first in (False, True)]
+    if case.device != "cuda":
+        note = "predicted for a GPU only; peak_memory_predicted_bytes holds anywhere"
+        return [Result(name, "unsupported", note=note) for name in names]
+    from skipcost.bench.gpu_memory import predicted_here  # noqa: PLC0415 - imports the cases, which few metrics need
+
+    return predicted_here(case, lambda figure, first: _gpu_name(f"predicted_{figure}", first))
+
+
 _GPU_FIGURES = {
     "requested": "bytes the program asked the caching allocator for, at their peak",
-    "allocated": "the same after the allocator's rounding to 512 bytes",
+    "allocated": "the same in the allocator's blocks: rounded to 512 bytes, with what was too small to split off",
     "reserved": "what the allocator held from the driver, unused parts of its segments included",
     "process": "what the driver says that the process holds after the step, context and workspaces included",
 }
@@ -137,6 +168,16 @@ def _memory_metrics() -> dict[str, Metric]:
                 threshold=0.01,
                 devices=("cuda",),
             )
+            table[_gpu_name(f"predicted_{figure}", first)] = Metric(
+                title=f"predicted {figure} memory{', first step' if first else ''}",
+                unit="bytes",
+                origin=PREDICTED,
+                how=f"PyTorch's allocator replayed on the card's memory, with an interval; stands for {meaning}",
+                measure=_predicted_gpu_memory,
+                threshold=0.01,  # exact on one card only: its memory bounds what cuDNN may try
+                devices=("cuda",),
+                backends=("eager",),
+            )
     return table
 
 
@@ -145,22 +186,23 @@ METRICS: dict[str, Metric] = {
         title="parameters",
         unit="count",
         origin=COUNTED,
-        how="arithmetic on the graph; equal to the built module's",
+        how="arithmetic on the graph, equal to the built module's; of a model of your own, the module's",
         measure=_params,
     ),
     "conv_macs": Metric(
         title="convolution MACs",
         unit="macs",
         origin=COUNTED,
-        how="arithmetic on the graph, whole batch, forward; equal to torch's FlopCounterMode / 2 and fvcore's conv",
-        measure=_conv_macs,
+        how="arithmetic on the graph, whole batch, forward; equal to torch's FlopCounterMode / 2, which counts a model "
+        "of your own, and fvcore's conv",
+        measure=_convolutions,
     ),
     "activations": Metric(
         title="activations",
         unit="count",
         origin=COUNTED,
         how="elements of all convolution outputs, whole batch; fvcore's definition",
-        measure=_activations,
+        measure=_convolutions,
     ),
     "receptive_field": Metric(
         title="receptive field",
@@ -205,6 +247,15 @@ METRICS: dict[str, Metric] = {
         modes=("training",),
     ),
     **_memory_metrics(),
+    "roofline_s": Metric(
+        title="reference line",
+        unit="seconds",
+        origin=PREDICTED,
+        how="every pass of the eager program at the device's limits, the slower of MACs and bytes each, added up; a "
+        "GPU's limits are its data sheet's, a CPU's those of a probe; caches, Winograd and fusion can pass it",
+        measure=_roofline,
+        threshold=0.25,
+    ),
     "compile_s": Metric(
         title="compile time",
         unit="seconds",
@@ -221,6 +272,16 @@ METRICS: dict[str, Metric] = {
         how="one step, warmed up until flat; every sample is kept, tables show the median",
         measure=_latency,
         threshold=0.05,
+    ),
+    "layers_s": Metric(
+        title="latency, layer by layer",
+        unit="seconds",
+        origin=MEASURED,
+        how="sum of the times of a step's operators, a clock around each, which costs some; the detail has each median",
+        measure=_layers,
+        threshold=0.25,
+        modes=("inference",),
+        backends=("eager",),
     ),
 }
 

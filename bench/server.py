@@ -19,7 +19,10 @@ import tempfile
 import time
 from typing import IO, Any
 
+from skipcost.bench.cases import Case
 from skipcost.bench.environment import describe
+from skipcost.bench.errors import BenchError
+from skipcost.bench.probe import probed_cpu
 from skipcost.bench.worker import answer, limit_memory
 
 
@@ -32,7 +35,6 @@ def warm_up() -> None:
     import torch  # noqa: PLC0415 - this is the function that imports it for all forks
 
     from skipcost.bench import running  # noqa: F401, PLC0415 - imported for the forks
-    from skipcost.bench.cases import Case  # noqa: PLC0415
     from skipcost.bench.counting import predicted_peaks, preload_fvcore  # noqa: PLC0415
     from skipcost.unet_models import ModelSpec  # noqa: PLC0415
 
@@ -48,7 +50,17 @@ def serve(requests: IO[str], replies: IO[str]) -> None:
     warm_up()
     _say(replies, {"environment": describe()})
     while line := requests.readline():
-        _say(replies, {"done": _run(json.loads(line), requests, replies)})
+        request = json.loads(line)
+        _probe_for(request)
+        _say(replies, {"done": _run(request, requests, replies)})
+
+
+def _probe_for(request: dict[str, Any]) -> None:
+    """Probe the CPU ahead of the forks that need its limits, once; where that fails, the fork tries and says why."""
+    case = Case.from_json(json.dumps(request["case"]))
+    if case.device == "cpu" and "roofline_s" in request["metrics"]:
+        with contextlib.suppress(BenchError):
+            probed_cpu(case.threads)
 
 
 def _say(replies: IO[str], value: dict[str, Any]) -> None:

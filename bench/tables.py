@@ -10,11 +10,13 @@ import pandas as pd
 
 from skipcost.bench.cases import CASE_KEYS, SPEC_KEYS
 from skipcost.bench.errors import BenchError
-from skipcost.bench.metrics import MEASURED, METRICS
+from skipcost.bench.metrics import METRICS
 from skipcost.bench.records import Result
 from skipcost.bench.store import Run, Store
 
-COLUMNS = (*SPEC_KEYS, *CASE_KEYS, *METRICS, "outcome")
+WHOLE = ("depth", "width", "in_channels", "classes", "max_width", "pruned_to")  # of a spec
+NAMES = ("label", "factory")
+COLUMNS = (*SPEC_KEYS, *NAMES, *CASE_KEYS, *METRICS, "outcome")
 
 
 def newest_environment(store: Store) -> Run:
@@ -50,19 +52,20 @@ def outcome_of(results: dict[str, Result]) -> str:
 
 
 def wide_table(store: Store, fingerprint: str) -> pd.DataFrame:
-    """One row per case of an environment: the fields by their flat names, then METRICS, then `outcome`.
+    """One row per case of an environment: a spec's fields, label and factory, the case's fields, METRICS, `outcome`.
 
     Index: the case id. Metrics are in base units (seconds, bytes, counts), whole numbers where they are counted;
-    missing is NA.
+    missing is NA. A model of a user's own has a factory, and what is unknown of it (variant, depth, width, ...) is NA.
     """
     cases = store.cases()
     rows: dict[str, dict[str, Any]] = {}
     for case_id, results in results_by_case(store, fingerprint).items():
         case, _ = cases[case_id]
         values = {name: value_of(result) for name, result in results.items()}
-        rows[case_id] = {**case.flat(), **values, "outcome": outcome_of(results)}
+        names = {"label": case.spec.label, "factory": case.factory.call if case.factory else None}
+        rows[case_id] = {**case.flat(), **names, **values, "outcome": outcome_of(results)}
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=list(COLUMNS))
     frame.index.name = "case_id"
-    whole = [name for name, metric in METRICS.items() if metric.origin != MEASURED]
-    frame = frame.astype(dict.fromkeys([*whole, "max_width", "pruned_to"], "Int64"))
-    return frame.sort_values(["variant", "depth", "width", "skip", "mode"], kind="stable")
+    whole = [name for name, metric in METRICS.items() if metric.exact]
+    frame = frame.astype(dict.fromkeys([*whole, *WHOLE], "Int64") | {"bias": "boolean"})
+    return frame.sort_values(["variant", "depth", "width", "skip", "label", "mode"], kind="stable")

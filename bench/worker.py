@@ -7,19 +7,24 @@ needs nothing but this.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import resource
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import IO, Any
 
 from skipcost.bench.cases import Case
+from skipcost.bench.custom import UnsupportedError, make, shorten
 from skipcost.bench.metrics import MEASURED, METRICS
 from skipcost.bench.records import Result
 from skipcost.kernels.timing import Budget
 from skipcost.unet_models.geometry import norm_note
 
+MOST_OF_AN_ERROR = 400  # characters; what follows is a stack of C++ frames
 # How torch words a failed allocation on a CPU, and oneDNN inside it.
 NO_MEMORY = ("can't allocate memory", "could not create a memory object", "not enough memory", "Cannot allocate memory")
 
@@ -28,18 +33,39 @@ def run_case(request: dict[str, Any]) -> Iterator[Result]:
     """Yield one result for each metric asked for; a failure is a result with its reason."""
     case = Case.from_json(json.dumps(request["case"]))
     budget = Budget(**request["budget"])
-    refusal = refusal_of(case)
-    _take_threads(case.threads)
+    take_threads(case.threads)
+    failure, printed = _examined(case)
     left = list(request["metrics"])
     while left:
         measure = METRICS[left[0]].measure
         together = [name for name in left if METRICS[name].measure == measure]
         left = [name for name in left if name not in together]
-        yield from _failed(together, "unsupported", refusal) if refusal else _measure(together, case, budget)
+        results = _failed(together, *failure) if failure else _measure(together, case, budget)
+        yield from (replace(each, detail={**each.detail, **printed}) for each in results)
+
+
+def _examined(case: Case) -> tuple[tuple[str, str] | None, dict[str, str]]:
+    """Outcome and note for all metrics of a case that cannot work at all, and what its factory prints, as detail.
+
+    What a network of the suite cannot do is known by arithmetic; a user's own model is made once to see.
+    """
+    if case.factory is None:
+        refusal = refusal_of(case)
+        return (("unsupported", refusal) if refusal else None), {}
+    try:
+        _, said = make(case.factory, "meta")
+    except Exception as error:  # noqa: BLE001 - whatever a factory raises is its rows
+        return _outcome(error), {}
+    return None, ({"printed": shorten(said)} if said.strip() else {})
 
 
 def refusal_of(case: Case) -> str:
-    """Say why a case cannot work at all, by arithmetic alone: its size, or a norm over a single value."""
+    """Say why a case cannot work at all, by arithmetic alone: its size, or a norm over a single value.
+
+    Nothing is known so of a user's own model: it is not refused.
+    """
+    if case.factory:
+        return ""
     graph = case.graph()
     try:
         return norm_note(graph, (case.batch, case.height, case.width), training=case.mode == "training")
@@ -56,15 +82,29 @@ def _measure(names: list[str], case: Case, budget: Budget) -> list[Result]:
     metric = METRICS[names[0]]
     if metric.origin == MEASURED and (reason := _why_not(case)):
         return _failed(names, "unsupported", reason)
+    said = io.StringIO()
     try:
-        return [result for result in metric.measure(case, budget) if result.metric in names]
-    except MemoryError:
-        return _failed(names, "out_of_memory", "the process ran out of memory")
+        with contextlib.redirect_stdout(said) if case.factory else contextlib.nullcontext():
+            found = [result for result in metric.measure(case, budget) if result.metric in names]
     except Exception as error:  # noqa: BLE001 - whatever a network raises is that case's row
-        text = " ".join(str(error).split())
-        kind = type(error).__name__
-        short = kind == "OutOfMemoryError" or any(words in text for words in NO_MEMORY)
-        return _failed(names, "out_of_memory" if short else "crash", f"{kind}: {text[:400]}")
+        return _failed(names, *_outcome(error))
+    if metric.origin == MEASURED and said.getvalue():
+        note = f"the model prints while it runs, which takes time: {shorten(said.getvalue())}"
+        return [replace(result, note="; ".join(filter(None, (result.note, note)))) for result in found]
+    return found
+
+
+def _outcome(error: Exception) -> tuple[str, str]:
+    """The outcome and the note of what was raised; notes of the exception itself say where it came from."""
+    if isinstance(error, MemoryError):
+        return "out_of_memory", "the process ran out of memory"
+    text = " ".join(str(error).split())
+    if isinstance(error, UnsupportedError):
+        return "unsupported", text
+    kind = type(error).__name__
+    short = kind == "OutOfMemoryError" or any(words in text for words in NO_MEMORY)
+    where = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
+    return "out_of_memory" if short else "crash", f"{kind}: {text[:MOST_OF_AN_ERROR]}{where}"
 
 
 def _why_not(case: Case) -> str:
@@ -77,11 +117,13 @@ def _why_not(case: Case) -> str:
         return "device=cuda, but torch sees no CUDA device here; use --device cpu"
     if case.device == "cpu" and case.precision == "tf32":
         return "precision=tf32 exists on NVIDIA GPUs only; use fp32 on a CPU"
+    if case.factory and case.backend == "fused":
+        return "backend=fused builds networks of the suite; have the factory return skipcost.kernels.fuse(model)[0]"
     reason: str = BACKENDS[case.backend].why_not(case.device)
     return reason
 
 
-def _take_threads(threads: int) -> None:
+def take_threads(threads: int) -> None:
     """Use `threads` CPU threads and pin the process to as many of the CPUs that it may use."""
     import torch  # noqa: PLC0415 - see above
 
@@ -104,4 +146,6 @@ def answer(request: dict[str, Any], stream: IO[str]) -> None:
 
 
 if __name__ == "__main__":
-    answer(json.loads(sys.stdin.readline()), sys.stdout)
+    results = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what anything here prints must not end up among the results
+    answer(json.loads(sys.stdin.readline()), results)
