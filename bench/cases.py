@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any
 
+from skipcost.bench.custom import CLASSES, Factory, UnsupportedError
 from skipcost.unet_models import ModelSpec, SkipGraph
 from skipcost.unet_models.spec import check_flag, check_integer, suggest
 
@@ -35,9 +36,12 @@ class Case:
 
     `optimizer` and `loss` belong to training and are put to their defaults at inference, so that equal work is one
     case. `threads` is the number of CPU threads, to which the process is also pinned. ValueError for bad values.
+
+    In place of a spec there may be a factory, a model of a user's own: it is one network, whatever its heads, and its
+    `classes` belong to training.
     """
 
-    spec: ModelSpec = field(default_factory=ModelSpec)
+    spec: ModelSpec | Factory = field(default_factory=ModelSpec)
     batch: int = 1
     height: int = 512
     width: int = 512
@@ -65,17 +69,34 @@ class Case:
         else:
             for name in TRAINING_FIELDS:
                 object.__setattr__(self, name, _DEFAULTS[name])
-        if self.spec.head == "single":
+        if isinstance(self.spec, Factory) and self.mode == "inference":
+            object.__setattr__(self, "spec", replace(self.spec, classes=CLASSES))
+        if isinstance(self.spec, Factory) or self.spec.head == "single":
             object.__setattr__(self, "outputs", "final")  # one head: final and all are the same network
 
+    @property
+    def factory(self) -> Factory | None:
+        """What makes the network where it is a user's own; None where it is the suite's."""
+        return self.spec if isinstance(self.spec, Factory) else None
+
+    @property
+    def suite_spec(self) -> ModelSpec:
+        """The spec, for what works on the suite's networks alone; UnsupportedError, a ValueError, for a factory."""
+        if isinstance(self.spec, Factory):
+            message = (
+                f"{self.spec.label} is no network of the suite: it is traced, and has no graph to work this out on"
+            )
+            raise UnsupportedError(message)
+        return self.spec
+
     def graph(self) -> SkipGraph:
-        """The network that runs, as data: the deployed form where `outputs` is final."""
-        whole = self.spec.graph()
+        """The network that runs, as data: the deployed form where `outputs` is final; no factory has one."""
+        whole = self.suite_spec.graph()
         return whole.final() if self.outputs == "final" else whole
 
     def to_json(self) -> str:
-        """Canonical JSON: the label, then every field that is not at its default, keys sorted."""
-        values: dict[str, Any] = {"label": self.spec.label}
+        """Canonical JSON: the label or the factory, then every field that is not at its default, keys sorted."""
+        values: dict[str, Any] = {"factory": asdict(self.spec)} if self.factory else {"label": self.spec.label}
         values |= {name: getattr(self, name) for name, default in _DEFAULTS.items() if getattr(self, name) != default}
         return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
@@ -83,12 +104,14 @@ class Case:
     def from_json(cls, text: str) -> Case:
         """Read what `to_json` wrote."""
         values = json.loads(text)
-        return cls(spec=ModelSpec.parse(values.pop("label")), **values)
+        spec = Factory(**values.pop("factory")) if "factory" in values else ModelSpec.parse(values.pop("label"))
+        return cls(spec=spec, **values)
 
     @property
     def case_id(self) -> str:
-        """The hash by which the store knows the case."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+        """The hash by which the store knows the case; what somebody calls a model of his own is not part of it."""
+        unnamed = replace(self, spec=replace(self.spec, name="")) if isinstance(self.spec, Factory) else self
+        return hashlib.sha256(unnamed.to_json().encode()).hexdigest()[:16]
 
     @property
     def name(self) -> str:
@@ -102,14 +125,18 @@ class Case:
         return replace(self, spec=spec)
 
     def flat(self) -> dict[str, Any]:
-        """Every field by its flat name: the spec's first, then the case's."""
-        spec = {each.name: getattr(self.spec, each.name) for each in fields(self.spec)}
-        return spec | {FLAT_NAMES.get(name, name): getattr(self, name) for name in _DEFAULTS}
+        """Every field by its flat name: the spec's first, then the case's; None for what a user's own model has not."""
+        flat = {name: getattr(self.spec, name, None) for name in SPEC_KEYS}
+        flat |= {FLAT_NAMES.get(name, name): getattr(self, name) for name in _DEFAULTS}
+        if self.factory:
+            flat |= dict.fromkeys(("outputs",) if self.mode == "training" else ("outputs", "classes"))
+        return flat
 
 
 _DEFAULTS: dict[str, Any] = {each.name: each.default for each in fields(Case) if each.default is not MISSING}
 SPEC_KEYS = tuple(each.name for each in fields(ModelSpec))
 CASE_KEYS = tuple(FLAT_NAMES.get(name, name) for name in _DEFAULTS)
+FACTORY_KEYS = ("in_channels", "classes")  # what a factory shares with a spec
 
 
 def usual_values(device: str, mode: str, threads: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from skipcost.bench import explain as explaining
 from skipcost.bench import gate_command
 from skipcost.bench import show as showing
 from skipcost.bench.cases import CHOICES
-from skipcost.bench.console import DB, DEVICE, ERR, JSON, OUT, SET, SIZE, SWEEP, progress_bar, settings_of
+from skipcost.bench.console import DB, DEVICE, ERR, JSON, MODEL, OUT, SET, SIZE, SWEEP, progress_bar, settings_of
 from skipcost.bench.driver import Server, pending
 from skipcost.bench.driver import sweep as run_sweep
 from skipcost.bench.environment import cpus
@@ -55,28 +55,31 @@ class Format(StrEnum):
 
 
 @contextmanager
-def _planned(sweep: str, settings: list[str] | None, device: str) -> Iterator[tuple[Plan, Server]]:
+def _planned(
+    sweep: str | None, models: list[str] | None, settings: list[str] | None, device: str
+) -> Iterator[tuple[Plan, Server]]:
     """Plan a sweep and start what measures it; what is wrong with the plan is said before anything starts."""
     if device not in ("auto", *CHOICES["device"]):
         raise BenchError(suggest("device", device, ("auto", *CHOICES["device"])))
     axes = settings_of(settings)
-    plan = load_plan(sweep, axes, "cpu" if device == "auto" else device, cpus())
+    plan = load_plan(sweep, axes, "cpu" if device == "auto" else device, cpus(), models or ())
     with Server() as server:
         if device == "auto" and server.environment["cuda"]:
-            plan = load_plan(sweep, axes, "cuda", cpus())
+            plan = load_plan(sweep, axes, "cuda", cpus(), models or ())
         yield plan, server
 
 
 @app.command()
 def plan(
-    sweep: SWEEP,
+    sweep: SWEEP = None,
+    model: MODEL = None,
     device: DEVICE = "auto",
     settings: SET = None,
     store: Annotated[Path | None, typer.Option("-o", help="leave out what this store already has")] = None,
     as_json: JSON = False,  # noqa: FBT002 - a flag of the command line
 ) -> None:
     """Show what a sweep would run: cases, predicted memory, what will not fit, time left. Measures nothing."""
-    with _planned(sweep, settings, device) as (planned, server):
+    with _planned(sweep, model, settings, device) as (planned, server):
         todo = list(planned.cases)
         if store is not None and store.is_file():
             with open_store(store) as opened:
@@ -89,7 +92,8 @@ def plan(
 
 @app.command()
 def sweep(
-    sweep: SWEEP,
+    sweep: SWEEP = None,
+    model: MODEL = None,
     store: Annotated[Path | None, typer.Option("-o", help="the store; default results/SWEEP.sqlite")] = None,
     device: DEVICE = "auto",
     settings: SET = None,
@@ -97,10 +101,9 @@ def sweep(
 ) -> None:
     """Measure every case of a sweep that the store does not have yet. Ctrl-C loses nothing; run it again to go on."""
     counts: dict[str, int] = {}
-    path = store or Path("results") / f"{Path(sweep).stem}.sqlite"
     with (
-        _planned(sweep, settings, device) as (planned, server),
-        create_store(path) as opened,
+        _planned(sweep, model, settings, device) as (planned, server),
+        create_store(path := store or Path("results") / f"{planned.name}.sqlite") as opened,
         progress_bar() as progress,
     ):
         bar = progress.add_task("", total=len(pending(planned, opened, server.environment["fingerprint"])))

@@ -15,7 +15,14 @@ from skipcost.bench.errors import BenchError
 PIPED_WIDTH = 200  # columns for a pipe or a file; a terminal has its own
 OUT = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
 ERR = Console(stderr=True)
-SWEEP = Annotated[str, typer.Argument(help="a shipped sweep (quick, ci, full, paper) or the path of a TOML file")]
+SWEEP = Annotated[
+    str | None,
+    typer.Argument(help="a shipped sweep (quick, ci, full, paper, ...) or the path of a TOML file", show_default=False),
+]
+MODEL = Annotated[
+    list[str] | None,
+    typer.Option("--model", help="package.module:factory of a model of your own, measured beside; may be repeated"),
+]
 DEVICE = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where torch sees one")]
 SET = Annotated[
     list[str] | None, typer.Option("--set", help="key=v1,v2: replace or add a key of every grid; may be repeated")

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import warnings
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import nn
 
 from skipcost.bench.cases import Case
 from skipcost.bench.memory import trace_peaks
 from skipcost.bench.records import Result
-from skipcost.bench.subject import AUTOCAST, make_subject
+from skipcost.bench.subject import Subject, make_subject
+from skipcost.bench.tracing import trace
 from skipcost.kernels.fvcore_handles import HANDLES
 
 
@@ -60,13 +60,17 @@ def fvcore_count(case: Case) -> Result:
 def predicted_peaks(case: Case) -> tuple[int, int, dict[str, Any]]:
     """Trace a step, and in training a second one; return the peaks of live bytes in the first and the last, and detail.
 
-    The first training step makes the optimizer's state. Autocast does nothing on the meta device, so mixed precision
-    is traced on fake CPU tensors, which have no data either; the few operators on which the CPU's and CUDA's lists of
-    casts differ do not occur in these networks.
+    The first training step makes the optimizer's state. Where a user's own model had to be run with data, `note` in the
+    detail says so.
     """
-    amp = case.precision in AUTOCAST
-    with FakeTensorMode() if amp else contextlib.nullcontext():
-        subject = make_subject(case, "cpu" if amp else "meta", traced=True)
-        peaks = trace_peaks(subject.step, subject.tensors, 2 if case.mode == "training" else 1)
-    weights = sum(each.numel() * each.element_size() for each in subject.network.parameters())
-    return peaks[0], peaks[-1], {"parameter_bytes": weights}
+    steps = 2 if case.mode == "training" else 1
+    (peaks, weights), note = trace(case, lambda subject: (_peaks(subject, steps), _weight_bytes(subject.network)))
+    return peaks[0], peaks[-1], {"parameter_bytes": weights} | ({"note": note} if note else {})
+
+
+def _peaks(subject: Subject, steps: int) -> list[int]:
+    return trace_peaks(subject.step, subject.tensors, steps)
+
+
+def _weight_bytes(network: nn.Module) -> int:
+    return sum(each.numel() * each.element_size() for each in network.parameters())

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipcost.bench.cases import Case
 from skipcost.bench.records import Result
-from skipcost.bench.subject import AUTOCAST, make_subject
+from skipcost.bench.tracing import trace
 
 STEPS = {"inference": 1, "training": 2}  # the first training step makes the optimizer's state
 
@@ -36,12 +34,16 @@ class Operators(TorchDispatchMode):
 
 
 def count_operators(case: Case) -> Result:
-    """Run steps on the meta device (mixed precision on fake CPU tensors) and count the operators of the last one."""
-    amp = case.precision in AUTOCAST
-    with FakeTensorMode() if amp else contextlib.nullcontext():
-        step = make_subject(case, "cpu" if amp else "meta", traced=True).step
-        for _ in range(STEPS[case.mode]):
-            with Operators() as operators:
-                step()
-    by_operator = dict(sorted(operators.counts.items()))
-    return Result("operators", samples=(operators.counts.total(),), detail={"by_operator": by_operator})
+    """Run steps without data and count the operators of the last one."""
+    counts, note = trace(case, lambda subject: _count(subject.step, STEPS[case.mode]))
+    by_operator = dict(sorted(counts.items()))
+    return Result("operators", samples=(counts.total(),), note=note, detail={"by_operator": by_operator})
+
+
+def _count(step: Callable[[], object], steps: int) -> Counter[str]:
+    for _ in range(steps - 1):
+        step()
+    with Operators() as operators:
+        step()
+    counts: Counter[str] = operators.counts
+    return counts

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from skipcost.bench import figures
@@ -60,9 +61,12 @@ def _preview_case(plan: Plan, planned: PlannedCase, server: Server, limit: int |
     }
     if refusal:
         return facts
-    facts["note"] = size_note(planned.case.graph(), planned.case.height, planned.case.width)
+    if planned.case.factory is None:
+        facts["note"] = size_note(planned.case.graph(), planned.case.height, planned.case.width)
     asked = replace(planned, metrics=MEMORY if planned.case.mode == "training" else MEMORY[:1])
-    peaks = [value_of(result) for result in server.run(request_for(plan, asked, server.environment))]
+    results = list(server.run(request_for(plan, asked, server.environment)))
+    facts["note"] = facts["note"] or results[0].note
+    peaks = [value_of(result) for result in results]
     known = [peak for peak in peaks if peak is not None]
     if known:
         facts |= {"predicted_bytes": int(max(known)), "will_not_fit": limit is not None and max(known) > limit}
@@ -80,7 +84,7 @@ def print_preview(facts: dict[str, Any], console: Console) -> None:
         remarks += ["will not fit"] if case["will_not_fit"] else []
         remarks += [case["note"]] if case["note"] else []
         remarks += [f"also {', '.join(case['aliases'])}"] if case["aliases"] else []
-        table.add_row(case["name"], figures.text(case["predicted_bytes"], "bytes"), "; ".join(remarks))
+        table.add_row(escape(case["name"]), figures.text(case["predicted_bytes"], "bytes"), escape("; ".join(remarks)))
     console.print(table)
     for text, reason in facts["left_out"].items():
         console.print(f"left out: {text}: {reason}", highlight=False)

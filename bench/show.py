@@ -6,6 +6,7 @@ import sys
 
 import pandas as pd
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from skipcost.bench import figures
@@ -54,7 +55,7 @@ def write(frame: pd.DataFrame, form: str, console: Console, labels: dict[str, st
 def _for_people(frame: pd.DataFrame, labels: dict[str, str]) -> Table:
     """Only what differs between rows, and metrics that any row has, in readable units."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    fields = [name for name in CASE_KEYS if len(set(frame[name])) > 1]
+    fields = [name for name in CASE_KEYS if frame[name].nunique() > 1]
     metrics = [name for name in METRICS if frame[name].notna().any()]
     for name in ("network", *fields):
         table.add_column(name, no_wrap=True)
@@ -64,7 +65,8 @@ def _for_people(frame: pd.DataFrame, labels: dict[str, str]) -> Table:
     for case_id, row in frame.iterrows():
         known = {name: None if pd.isna(row[name]) else row[name] for name in metrics}
         values = [figures.text(value, METRICS[name].unit).replace(" ", "\u00a0") for name, value in known.items()]
-        table.add_row(labels[str(case_id)], *[str(row[name]) for name in fields], *values, _short(str(row["outcome"])))
+        said = ["-" if pd.isna(row[name]) else str(row[name]) for name in fields]
+        table.add_row(escape(labels[str(case_id)]), *said, *values, _short(str(row["outcome"])))
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from skipcost.bench.cases import Case
+from skipcost.bench.custom import Factory, UnsupportedError, make
 from skipcost.kernels import BACKENDS
 from skipcost.unet_models import build
 
@@ -22,11 +24,15 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The network of a case on a device, what it reads, and the call that is measured."""
+    """The network of a case on a device, what it reads, its forward pass alone, and the call that is measured."""
 
     network: nn.Module
     tensors: tuple[Tensor, ...]
+    forward: Callable[[], object]
     step: Callable[[], object]
+
+
+Score = Callable[[Any], Tensor]  # from what a network returns to its loss
 
 
 def make_subject(case: Case, device: str, *, traced: bool = False) -> Subject:
@@ -36,26 +42,94 @@ def make_subject(case: Case, device: str, *, traced: bool = False) -> Subject:
     layout = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
     dtype = DTYPES.get(case.precision, torch.float32)
     with torch.device(device):
-        network = build(case.spec, backend.ops(), case.outputs)
+        network = (
+            make(case.spec, device)[0]
+            if isinstance(case.spec, Factory)
+            else build(case.spec, backend.ops(), case.outputs)
+        )
         if not (traced and case.precision in AUTOCAST):  # fake tensors cannot be converted in place; bytes stay equal
             network = network.to(dtype=dtype, memory_format=layout)  # type: ignore[call-overload]  # not in torch's stub
         network.train(case.mode == "training")
         image = torch.randn(case.batch, case.spec.in_channels, case.height, case.width, dtype=dtype)
         image = image.contiguous(memory_format=layout)
-        target = _target(case)
+        targets, score = _lesson(case)
     present = [*network.parameters(), *network.buffers(), image]
     runnable = backend.wrap(network)
+    forward = partial(_forward, case, runnable, image, device)
     if case.mode == "inference":
-        return Subject(network, tuple(present), _inference(case, runnable, image, device))
-    return Subject(network, (*present, target), _training(case, runnable, (image, target), device, traced=traced))
+        return Subject(network, tuple(present), forward, _inference(case, runnable, image, device))
+    step = _training(case, runnable, (image, score), device, traced=traced)
+    return Subject(network, (*present, *targets), forward, step)
 
 
-def _target(case: Case) -> Tensor:
-    """Fixed random labels of the output's size: class numbers, or 0 and 1 where there is one class."""
-    height, width = case.graph().output_size(case.height, case.width)
+def _lesson(case: Case) -> tuple[tuple[Tensor, ...], Score]:
+    """Fixed random targets of the outputs' sizes, and how an output is scored by them."""
+    if case.factory:
+        sizes = _output_sizes(case, case.factory) if case.mode == "training" else []
+        targets = {size: _target(case, size) for size in sizes}
+        return tuple(targets.values()), partial(_own_loss, case, targets)
+    target = _target(case, case.graph().output_size(case.height, case.width))
+    return (target,), partial(total_loss, case.loss, target=target)
+
+
+def _target(case: Case, size: tuple[int, int]) -> Tensor:
+    """Fixed random labels: class numbers, or 0 and 1 where there is one class."""
     if case.spec.classes == 1:
-        return torch.randint(0, 2, (case.batch, 1, height, width)).float()
-    return torch.randint(0, case.spec.classes, (case.batch, height, width))
+        return torch.randint(0, 2, (case.batch, 1, *size)).float()
+    return torch.randint(0, case.spec.classes, (case.batch, *size))
+
+
+def _output_sizes(case: Case, factory: Factory) -> list[tuple[int, int]]:
+    """Height and width of each map that a user's own model returns in training, by a forward pass without data.
+
+    Where that fails, with data on the CPU: never on the measured device, whose first step must stay the first.
+    """
+    try:
+        return _sizes_on(case, factory, "meta")
+    except UnsupportedError:
+        raise
+    except Exception:  # noqa: BLE001 - whatever a model does with values that are not there
+        return _sizes_on(case, factory, "cpu")
+
+
+def _sizes_on(case: Case, factory: Factory, device: str) -> list[tuple[int, int]]:
+    with torch.no_grad(), torch.device(device):
+        network = make(factory, device)[0].train()
+        output = network(torch.randn(case.batch, factory.in_channels, case.height, case.width))
+    return [(each.shape[2], each.shape[3]) for each in maps_of(output, factory.classes)]
+
+
+def maps_of(output: Any, classes: int) -> list[Tensor]:
+    """The maps of logits in what a user's own model returns: a tensor, or a list or tuple of them.
+
+    UnsupportedError for any other form and for maps that have not as many channels as there are classes.
+    """
+    maps = list(output) if isinstance(output, list | tuple) else [output]
+    if not maps or not all(isinstance(each, Tensor) and each.ndim == 4 for each in maps):  # noqa: PLR2004 - (N, C, H, W)
+        message = (
+            f"the loss understands a tensor (N, classes, H, W), or a list or tuple of them, but the model returns "
+            f"{_described(output)}: give a factory whose model returns the maps of logits alone, or measure inference"
+        )
+        raise UnsupportedError(message)
+    found = sorted({each.shape[1] for each in maps} - {classes})
+    if found:
+        message = (
+            f"the model returns maps of {found[0]} channels, but classes={classes}: set classes={found[0]}, or give "
+            "the factory the argument that makes it return as many"
+        )
+        raise UnsupportedError(message)
+    return maps
+
+
+def _described(output: Any) -> str:
+    """The form of an output, in words."""
+    if isinstance(output, Tensor):
+        return f"a tensor of shape {tuple(output.shape)}"
+    if isinstance(output, dict):
+        return f"a dict with {', '.join(map(repr, output))}"
+    if isinstance(output, list | tuple):
+        return f"a {type(output).__name__} of {', '.join(_described(each) for each in output) or 'nothing'}"
+    return f"{type(output).__name__!r}"
 
 
 @contextlib.contextmanager
@@ -70,6 +144,11 @@ def _arithmetic(case: Case, device: str) -> Iterator[None]:
         yield
 
 
+def _forward(case: Case, network: nn.Module, image: Tensor, device: str) -> object:
+    with _arithmetic(case, device):
+        return network(image)
+
+
 def _inference(case: Case, network: nn.Module, image: Tensor, device: str) -> Callable[[], object]:
     def step() -> object:
         with torch.inference_mode(), _arithmetic(case, device):
@@ -79,10 +158,10 @@ def _inference(case: Case, network: nn.Module, image: Tensor, device: str) -> Ca
 
 
 def _training(
-    case: Case, network: nn.Module, pair: tuple[Tensor, Tensor], device: str, *, traced: bool
+    case: Case, network: nn.Module, pair: tuple[Tensor, Score], device: str, *, traced: bool
 ) -> Callable[[], object]:
     """Forward, loss, backward, optimizer step; gradients are dropped before the next step, PyTorch's default."""
-    image, target = pair
+    image, score = pair
     foreach = case.device == "cuda"  # what PyTorch itself picks; single-tensor optimizers elsewhere
     if case.optimizer == "adamw":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(network.parameters(), foreach=foreach)
@@ -94,7 +173,7 @@ def _training(
         optimizer.zero_grad(set_to_none=True)
         with _arithmetic(case, device):
             output = network(image)
-        loss = total_loss(case.loss, output, target)
+        loss = score(output)
         del output
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -117,7 +196,16 @@ def total_loss(kind: str, output: Any, target: Tensor) -> Tensor:
         probabilities = (each.float().clamp(1e-6, 1 - 1e-6) for each in maps)
         return loss + sum((_from_probability(kind, each, target) for each in probabilities), torch.zeros_like(loss))
     logits = output if isinstance(output, list) else [output]
-    losses = [_from_logits(kind, each.float(), target) for each in logits]
+    return _summed([_from_logits(kind, each.float(), target) for each in logits])
+
+
+def _own_loss(case: Case, targets: dict[tuple[int, int], Tensor], output: Any) -> Tensor:
+    """The same for what a user's own model returns: each map by the target of its size."""
+    maps = maps_of(output, case.spec.classes)
+    return _summed([_from_logits(case.loss, each.float(), targets[each.shape[2], each.shape[3]]) for each in maps])
+
+
+def _summed(losses: list[Tensor]) -> Tensor:
     return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
 

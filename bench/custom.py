@@ -1,0 +1,226 @@
+"""Anyone's model in a case: the function that makes it, by its path, and how it is called.
+
+The module that a path names is imported in `make` alone, which only the measuring process calls; planning a sweep,
+reading a store and writing a report import nothing of a user's. What such a model costs is traced, in `tracing`.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import importlib
+import importlib.util
+import io
+import json
+import re
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skipcost.unet_models import ModelSpec
+from skipcost.unet_models.spec import MAX_CHANNELS, check_integer, suggest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+CLASSES = 2  # as a spec's
+MOST_SAID = 300  # characters kept of what a model prints
+
+
+class UnsupportedError(ValueError):
+    """What cannot be done with a model as it is: the outcome of a row is then unsupported, and this is its note."""
+
+
+@dataclass(frozen=True, slots=True)
+class Factory:
+    """A function or class that returns an nn.Module, with the keyword arguments that it is called with.
+
+    `path` is "package.module:function". `arguments` is a JSON object, put into canonical form. `name` is the label that
+    tables show; without it, the call. The model reads images of `in_channels`; `classes` is what the loss expects of
+    its maps. `code` is the hash of its sources (`code_of`): an edited model is another case. ValueError for bad values.
+    """
+
+    path: str
+    arguments: str = "{}"
+    name: str = ""
+    in_channels: int = 1
+    classes: int = CLASSES
+    code: str = ""
+
+    def __post_init__(self) -> None:
+        """Check every field and give equal calls one form."""
+        if not isinstance(self.path, str) or not PATH.fullmatch(self.path):
+            message = f"factory={self.path!r} is not the path of a function: write package.module:function"
+            raise ValueError(message)
+        try:
+            given = json.loads(self.arguments)
+        except (ValueError, TypeError):
+            given = None
+        if not isinstance(given, dict) or not all(name.isidentifier() for name in given):
+            message = f'arguments={self.arguments!r} of {self.path} are not keyword arguments: write {{"width": 32}}'
+            raise ValueError(message)
+        object.__setattr__(self, "arguments", json.dumps(given, sort_keys=True))
+        for name in ("in_channels", "classes"):
+            check_integer(name, getattr(self, name), 1, MAX_CHANNELS)
+        if not isinstance(self.name, str) or _is_label(self.name):
+            message = f"label={self.name!r} of {self.path} is not a text, or is the label of a network of the suite"
+            raise ValueError(message)
+
+    def __str__(self) -> str:
+        return self.label
+
+    @property
+    def call(self) -> str:
+        """The call as it would be written: `package.module:function(width=32)`."""
+        words = ", ".join(f"{name}={value!r}" for name, value in json.loads(self.arguments).items())
+        return f"{self.path}({words})" if words else self.path
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return self.name or self.call
+
+
+def _is_label(name: str) -> bool:
+    try:
+        ModelSpec.parse(name)
+    except ValueError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _importing_from_here() -> Iterator[None]:
+    """Have the current folder on sys.path, as `python -m` has."""
+    here = str(Path.cwd())
+    before = list(sys.path)
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def code_of(path: str) -> str:
+    """Hash the sources of a factory without importing them; empty where there are none to be found.
+
+    That is its whole top-level package or module; outside of site-packages also what these import of the files beside
+    them. Nothing else of what it imports is part of it.
+    """
+    top = path.partition(":")[0].partition(".")[0]
+    with _importing_from_here(), contextlib.suppress(ImportError, ValueError):
+        found = importlib.util.find_spec(top)
+        if found is None or not (found.origin or found.submodule_search_locations):
+            return ""
+        folder = Path(found.origin or next(iter(found.submodule_search_locations or [""])))
+        folder = folder.parent.parent if found.origin and found.submodule_search_locations else folder.parent
+        installed = folder in {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib")}
+        digest = hashlib.sha256()
+        for file in _sources(top, folder, follow=not installed):
+            digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
+        return digest.hexdigest()[:12]
+    return ""
+
+
+def _sources(top: str, folder: Path, *, follow: bool) -> list[Path]:
+    """The files of a top-level name in a folder, and with `follow` of the names in that folder that they import."""
+    left, known, files = [top], {top}, []
+    while left:
+        name = left.pop()
+        single = folder / f"{name}.py"
+        own = sorted((folder / name).rglob("*.py")) or ([single] if single.is_file() else [])
+        files += own
+        for file in own if follow else ():
+            beside = {each for each in _imported(file) if each not in known}
+            known |= beside
+            left += [each for each in beside if (folder / each).is_dir() or (folder / f"{each}.py").is_file()]
+    return sorted(files)
+
+
+def _imported(file: Path) -> set[str]:
+    """Top-level names that a file imports, wherever in it; none where it is not Python that can be read."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return set()
+    names = [each.name for node in ast.walk(tree) if isinstance(node, ast.Import) for each in node.names]
+    names += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level]
+    return {name.partition(".")[0] for name in names} - {""}
+
+
+def make(factory: Factory, device: str) -> tuple[nn.Module, str]:
+    """Import a factory and call it on a device; return the module and what it printed.
+
+    UnsupportedError where there is no such factory or it returns something else; what it raises itself is passed on,
+    with a note that says where. A model that cannot be made on the meta device is made on the CPU and moved there.
+    """
+    import torch  # noqa: PLC0415 - cases are read and planned without torch
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), _importing_from_here():
+        function = _find(factory.path)
+        arguments = json.loads(factory.arguments)
+        try:
+            try:
+                with torch.device(device):
+                    network = function(**arguments)
+            except Exception:
+                if device != "meta":
+                    raise
+                with torch.device("cpu"):
+                    network = function(**arguments)
+        except SystemExit:
+            message = f"{factory.call} leaves the program; a factory must return a torch.nn.Module"
+            raise UnsupportedError(message) from None
+        except Exception as error:
+            error.add_note(f"raised by the factory {factory.call}{_printed(said.getvalue())}")
+            raise
+    if not isinstance(network, torch.nn.Module):
+        message = (
+            f"{factory.call} returns {type(network).__name__!r}, not a torch.nn.Module{_printed(said.getvalue())}: "
+            "name a function or a class that returns the model"
+        )
+        raise UnsupportedError(message)
+    return network.to(device), said.getvalue()
+
+
+def _printed(text: str) -> str:
+    return f" (it printed: {shorten(text)})" if text.strip() else ""
+
+
+def shorten(text: str) -> str:
+    """What a model said, in one line of at most `MOST_SAID` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= MOST_SAID else line[:MOST_SAID] + "\u2026"
+
+
+def _find(path: str) -> Any:
+    """The function that a path names; UnsupportedError that says which part is missing."""
+    module_name, _, names = path.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        message = f"cannot import {module_name} ({error}): install it, or run where it lies (here: {Path.cwd()})"
+        raise UnsupportedError(message) from None
+    except SystemExit:
+        message = f'{module_name} leaves the program when imported: put what it runs under if __name__ == "__main__"'
+        raise UnsupportedError(message) from None
+    except Exception as error:
+        error.add_note(f"raised while importing {module_name}")
+        raise
+    for name in names.split("."):
+        if not hasattr(found, name):
+            public = [each for each in vars(found) if callable(getattr(found, each)) and not each.startswith("_")]
+            raise UnsupportedError(suggest(f"factory in {module_name}", names, public))
+        found = getattr(found, name)
+    if not callable(found):
+        message = f"{path} is a {type(found).__name__}, not a function: name what returns the model when called"
+        raise UnsupportedError(message)
+    return found
