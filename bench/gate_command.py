@@ -88,11 +88,7 @@ def _tell(verdicts: list[Verdict], junit: Path | None, *, as_json: bool) -> None
         telling.print_verdicts(verdicts, OUT)
     telling.tell_ci(verdicts, TITLE, ERR)
     if junit:
-        try:
-            junit.write_bytes(telling.junit(verdicts, TITLE))
-        except OSError as error:
-            message = f"cannot write {junit}: {error.strerror}; name another file with --junit"
-            raise BenchError(message) from None
+        telling.write_junit(verdicts, TITLE, junit)
 
 
 def _against_file(path: Path, file: Path) -> list[Verdict]:

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from skipcost.bench import figures
+from skipcost.bench.errors import BenchError
 from skipcost.bench.metrics import METRICS
 
 VERDICTS = {
@@ -37,7 +38,8 @@ SHOWN = 200  # rows in a table for people; Markdown and JUnit have them all
 class Verdict:
     """What a comparison says of one metric of one case.
 
-    key: the case's canonical JSON. interval: of the ratio now / base, where it was measured.
+    key: the case's canonical JSON. ratio, interval: of now / base as it was judged where that took measuring; base and
+    now are medians then.
     """
 
     case: str
@@ -46,6 +48,7 @@ class Verdict:
     base: float | None = None
     now: float | None = None
     why: str = ""
+    ratio: float | None = None
     interval: tuple[float, float] | None = None
     key: str = ""
 
@@ -57,18 +60,16 @@ class Verdict:
 
     @property
     def fails(self) -> bool:
-        """Whether a gate stops at it."""
-        return self.verdict not in PASSING
+        """Whether a gate stops at it; what was measured to be faster needs no baseline to be updated."""
+        return self.verdict not in PASSING and not (self.verdict == "improved" and self.interval)
 
     @property
     def change(self) -> str:
         """The change in percent, with its interval where it has one."""
-        if not self.base or self.now is None:
-            return ""
-        text = f"{self.now / self.base - 1:+.2%}"
-        if self.interval:
-            text += " [{:+.1%}, {:+.1%}]".format(*(edge - 1 for edge in self.interval))
-        return text
+        if self.ratio and self.interval:
+            low, high = self.interval
+            return f"{self.ratio - 1:+.1%} [{low - 1:+.1%}, {high - 1:+.1%}]"
+        return f"{self.now / self.base - 1:+.2%}" if self.base and self.now is not None else ""
 
     def cells(self) -> tuple[str, ...]:
         """A row for people: case, metric, base, now, change, verdict, why."""
@@ -139,8 +140,17 @@ def junit(verdicts: Sequence[Verdict], title: str) -> bytes:
             ET.SubElement(case, "failure", message=text)
         elif each.verdict == "inconclusive":
             ET.SubElement(case, "skipped", message=text)
-    text: bytes = ET.tostring(suite, encoding="utf-8", xml_declaration=True)
-    return text
+    content: bytes = ET.tostring(suite, encoding="utf-8", xml_declaration=True)
+    return content
+
+
+def write_junit(verdicts: Sequence[Verdict], title: str, path: Path) -> None:
+    """Write JUnit XML to a file; BenchError where that cannot be."""
+    try:
+        path.write_bytes(junit(verdicts, title))
+    except OSError as error:
+        message = f"cannot write {path}: {error.strerror}; name another file with --junit"
+        raise BenchError(message) from None
 
 
 def tell_ci(verdicts: Sequence[Verdict], title: str, console: Console) -> None:

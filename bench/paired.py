@@ -1,0 +1,87 @@
+"""What paired measurements say: a ratio with its interval, whether it is a change, and what could have been seen.
+
+Two processes of either revision take turns in blocks A B B A, so that whatever the machine does meanwhile falls on
+both; a block gives one log ratio. Blocks of one pair of processes share how the two lie in memory, which can differ by
+percents for equal code: the process pair is the unit whose scatter counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+RESAMPLES = 2000
+SEED = 20240  # the same measurements give the same interval
+POWER = 0.8  # of the smallest change that could have been seen
+
+Pairs = Sequence[Sequence[float]]  # log ratios now / base: by pair of processes, by block
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A ratio now / base. `error`: standard error of its logarithm; `pairs`: of processes behind it."""
+
+    ratio: float
+    error: float
+    pairs: int
+
+    def interval(self, alpha: float) -> tuple[float, float]:
+        """The two-sided interval that misses the true ratio with probability alpha."""
+        reach = float(stats.t.isf(alpha / 2, self.pairs - 1)) * self.error
+        return self.ratio * math.exp(-reach), self.ratio * math.exp(reach)
+
+    def p_value(self, floor: float) -> float:
+        """How likely so large a ratio is, either way, if no change is larger than `floor`, e.g. 0.01 for 1 %."""
+        beyond = abs(math.log(self.ratio)) - math.log1p(floor)
+        if self.error == 0:
+            return 0.0 if beyond > 0 else 1.0
+        return min(1.0, 2 * float(stats.t.sf(beyond / self.error, self.pairs - 1)))
+
+    def visible(self, alpha: float, floor: float) -> float:
+        """The smallest relative change that would have been found with probability POWER."""
+        reach = stats.t.isf(alpha / 2, self.pairs - 1) + stats.t.isf(1 - POWER, self.pairs - 1)
+        return math.expm1(math.log1p(floor) + float(reach) * self.error)
+
+
+def estimate(pairs: Pairs) -> Estimate:
+    """Mean over process pairs of the median over blocks, with a bootstrap error over both.
+
+    Pairs are drawn with replacement, then blocks within each. So few pairs understate their scatter by
+    sqrt((n - 1) / n), which is undone here; Student's quantile in `Estimate` does the rest.
+    """
+    count = len(pairs)
+    if count < 2:  # noqa: PLR2004 - one pair has no scatter
+        message = f"{count} process pair has no scatter to judge by: 2 or more are needed"
+        raise ValueError(message)
+    blocks = min(len(each) for each in pairs)
+    table = np.array([list(each)[:blocks] for each in pairs])  # (pairs, blocks)
+    centre = float(np.median(table, axis=1).mean())
+    draw = np.random.default_rng(SEED)
+    rows = draw.integers(0, count, (RESAMPLES, count))
+    columns = draw.integers(0, blocks, (RESAMPLES, count, blocks))
+    drawn = np.median(table[rows[..., None], columns], axis=2).mean(axis=1)  # (RESAMPLES,)
+    return Estimate(math.exp(centre), float(drawn.std()) * math.sqrt(count / (count - 1)), count)
+
+
+def holm(p_values: Sequence[float], alpha: float) -> list[bool]:
+    """Which hypotheses fall so that a single false one among all has probability alpha at most (Holm, 1979)."""
+    order = sorted(range(len(p_values)), key=lambda at: p_values[at])
+    fallen = [False] * len(p_values)
+    for rank, at in enumerate(order):
+        if p_values[at] > alpha / (len(p_values) - rank):
+            break
+        fallen[at] = True
+    return fallen
+
+
+def proportion(successes: int, runs: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The exact interval of a proportion (Clopper and Pearson, 1934), one-sided at 0 and at `runs`."""
+    one_sided = successes in (0, runs)
+    tail = (1 - confidence) / (1 if one_sided else 2)
+    low = 0.0 if successes == 0 else float(stats.beta.ppf(tail, successes, runs - successes + 1))
+    high = 1.0 if successes == runs else float(stats.beta.ppf(1 - tail, successes + 1, runs - successes))
+    return low, high

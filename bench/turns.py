@@ -1,0 +1,131 @@
+"""One side of a paired comparison: a process that prepares a case of its revision and runs calls when it is its turn.
+
+Run as a script, by path: the script is this version's, what it imports is the revision's. One JSON value a line.
+In: {"case": ...}, {"calls": n}, {"profile": n}; out: what was asked for, or {"error": ...}.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import IO, Any
+
+WARM_S = 0.5  # at least this long, and until flat: the first calls allocate, and choose algorithms
+FLAT = 0.05
+WINDOW = 3
+MOST_WARM_S = 4.0
+
+
+def serve(requests: IO[str], replies: IO[str]) -> None:
+    """Answer until the other end closes; an error is an answer, and the next case may work."""
+    step: Callable[[], object] | None = None
+    device = "cpu"
+    for line in requests:
+        request = json.loads(line)
+        try:
+            if "case" in request:
+                step = None  # the network of the case before is freed first
+                step, device, reply = _prepare(request)
+            elif step is None:
+                reply = {"error": "no case is prepared"}
+            elif "profile" in request:
+                reply = {"profile": _profile(step, device, request["profile"])}
+            else:
+                reply = {"seconds": _clock(device)(step, request["calls"])}
+        except Exception as error:  # noqa: BLE001 - whatever a network raises is this side's answer
+            reply = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
+def _clock(device: str) -> Callable[[Callable[[], object], int], list[float]]:
+    if device == "cuda":
+        from skipcost.kernels.running import cuda_clock  # noqa: PLC0415 - initialises CUDA
+
+        return cuda_clock
+    from skipcost.kernels.timing import cpu_clock  # noqa: PLC0415 - the revision's
+
+    return cpu_clock
+
+
+def _prepare(request: dict[str, Any]) -> tuple[Callable[[], object], str, dict[str, Any]]:
+    """Build the case's step, warm it up, and slow it by the share that a self-test asks for."""
+    import torch  # noqa: PLC0415 - imported with the first case
+
+    from skipcost.bench.cases import Case  # noqa: PLC0415 - the revision's
+    from skipcost.bench.subject import make_subject  # noqa: PLC0415
+
+    case = Case.from_json(json.dumps(request["case"]))
+    torch.set_num_threads(case.threads)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, _allowed[: case.threads])
+    step = make_subject(case, case.device).step
+    seconds = _warm_up(step, case.device)
+    if request.get("slowdown"):
+        step = slowed(step, seconds * request["slowdown"], case.device)
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    return step, case.device, {"call_s": seconds}
+
+
+def _warm_up(step: Callable[[], object], device: str) -> float:
+    """Call until two medians of three agree; return the last one."""
+    clock = _clock(device)
+    start, warm = time.perf_counter(), clock(step, 2 * WINDOW)
+    while time.perf_counter() - start < MOST_WARM_S:
+        before, after = statistics.median(warm[-2 * WINDOW : -WINDOW]), statistics.median(warm[-WINDOW:])
+        if time.perf_counter() - start >= WARM_S and abs(after - before) <= FLAT * before:
+            break
+        warm += clock(step, 1)
+    return statistics.median(warm[-WINDOW:])
+
+
+def slowed(step: Callable[[], object], seconds: float, device: str) -> Callable[[], object]:
+    """Return the step with a real busy-wait at its end: on the host, or on a GPU in the device's own stream."""
+    if device == "cuda":
+        import torch  # noqa: PLC0415 - see above
+
+        from skipcost.kernels.running import cuda_clock  # noqa: PLC0415
+
+        cycles = 1_000_000
+        each = statistics.median(cuda_clock(lambda: torch.cuda._sleep(cycles), 5)) / cycles  # noqa: SLF001 - there is no public spin
+
+        def wait() -> None:
+            torch.cuda._sleep(int(seconds / each))  # noqa: SLF001 - see above
+    else:
+
+        def wait() -> None:
+            end = time.perf_counter() + seconds
+            while time.perf_counter() < end:
+                pass
+
+    def call() -> None:
+        step()
+        wait()
+
+    return call
+
+
+def _profile(step: Callable[[], object], device: str, calls: int) -> dict[str, float]:
+    """Seconds a call that each operator takes by itself, without those that it calls."""
+    from torch.profiler import ProfilerActivity, profile  # noqa: PLC0415 - see above
+
+    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    with profile(activities=kinds) as found:
+        for _ in range(calls):
+            step()
+    field = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    return {row.key: getattr(row, field) / 1e6 / calls for row in found.key_averages()}
+
+
+if __name__ == "__main__":
+    _allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a network prints must not end up among the replies
+    serve(sys.stdin, replies)
