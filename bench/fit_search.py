@@ -1,0 +1,223 @@
+"""The search of `skipcost fit`: the best networks within the limits, each with what lies just inside and just outside.
+
+Best-first over lines of networks: a line's place in the ranking is bounded from above, first by its widest network,
+then by the widest that the cheap figures allow, and only a line that leads the ranking is worked out exactly. So the
+rows are what looking at every network would give (a test does), at the cost of the few lines that matter. Along a line
+figures grow with the width and the border is found by bisection; a line that is `uneven` is walked from its wide end.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from skipcost.bench.cases import Case
+from skipcost.bench.errors import BenchError
+from skipcost.bench.fit_lattice import Line
+from skipcost.bench.fit_limits import LIMITS, Limits, Standing
+from skipcost.unet_models import ModelSpec, SkipGraph
+
+MOST_BATCH = 65536  # what a case accepts
+TOUCHED_BY_BATCH = ("memory", "latency")  # the limits that a larger batch can break: MACs count for one image
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A line and the widths on it that may be chosen: all, or the one that has a score."""
+
+    line: Line
+    widths: tuple[int, ...]
+    score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A row of the answer: the network, and its line's border.
+
+    `inside` is the widest network of the line that fits, `outside` the next one, None where there is no wider on the
+    lattice; `more_images` is the network itself with one image more, where the batch is searched.
+    """
+
+    here: Standing
+    receptive_field: int
+    score: float | None
+    aliases: tuple[str, ...]
+    inside: Standing
+    outside: Standing | None
+    more_images: Standing | None
+
+
+@dataclass(order=True, slots=True)
+class _Entry:
+    """A candidate in the queue, by its best possible place: `stage` tests have been applied to its widths."""
+
+    key: tuple[float, ...]
+    candidate: Candidate = field(compare=False)
+    widths: tuple[int, ...] = field(compare=False)
+    stage: int = field(compare=False, default=0)
+
+
+def last_true(low: int, high: int, test: Callable[[int], bool], *, upwards: bool = False) -> int:
+    """Return the last number of range(low, high) that passes a test which numbers pass up to one and then fail.
+
+    `low - 1` where none passes. Strides that double, from the top or `upwards`, find an interval to bisect, so that few
+    calls are needed where the answer lies near that end.
+    """
+    passed, failed, stride = low - 1, high, 1
+    while failed - passed > 1 and stride:
+        at = min(passed + stride, failed - 1) if upwards else max(failed - stride, passed + 1)
+        if test(at):
+            passed = at
+            stride = 2 * stride if upwards else 0
+        else:
+            failed = at
+            stride = 0 if upwards else 2 * stride
+    while failed - passed > 1:
+        middle = (passed + failed) // 2
+        passed, failed = (middle, failed) if test(middle) else (passed, middle)
+    return passed
+
+
+def widest(line: Line, widths: Sequence[int], test: Callable[[Case], bool], *, upwards: bool = False) -> int:
+    """Position in `widths` of the widest network of the line that passes; -1 where none does."""
+
+    def passes(index: int) -> bool:
+        return test(line.at(widths[index]))
+
+    if line.uneven:
+        return next((index for index in reversed(range(len(widths))) if passes(index)), -1)
+    return last_true(0, len(widths), passes, upwards=upwards)
+
+
+def largest_batch(case: Case, limits: Limits) -> int:
+    """The largest batch with which a case that fits still fits; its own where no limit depends on the batch."""
+    if not any(name in limits.most for name in TOUCHED_BY_BATCH):
+        return case.batch
+    bound = MOST_BATCH
+    if "memory" in limits.most:
+        bound = min(bound, limits.gauge.floor(case).largest_batch(int(limits.most["memory"])))
+    return last_true(
+        case.batch,
+        bound + 1,
+        lambda batch: limits.fits(replace(case, batch=batch)),
+        upwards=bool(limits.gauge.by_running),
+    )
+
+
+def ranked(
+    candidates: Sequence[Candidate], limits: Limits, *, search_batch: bool, tell: Callable[[int, str], None]
+) -> Iterator[Found]:
+    """Yield the networks that fit, best first: by score where there is one, then receptive field, then width.
+
+    Of networks that rank alike, the earlier candidate comes first. `tell` hears after every step how many candidates
+    were looked at and the label of the best network known to fit, empty at first.
+    """
+    fields = _receptive_fields(candidates)
+    queue = [
+        _Entry(_key(each, fields[index], each.widths[-1], index), each, each.widths)
+        for index, each in enumerate(candidates)
+    ]
+    heapq.heapify(queue)
+    seen: set[tuple[SkipGraph, str]] = set()
+    looked_at, best = 0, _Entry((math.inf,), candidates[0], ())
+    while queue:
+        entry = heapq.heappop(queue)
+        candidate, index = entry.candidate, int(entry.key[-1])
+        if entry.stage == len(limits.tests):
+            found = _found(candidate, entry.widths[-1], fields[index], limits, search_batch=search_batch)
+            if (identity := _identity(found.here.case)) not in seen:
+                seen.add(identity)
+                yield found
+            continue
+        looked_at += not entry.stage
+        if kept := _tested(entry, limits):
+            key = _key(candidate, fields[index], kept[-1], index)
+            heapq.heappush(queue, following := _Entry(key, candidate, kept, entry.stage + 1))
+            best = min(best, following) if following.stage == len(limits.tests) else best
+        tell(looked_at, best.candidate.line.at(best.widths[-1]).spec.label if best.widths else "")
+
+
+def _tested(entry: _Entry, limits: Limits) -> tuple[int, ...]:
+    """The entry's widths up to the widest that passes the next test."""
+    test, upwards = limits.tests[entry.stage]
+    return entry.widths[: widest(entry.candidate.line, entry.widths, test, upwards=upwards) + 1]
+
+
+def _key(candidate: Candidate, receptive_field: int, width: int, index: int) -> tuple[float, ...]:
+    unscored = candidate.score is None
+    return (unscored, 0.0 if candidate.score is None else -candidate.score, -receptive_field, -width, index)
+
+
+def _receptive_fields(candidates: Sequence[Candidate]) -> list[int]:
+    """Each candidate's receptive field, worked out once for lines that differ in channels, norm or bias alone."""
+    known: dict[ModelSpec, int] = {}
+    result = []
+    for each in candidates:
+        spec = each.line.first.suite_spec
+        bare = replace(spec, width=1, max_width=None, norm="none", bias=True, in_channels=1, classes=1)
+        if bare not in known:
+            known[bare] = each.line.first.with_spec(bare).graph().receptive_field()
+        result.append(known[bare])
+    return result
+
+
+def _identity(case: Case) -> tuple[SkipGraph, str]:
+    """What makes two rows the same: the network and what is done with it, whatever its label."""
+    return case.graph(), replace(case, spec=ModelSpec(), outputs="all").to_json()
+
+
+def _found(candidate: Candidate, width: int, receptive_field: int, limits: Limits, *, search_batch: bool) -> Found:
+    line = candidate.line
+    case = line.at(width)
+    more_images = None
+    if search_batch:
+        case = replace(case, batch=largest_batch(case, limits))
+        if any(name in limits.most for name in TOUCHED_BY_BATCH) and case.batch < MOST_BATCH:
+            more_images = limits.standing(replace(case, batch=case.batch + 1))
+    here = limits.standing(case)
+    last = line.widths.index(width) if candidate.score is None else widest(line, line.widths, limits.fits)
+    inside = here if line.widths[last] == width else limits.standing(line.at(line.widths[last]))
+    outside = limits.standing(line.at(line.widths[last + 1])) if last + 1 < len(line.widths) else None
+    return Found(here, receptive_field, candidate.score, line.labels(width), inside, outside, more_images)
+
+
+def refusal(candidates: Sequence[Candidate], limits: Limits) -> BenchError:
+    """The sentence for limits that no candidate keeps: which one is too low, and the least that there is."""
+    least = {name: _least(candidates, name, limits) for name in limits.most}
+    parts = []
+    for name, standing in least.items():
+        limit = LIMITS[name]
+        if name in standing.broken:
+            parts.append(
+                f"no network has {limit.title} of {limit.text(limits.most[name])} or less: the least is "
+                f"{limit.text(standing.figures[name])}, of {standing.case.spec.label} at batch {standing.case.batch}"
+            )
+    if not parts:
+        each = [
+            f"{at.case.spec.label}, the least in {LIMITS[name].title}, breaks {_broken(at)}"
+            for name, at in least.items()
+        ]
+        parts = ["each limit can be kept, but no network keeps all of them at once: " + "; ".join(each)]
+    return BenchError("; ".join(parts) + "; raise the limit, or widen the choice with --size, --precision or --set")
+
+
+def _broken(standing: Standing) -> str:
+    return ", ".join(f"{LIMITS[name].title} ({LIMITS[name].text(standing.figures[name])})" for name in standing.broken)
+
+
+def _least(candidates: Sequence[Candidate], name: str, limits: Limits) -> Standing:
+    """The candidate with the least of a figure; the narrowest of each line is looked at."""
+    measure, floor = limits.gauge.measures[name], limits.gauge.floor
+    cases = [each.line.at(each.widths[0]) for each in candidates]
+    if name != "memory":
+        return limits.standing(min(cases, key=measure))
+    bounded = sorted(((floor(case).peak(case.batch), index) for index, case in enumerate(cases)))
+    best, least = cases[bounded[0][1]], measure(cases[bounded[0][1]])
+    for bound, index in bounded[1:]:
+        if bound >= least:
+            break
+        if (figure := measure(cases[index])) < least:
+            best, least = cases[index], figure
+    return limits.standing(best)

@@ -1,0 +1,133 @@
+"""The answer of `skipcost fit` as JSON values and as a table. Arithmetic and wording only; nothing is searched here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from skipcost.bench import figures
+from skipcost.bench.cases import Case
+from skipcost.bench.fit_limits import LIMITS, Limits, Standing
+from skipcost.bench.fit_search import Found
+
+OUTSIDE, MORE_IMAGES, INSIDE = "the next wider", "one image more", "the widest that fits"
+
+
+def case_facts(case: Case) -> dict[str, Any]:
+    """What all rows of an answer share: size, mode and what else changes a number."""
+    shared = ("height", "width", "mode", "precision", "layout", "optimizer", "loss", "outputs")
+    return {name: getattr(case, name) for name in shared}
+
+
+def standing_facts(standing: Standing) -> dict[str, Any]:
+    """A network with its figures, in base units, and the limits that it breaks."""
+    facts: dict[str, Any] = {"label": standing.case.spec.label, "batch": standing.case.batch}
+    facts |= {LIMITS[name].key: value for name, value in standing.figures.items()}
+    facts |= {f"{LIMITS[name].key}_middle": value for name, value in standing.middle.items()}
+    return facts | {"breaks": list(standing.broken), "remark": standing.remark}
+
+
+def row_facts(found: Found) -> dict[str, Any]:
+    """A row of the answer with its border."""
+    return standing_facts(found.here) | {
+        "receptive_field": found.receptive_field,
+        "score": found.score,
+        "aliases": list(found.aliases),
+        "inside": standing_facts(found.inside),
+        "outside": standing_facts(found.outside) if found.outside else None,
+        "one_image_more": standing_facts(found.more_images) if found.more_images else None,
+    }
+
+
+def limit_facts(limits: Limits) -> dict[str, Any]:
+    """The limits, and where each figure comes from."""
+    return {
+        "limits": {LIMITS[name].key: value for name, value in limits.most.items()},
+        "origins": {LIMITS[name].key: limits.gauge.origins[name] for name in limits.gauge.measures},
+    }
+
+
+def print_header(facts: dict[str, Any], console: Console) -> None:
+    """The question as it was understood, and where each figure comes from."""
+    case = facts["case"]
+    words = [f"{case['height']}x{case['width']}", case["mode"], case["precision"], case["layout"]]
+    words += [case["optimizer"], case["loss"]] if case["mode"] == "training" else []
+    console.print(f"[bold]{', '.join(words)}[/bold] on {escape(facts['device'])}", highlight=False)
+    units = {limit.key: limit for limit in LIMITS.values()}
+    most = [f"{units[key].title} {units[key].text(value)}" for key, value in facts["limits"].items()]
+    if most:
+        console.print(f"at most: {', '.join(most)}", highlight=False)
+    for key, origin in facts["origins"].items():
+        console.print(f"  {units[key].title}: {escape(origin)}", highlight=False, style="dim")
+
+
+def print_rows(facts: dict[str, Any], console: Console) -> None:
+    """The ranked table: under each network, dim, what lies just outside and which limit that breaks."""
+    print_header(facts, console)
+    console.print(f"ranked by {escape(facts['order'])}; chosen from {facts['chosen_from']:,} networks", highlight=False)
+    columns = [limit for limit in LIMITS.values() if limit.key in facts["origins"]]
+    table = new_table("", "network", "batch", *[limit.title for limit in columns], "sees", "score", "")
+    for number, row in enumerate(facts["rows"], 1):
+        extra = [figures.text(row["receptive_field"], "pixels"), "-" if row["score"] is None else f"{row['score']:.4g}"]
+        also = f"also {', '.join(row['aliases'])}" if row["aliases"] else ""
+        table.add_row(str(number), *_cells(row, columns), *extra, _joined(also, row["remark"]))
+        for title, other in _border(row):
+            remark = _joined(f"{title}{_breaks(other)}", other["remark"])
+            table.add_row("", *_cells(other, columns), "", "", remark, style="dim")
+        if row["outside"] is None:
+            table.add_row("", "", "", *[""] * len(columns), "", "", "the widest to choose from", style="dim")
+    if all(row["score"] is None for row in facts["rows"]):
+        table.columns = [column for column in table.columns if column.header != "score"]
+    console.print(table)
+    print_left_out(facts["left_out"], console)
+
+
+def new_table(*names: str) -> Table:
+    """A plain table: texts left, figures right."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in names:
+        text = name in ("network", "")
+        table.add_column(name, justify="left" if text else "right", no_wrap=name != "", overflow="fold")
+    return table
+
+
+def print_left_out(left_out: dict[str, str], console: Console) -> None:
+    """What could not be, counted by its reason."""
+    reasons: dict[str, list[str]] = {}
+    for text, reason in left_out.items():
+        reasons.setdefault(reason, []).append(text)
+    for reason, texts in reasons.items():
+        more = f" and {len(texts) - 1} more" if len(texts) > 1 else ""
+        console.print(f"left out: {escape(texts[0])}{more}: {escape(reason)}", highlight=False, style="dim")
+
+
+def _border(row: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    own = (row["label"], row["batch"])
+    inside = row["inside"]
+    rows = [] if inside["label"] == row["label"] else [(INSIDE, inside)]
+    if row["outside"]:
+        rows.append((OUTSIDE, row["outside"]))
+    if row["one_image_more"] and (row["one_image_more"]["label"], row["one_image_more"]["batch"]) != own:
+        rows.append((MORE_IMAGES, row["one_image_more"]))
+    return rows
+
+
+def _joined(*texts: str) -> str:
+    return "; ".join(text for text in texts if text)
+
+
+def _breaks(row: dict[str, Any]) -> str:
+    return f": breaks {', '.join(LIMITS[name].title for name in row['breaks'])}" if row["breaks"] else ""
+
+
+def _cells(row: dict[str, Any], columns: Sequence[Any]) -> list[str]:
+    cells = [row["label"], str(row["batch"])]
+    for limit in columns:
+        value, middle = row.get(limit.key), row.get(f"{limit.key}_middle")
+        text = "not run" if value is None else limit.text(value)
+        cells.append(text if middle is None else f"{limit.text(middle)} ({text})")
+    return cells
