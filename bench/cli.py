@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
+from skipcost.bench import ab_command, accuracy_command, gate_command
 from skipcost.bench import doctor as doctoring
 from skipcost.bench import explain as explaining
-from skipcost.bench import gate_command
 from skipcost.bench import show as showing
 from skipcost.bench.cases import CHOICES
 from skipcost.bench.console import DB, DEVICE, ERR, JSON, MODEL, OUT, SET, SIZE, SWEEP, progress_bar, settings_of
@@ -111,7 +112,7 @@ def sweep(
         def tell(case: PlannedCase, results: list[Result]) -> None:
             for result in results:
                 counts[result.outcome] = counts.get(result.outcome, 0) + 1
-            progress.update(bar, advance=1, description=case.case.spec.label)
+            progress.update(bar, advance=1, description=escape(case.case.spec.label))
 
         try:
             run_sweep(planned, opened, server, seed, tell)
@@ -188,6 +189,8 @@ def kernels(context: typer.Context) -> None:
 
 app.command()(gate_command.baseline)
 app.command()(gate_command.gate)
+app.command()(ab_command.ab)
+app.command()(accuracy_command.accuracy)
 
 
 def main() -> None:
