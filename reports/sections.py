@@ -13,6 +13,7 @@ from typing import Any
 
 from skipcost.bench.metrics import METRICS
 from skipcost.bench.records import Result
+from skipcost.reports.accuracy import accuracy_context
 from skipcost.reports.compare import Spread, ratios
 from skipcost.reports.curves import scaling_context, tradeoff_context
 from skipcost.reports.data import BASE, REFERENCE_SKIP, Data
@@ -143,6 +144,7 @@ SECTIONS: tuple[Section, ...] = (
     Section("tradeoffs", "What is traded for what", "Trade-offs", tradeoff_context),
     Section("networks", "Where in the network the cost is", "Networks", networks_context),
     Section("kernels", "What fused kernels can win", "Kernels", kernels_context),
+    Section("accuracy", "How far predicted GPU memory is off", "Accuracy", accuracy_context),
     Section("rows", "All rows", "All rows", rows_context),
     Section("failures", "Failures and doubts", "Failures", failures_context),
     Section("metrics", "How each number was made", "Metrics", metrics_context),
