@@ -1,0 +1,230 @@
+"""Peak live bytes of a case by arithmetic: no tensor, no torch.
+
+A case's structure (which steps its network runs, in which setting) gives a program, kept for all cases that share it;
+its numbers (elements of maps, weights) turn that into bytes: every storage has `fixed + batch * per_image` of them.
+What is counted is what operators return to the program; workspaces inside them, an allocator's rounding and a GPU's
+context are not. backend=eager only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skipcost.bench import step
+from skipcost.bench.cases import Case
+from skipcost.bench.derivatives import FLOAT, HALF, Setting
+from skipcost.bench.schedule import Call, Schedule, schedule
+from skipcost.bench.tape import KINDS
+
+__all__ = [
+    "KINDS",
+    "Envelope",
+    "Storage",
+    "Timeline",
+    "Track",
+    "at_peak",
+    "envelope",
+    "peak_bytes",
+    "timeline",
+    "tracks",
+]
+
+Whole = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """One block of memory: what is in it and how many bytes it has; `kind` is one of KINDS."""
+
+    name: str
+    kind: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """What is alive when. In `events`, i + 1 makes storage i and -(i + 1) ends it.
+
+    `moments`: from which event on what runs. `steady_from` is the first event of the step that repeats: at inference
+    the first after what is there before, in training the first of the second step.
+    """
+
+    storages: tuple[Storage, ...]
+    events: tuple[int, ...]
+    moments: tuple[tuple[int, str], ...]
+    steady_from: int
+
+
+class Track(NamedTuple):
+    """One storage over the events of a timeline: alive from after `start` to before `end`, as positions among them."""
+
+    name: str
+    kind: str
+    bytes: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """The peak as a function of the batch: the largest of `fixed + batch * per_image` over `lines`.
+
+    `single` is the peak of one image where that is less: its shares of a concatenation's gradient are blocks of
+    memory, into which gradients can be added.
+    """
+
+    lines: tuple[tuple[int, int], ...]
+    single: int
+
+    def peak(self, batch: int) -> int:
+        """Bytes with `batch` images."""
+        return self.single if batch == 1 else max(fixed + batch * each for fixed, each in self.lines)
+
+    def largest_batch(self, limit_bytes: int) -> int:
+        """The most images whose peak is within the limit; 0 where not even one is."""
+        batch = min((limit_bytes - fixed) // each for fixed, each in self.lines if each)
+        if batch > 1 and all(fixed <= limit_bytes for fixed, _ in self.lines):
+            return batch
+        return int(self.single <= limit_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """A program as arrays: for each storage where its number stands, for each event which storage and its sign."""
+
+    program: step.Program
+    row: Whole
+    column: Whole
+    item: Whole
+    per_image: NDArray[np.bool_]
+    storage: Whole
+    sign: Whole
+
+    def bytes(self, numbers: Whole) -> tuple[Whole, Whole]:
+        """Fixed bytes, and bytes an image, of each storage."""
+        each = numbers[self.row, self.column] * self.item
+        return np.where(self.per_image, 0, each), np.where(self.per_image, each, 0)
+
+    def live(self, numbers: Whole) -> tuple[Whole, Whole]:
+        """Fixed bytes, and bytes an image, alive after each event."""
+        fixed, per_image = self.bytes(numbers)
+        return np.cumsum(fixed[self.storage] * self.sign), np.cumsum(per_image[self.storage] * self.sign)
+
+
+@lru_cache(maxsize=512)
+def _compiled(
+    calls: tuple[Call, ...],
+    heads: tuple[tuple[int, ...], int | None, bool],
+    setting: Setting,
+    traced: bool,  # noqa: FBT001 - a key
+) -> _Compiled:
+    program = step.write(calls, heads, setting, traced=traced)
+    rows, columns, items, per_image = zip(*program.sizes, strict=True)
+    events = np.array(program.events, dtype=np.int64)
+    row, column, item = (np.array(each, dtype=np.int64) for each in (rows, columns, items))
+    scaled = np.array(per_image, dtype=bool)
+    return _Compiled(program, row, column, item, scaled, np.abs(events) - 1, np.sign(events))
+
+
+def _setting(case: Case) -> Setting:
+    autocast = case.precision.startswith("amp")
+    training = case.mode == "training"
+    return Setting(
+        training=training,
+        item=HALF if case.precision in {"bf16", "fp16"} else FLOAT,
+        autocast=autocast,
+        device=case.device,
+        loss=case.loss,
+        optimizer=case.optimizer,
+        scaled=training and case.precision == "amp-fp16",
+        solid=training and case.batch == 1 and case.layout == "contiguous",
+    )
+
+
+def _resolve(case: Case, *, traced: bool) -> tuple[_Compiled, Whole]:
+    """The program of a case and its numbers."""
+    if case.backend != "eager":
+        message = f"backend={case.backend} cannot be predicted by arithmetic, which follows eager; use backend=eager"
+        raise ValueError(message)
+    graph = case.graph()
+    planned: Schedule = schedule(graph, case.height, case.width, training=case.mode == "training")
+    heads = planned.logits, planned.class_logits, case.spec.classes == 1
+    compiled = _compiled(planned.calls, heads, _setting(case), traced)
+    return compiled, np.array(planned.numbers, dtype=np.int64)
+
+
+def peak_bytes(case: Case, *, traced: bool = False) -> tuple[int, int]:
+    """Peak of live bytes in the first step and in a steady one; `traced`: as a dispatch mode sees the step."""
+    compiled, numbers = _resolve(case, traced=traced)
+    fixed, per_image = compiled.live(numbers)
+    live = fixed + case.batch * per_image
+    if case.mode == "inference":
+        peak = int(live.max())
+        return peak, peak
+    start = compiled.program.steady_from
+    return int(live[:start].max()), int(live[start - 1 :].max())
+
+
+def timeline(case: Case) -> Timeline:
+    """Every storage of a case, when it is made and when it ends."""
+    compiled, numbers = _resolve(case, traced=False)
+    fixed, per_image = compiled.bytes(numbers)
+    program, total = compiled.program, fixed + case.batch * per_image
+    storages = tuple(map(Storage, program.names, program.kinds, total.tolist()))
+    return Timeline(storages, program.events, program.moments, program.steady_from)
+
+
+def tracks(line: Timeline) -> tuple[Track, ...]:
+    """When each storage was alive, in the order of their making; what stays to the end ends after the last event."""
+    started: dict[int, int] = {}
+    ended: dict[int, int] = {}
+    for position, event in enumerate(line.events):
+        (started if event > 0 else ended)[abs(event) - 1] = position
+    return tuple(
+        Track(each.name, each.kind, each.bytes, started[index], ended.get(index, len(line.events)))
+        for index, each in enumerate(line.storages)
+    )
+
+
+def at_peak(line: Timeline) -> tuple[str, tuple[Storage, ...]]:
+    """What runs when the most is alive in the steady step, and all that is alive then, largest first."""
+    alive: set[int] = set()
+    live = most = peak = 0
+    then: set[int] = set()
+    for position, event in enumerate(line.events):
+        index = abs(event) - 1
+        live += line.storages[index].bytes if event > 0 else -line.storages[index].bytes
+        (alive.add if event > 0 else alive.discard)(index)
+        if position >= line.steady_from - 1 and live > most:
+            most, peak, then = live, position, set(alive)
+    moment = [what for start, what in line.moments if start <= peak][-1]
+    return moment, tuple(sorted((line.storages[index] for index in then), key=lambda each: -each.bytes))
+
+
+def envelope(case: Case) -> Envelope:
+    """The peak over all batches, of the first or a steady step, whichever is larger; `case.batch` does not matter."""
+    compiled, numbers = _resolve(replace(case, batch=2), traced=False)
+    fixed, per_image = compiled.live(numbers)
+    return Envelope(_upper(fixed, per_image), max(peak_bytes(replace(case, batch=1))))
+
+
+def _upper(fixed: Whole, per_image: Whole) -> tuple[tuple[int, int], ...]:
+    """The lines that are the highest at some batch of 1 or more, flattest first."""
+    batch, lines = 1, []
+    while True:
+        live = fixed + batch * per_image
+        top = int(live.max())
+        at = np.flatnonzero(live == top)
+        best = at[np.argmax(per_image[at])]
+        line = int(fixed[best]), int(per_image[best])
+        lines.append(line)
+        steeper = per_image > line[1]
+        if not steeper.any():
+            return tuple(lines)
+        gain, behind = per_image[steeper] - line[1], line[0] - fixed[steeper]
+        batch = int((behind // gain).min()) + 1
