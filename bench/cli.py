@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
+from rich.markup import escape
 
 from skipcost.bench import ab_command, accuracy_command, gate_command
 from skipcost.bench import doctor as doctoring

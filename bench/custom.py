@@ -174,6 +174,7 @@ def make(factory: Factory, device: str) -> tuple[nn.Module, str]:
             except Exception:
                 if device != "meta":
                     raise
+                said.seek(said.truncate(0))
                 with torch.device("cpu"):
                     network = function(**arguments)
         except SystemExit:

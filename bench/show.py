@@ -55,7 +55,7 @@ def write(frame: pd.DataFrame, form: str, console: Console, labels: dict[str, st
 def _for_people(frame: pd.DataFrame, labels: dict[str, str]) -> Table:
     """Only what differs between rows, and metrics that any row has, in readable units."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    fields = [name for name in CASE_KEYS if frame[name].nunique() > 1]
+    fields = [name for name in CASE_KEYS if len(set(frame[name].dropna())) > 1]
     metrics = [name for name in METRICS if frame[name].notna().any()]
     for name in ("network", *fields):
         table.add_column(name, no_wrap=True)
