@@ -9,7 +9,7 @@ import pytest
 from skipcost.bench.cases import CHOICES
 from skipcost.bench.devices import FIGURES, PRECISIONS, Device, device_named, devices
 from skipcost.bench.errors import BenchError
-from skipcost.kernels.dispatch import CARDS
+from skipcost.kernels.dispatch import CARDS, Card
 
 TABLE = devices()
 T4 = TABLE["t4"]
@@ -94,7 +94,7 @@ def test_a_device_that_would_spoil_every_figure_is_refused(change: dict[str, obj
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
-def test_dispatch_and_the_table_know_the_same_cards(card: object) -> None:
+def test_dispatch_and_the_table_know_the_same_cards(card: Card) -> None:
     """Kernels cannot import this table: theirs agrees with it to the three figures that it has."""
     device: Device = next(
         each
