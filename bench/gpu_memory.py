@@ -1,0 +1,220 @@
+"""What a GPU would report of a case, without the GPU: requested, allocated, reserved and process memory, as intervals.
+
+The case's timeline of live bytes is replayed through PyTorch's allocator three times, with every part that the network
+does not decide (`workspaces`) at its least, at its most, and at what we would bet on. The device's memory bounds what
+cuDNN may try. No torch, no GPU; how far the claims hold is for `skipcost accuracy` to say. Left out: what operators
+allocate for themselves beside convolutions (a few hundred KiB in a native batch norm of channels_last maps), and that
+group and instance norm on a GPU copy channels_last maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from skipcost.bench import workspaces
+from skipcost.bench.allocator import WORKSPACE, Replay, StepMemory, first_event, replay, two_steps
+from skipcost.bench.devices import device_named
+from skipcost.bench.errors import BenchError
+from skipcost.bench.gpu import describe_gpus
+from skipcost.bench.liveness import Storage, Timeline, timeline
+from skipcost.bench.records import Result
+from skipcost.bench.workspaces import Interval, Part
+from skipcost.unet_models.geometry import PlacedConv, place
+
+if TYPE_CHECKING:
+    from skipcost.bench.cases import Case
+    from skipcost.bench.devices import Device
+    from skipcost.unet_models.topology import SkipGraph
+
+SCENARIOS = ("low", "high", "likely")  # the fields of an Interval
+LIKELY = SCENARIOS.index("likely")
+
+
+@dataclass(frozen=True, slots=True)
+class StepPrediction:
+    """Peaks of one step in bytes: of live tensors alone (exact), and as a GPU reports them.
+
+    `process` is what the driver counts at the end of the step: the segments still held, and the context.
+    """
+
+    live: Interval
+    requested: Interval
+    allocated: Interval
+    reserved: Interval
+    process: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class GpuMemory:
+    """What is claimed of a case on a device, and the parts beyond live bytes that it rests on.
+
+    `shortage` says where the likely course of events runs out of memory, empty where it does not; the figures are then
+    those of a device without a bound.
+    """
+
+    first: StepPrediction
+    steady: StepPrediction
+    parts: tuple[Part, ...]
+    shortage: str
+
+
+def predict(case: Case, device: Device) -> GpuMemory:
+    """Predict what `device` reports of a case in the first step and in a later one. ValueError as `timeline` has it."""
+    steps = two_steps(timeline(case))
+    convolutions = named_convolutions(case.graph(), case.height, case.width)
+    parts = workspaces.parts(list(convolutions.values()), case, device)
+    context = parts["context"].first
+    replays = []
+    for scenario in SCENARIOS:  # a bound is wide: it has as much room as there may be
+        room = device.memory_bytes - (context.likely if scenario == "likely" else context.low)
+        replays.append(_replayed(*on_device(case, steps, parts, scenario), room))
+    first = _prediction(_live_peak(steps, 0), [each.first for each in replays], context)
+    steady = _prediction(_live_peak(steps, 1), [each.steady for each in replays], context)
+    return GpuMemory(first, steady, tuple(parts.values()), replays[LIKELY].shortage)
+
+
+def _prediction(live: int, replayed: list[StepMemory], context: Interval) -> StepPrediction:
+    requested, allocated, reserved, held = (
+        _over([getattr(each, name) for each in replayed]) for name in ("requested", "allocated", "reserved", "held")
+    )
+    return StepPrediction(Interval(live, live, live), requested, allocated, reserved, held + context)
+
+
+def _over(values: list[int]) -> Interval:
+    """The interval of a figure over SCENARIOS: more workspace may fragment less, so the bounds are the extremes."""
+    return Interval(min(values), max(values), values[LIKELY])
+
+
+def _live_peak(steps: Timeline, step: int) -> int:
+    """Peak of live bytes in the first step (0) or the steady one (1)."""
+    bounds = (first_event(steps), steps.steady_from, len(steps.events))
+    live = peak = 0
+    for at, event in enumerate(steps.events[: bounds[step + 1]]):
+        size = steps.storages[abs(event) - 1].bytes
+        live += size if event > 0 else -size
+        peak = max(peak, live) if at >= bounds[step] else live
+    return peak
+
+
+def _replayed(whole: Timeline, emptied: frozenset[int], capacity: int) -> Replay:
+    """Replay within the device's memory; where that is too little, without a bound, and say so."""
+    bounded = replay(whole, capacity, emptied)
+    return replace(replay(whole, None, emptied), shortage=bounded.shortage) if bounded.shortage else bounded
+
+
+def named_convolutions(graph: SkipGraph, height: int, width: int) -> dict[str, PlacedConv]:
+    """Every convolution by the name that a timeline has for it. ValueError for an image that is too small."""
+    steps_of = {
+        edge.name: [
+            *(["transposed convolution"] if edge.up else []),
+            *(["gate, map", "gate, signal", "gate, coefficients"] if edge.gate else []),
+            *(["convolution"] if edge.conv else []),
+            *(["projection"] if edge.project else []),
+        ]
+        for edge in graph.edges
+    } | {node.name: [f"convolution {at + 1}" for at in range(len(node.convs))] for node in graph.nodes}
+    named = {}
+    for placed in place(graph, height, width):
+        names = steps_of.get(placed.owner)
+        named[f"{placed.owner}: {names.pop(0)}" if names else placed.owner] = placed
+    return named
+
+
+def convolution_calls(steps: Timeline, convolutions: dict[str, PlacedConv], case: Case) -> dict[int, str]:
+    """By the event after which a convolution has its workspace, the moment that it belongs to.
+
+    Forward that is when its output was made; backward, when the gradient of its weight was, the last of its results
+    but for the bias.
+    """
+    calls = {}
+    ends = [start for start, _ in steps.moments[1:]] + [len(steps.events)]
+    for (start, moment), end in zip(steps.moments, ends, strict=True):
+        name = moment.removeprefix("backward of ")
+        if name not in convolutions:
+            continue
+        placed, forward = convolutions[name], moment == name
+        size = workspaces.value_bytes(case) * (case.batch * placed.outputs if forward else placed.conv.weights)
+        names = {name} if forward else {name, f"gradient of {name}: weight"}
+        for at in range(start, end):
+            made = steps.storages[abs(steps.events[at]) - 1]
+            if steps.events[at] > 0 and made.name in names and made.bytes == size:
+                calls[at] = moment
+                break
+    return calls
+
+
+def on_device(case: Case, steps: Timeline, parts: dict[str, Part], scenario: str) -> tuple[Timeline, frozenset[int]]:
+    """The timeline with everything that a GPU adds, in a scenario; and the events before which the cache is emptied.
+
+    Weights are made in 32 bits and contiguous, and copied one by one to the case's type and layout. Where cuDNN tries
+    algorithms, PyTorch allocates the largest workspace of all and empties its cache after it (Conv_v8.cpp), once for
+    each convolution of a shape.
+    """
+    convolutions = named_convolutions(case.graph(), case.height, case.width)
+    calls = convolution_calls(steps, convolutions, case)
+    storages, events, moved = list(steps.storages), list[int](), list[int]()
+    emptied, known = set[int](), set[object]()
+
+    def made(name: str, kind: str, size: int) -> int:
+        storages.append(Storage(name, kind, size))
+        return len(storages)
+
+    start = first_event(steps)
+    copies = {
+        event: made(f"{steps.storages[event - 1].name}, as made", "parameter", size)
+        for event in steps.events[:start]
+        if (size := workspaces.as_made(steps.storages[event - 1], case))
+    }
+    events += copies.values()
+    for at, event in enumerate(steps.events):
+        if at == start:
+            events += [
+                made(part.name, "buffer", getattr(part.steady, scenario)) for part in parts.values() if part.kept
+            ]
+        moved.append(len(events))
+        events.append(event)
+        if at < start and event in copies:
+            events.append(-copies[event])
+        if at in calls:
+            placed = convolutions[calls[at].removeprefix("backward of ")]
+            shape = (calls[at].startswith("backward"), placed.conv, placed.height, placed.width)
+            if case.cudnn_benchmark and shape not in known:
+                trial = made("workspaces tried", WORKSPACE, getattr(workspaces.tried_workspace(placed, case), scenario))
+                events += (trial, -trial)
+                emptied.add(len(events))
+            known.add(shape)
+            chosen = made("workspace", WORKSPACE, getattr(workspaces.chosen_workspace(placed, case), scenario))
+            events += (chosen, -chosen)
+    moved.append(len(events))
+    moments = ((0, steps.moments[0][1]), *((moved[at], name) for at, name in steps.moments[1:]))
+    whole = Timeline(tuple(storages), tuple(events), moments, moved[steps.steady_from])
+    return whole, frozenset(emptied)
+
+
+def predicted_here(case: Case, name_of: Callable[[str, bool], str]) -> list[Result]:
+    """Results of every figure for the GPU of this machine; `name_of(figure, first)` is a figure's metric."""
+    figures = [
+        (figure, first) for figure in ("requested", "allocated", "reserved", "process") for first in (False, True)
+    ]
+    try:
+        device = _device_here()
+        found = predict(case, device)
+    except (BenchError, ValueError) as error:
+        return [Result(name_of(*each), "unsupported", note=str(error)) for each in figures]
+    note = f"will not fit on {device.name}: {found.shortage}" if found.shortage else ""
+    results = []
+    for figure, first in figures:
+        claim: Interval = getattr(found.first if first else found.steady, figure)
+        detail = {"low": claim.low, "high": claim.high, "device": device.name}
+        results.append(Result(name_of(figure, first), samples=(claim.likely,), note=note, detail=detail))
+    return results
+
+
+def _device_here() -> Device:
+    gpus = describe_gpus()
+    if not gpus:
+        message = "there is no NVIDIA driver to name the GPU, so nothing says which to predict for"
+        raise BenchError(message)
+    return device_named(gpus[0]["name"])
