@@ -1,8 +1,8 @@
 """A latency verdict that can be believed: paired measurements, one error rate for the whole run, and a confirmation.
 
-Every case is measured by several pairs of fresh processes. What looks changed, with the chance of a single false alarm
-among all cases held at `alpha` (Holm), is measured again by as many fresh pairs, and only what changes again, the same
-way, is a verdict. So equal code is called changed in about alpha * confirm of all runs.
+Every subject is measured by several pairs of fresh processes. What looks changed, with the chance of a single false
+alarm among all subjects held at `alpha` (Holm), is measured again by as many fresh pairs, and only what changes again,
+the same way, is a verdict. So equal code is called changed in about alpha * confirm of all runs.
 """
 
 from __future__ import annotations
@@ -12,19 +12,17 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from skipcost.bench.cases import Case
-from skipcost.bench.duel import Bout, Side, SideError, bout, facing
+from skipcost.bench.duel import Bout, SideError
 from skipcost.bench.paired import Estimate, estimate, holm
-from skipcost.bench.revisions import Revision
 from skipcost.bench.verdicts import Verdict
 
-SETTLED_FROM = 3  # process pairs after which a case may be found unchanged and left alone
-HEAVY = 0.2  # share of the machine's processor time in other hands from which no case is called changed
-PROFILED = 5  # calls
+SETTLED_FROM = 3  # process pairs after which a subject may be found unchanged and left alone
+HEAVY = 0.2  # share of the machine's processor time in other hands from which nothing is called changed
 METRIC = "latency_s"
 
 
@@ -32,10 +30,9 @@ METRIC = "latency_s"
 class Rules:
     """How a comparison decides.
 
-    pairs: of processes, per case and stage; seconds: per case and pair. floor: the change that is too small to matter,
-    which also covers how code lies in memory; effect: the change that must be seen, or the case is inconclusive.
-    alpha: chance of a false suspicion in a run; confirm: of its false confirmation. slowdown: of the second side, for
-    the self-test.
+    pairs: of processes, per subject and stage; seconds: per subject and pair. floor: the change that is too small to
+    matter, which also covers how code lies in memory; effect: the change that must be seen, or the subject is
+    inconclusive. alpha: chance of a false suspicion in a run; confirm: of its false confirmation.
     """
 
     pairs: int = 5
@@ -44,7 +41,23 @@ class Rules:
     effect: float = 0.05
     alpha: float = 0.05
     confirm: float = 0.05
-    slowdown: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What both revisions are timed at: a name for people, and the key by which it is known (a case's JSON)."""
+
+    name: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Arena:
+    """Where two revisions meet. `open` starts a fresh pair of processes; what it yields measures (key, profiled)."""
+
+    base: str
+    now: str
+    open: Callable[[], AbstractContextManager[Callable[[str, bool], Bout]]]
 
 
 class Journal:
@@ -55,44 +68,43 @@ class Journal:
         self._known: dict[tuple[str, int, str], Bout] = {}
         lines = path.read_text().splitlines() if path and path.exists() else []
         if lines and json.loads(lines[0]) == header:
-            for line in lines[1:]:
-                row = json.loads(line)
-                self._known[row["stage"], row["pair"], row["case"]] = Bout(
-                    **{**row["bout"], "ratios": tuple(row["bout"]["ratios"])}
-                )
+            rows = [json.loads(line) for line in lines[1:]]
+            self._known = {(row["stage"], row["pair"], row["subject"]): Bout.from_json(row["bout"]) for row in rows}
         elif path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(header) + "\n")
 
-    def get(self, stage: str, pair: int, case: Case) -> Bout | None:
+    def get(self, stage: str, pair: int, key: str) -> Bout | None:
         """What was measured already."""
-        return self._known.get((stage, pair, case.to_json()))
+        return self._known.get((stage, pair, key))
 
-    def add(self, stage: str, pair: int, case: Case, measured: Bout) -> None:
+    def add(self, stage: str, pair: int, key: str, measured: Bout) -> None:
         """Keep a measurement."""
         if self.path:
-            row = {"stage": stage, "pair": pair, "case": case.to_json(), "bout": asdict(measured)}
+            row = {"stage": stage, "pair": pair, "subject": key, "bout": asdict(measured)}
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
 
 @dataclass(slots=True)
 class Record:
-    """What is known of a case so far."""
+    """What is known of a subject so far."""
 
-    case: Case
-    bouts: list[Bout] = field(default_factory=list)
-    again: list[Bout] = field(default_factory=list)
+    subject: Subject
+    bouts: dict[str, list[Bout]] = field(default_factory=lambda: {"first": [], "confirm": []})
     failed: dict[str, str] = field(default_factory=dict)  # by revision
-    profiles: tuple[dict[str, float], dict[str, float]] | None = None
+
+    def estimate(self, stage: str) -> Estimate:
+        """The ratio that a stage's bouts say."""
+        return estimate([each.ratios for each in self.bouts[stage]])
 
     def settled(self, rules: Rules) -> bool:
         """Whether more pairs cannot matter: it cannot run, or is unchanged beyond doubt."""
         if self.failed:
             return True
-        if len(self.bouts) < SETTLED_FROM:
+        if len(self.bouts["first"]) < SETTLED_FROM:
             return False
-        found = estimate([each.ratios for each in self.bouts])
+        found = self.estimate("first")
         return found.p_value(0.0) > rules.alpha and _within(found, rules)
 
 
@@ -102,26 +114,25 @@ def _within(found: Estimate, rules: Rules) -> bool:
 
 
 def compare(
-    cases: Sequence[Case],
-    sides: tuple[Revision, Revision],
+    subjects: Sequence[Subject],
+    arena: Arena,
     rules: Rules,
     journal: Journal,
     tell: Callable[[int, str], None] = lambda _left, _name: None,
 ) -> list[Verdict]:
-    """Measure and judge every case; `tell(bouts left, name)` is called before each measurement."""
-    records = [Record(case) for case in cases]
-    _measure(records, sides, rules, journal, "first", tell)
+    """Measure and judge every subject; `tell(bouts left, name)` is called before each measurement."""
+    records = [Record(subject) for subject in subjects]
+    _measure(records, arena, rules, journal, "first", tell)
     able = [record for record in records if not record.failed]
-    found = {id(record): estimate([each.ratios for each in record.bouts]) for record in able}
-    fallen = holm([found[id(record)].p_value(rules.floor) for record in able], rules.alpha)
-    suspects = [record for record, suspect in zip(able, fallen, strict=True) if suspect]
-    _measure(suspects, sides, rules, journal, "confirm", tell)
-    return [_verdict(record, found.get(id(record)), rules, sides, len(suspects)) for record in records]
+    found = [record.estimate("first").p_value(rules.floor) for record in able]
+    suspects = [record for record, falls in zip(able, holm(found, rules.alpha), strict=True) if falls]
+    _measure(suspects, arena, rules, journal, "confirm", tell)
+    return [_verdict(record, arena, rules, len(suspects)) for record in records]
 
 
 def _measure(
     records: list[Record],
-    sides: tuple[Revision, Revision],
+    arena: Arena,
     rules: Rules,
     journal: Journal,
     stage: str,
@@ -131,75 +142,57 @@ def _measure(
     order = random.Random(stage)  # noqa: S311 - an order, not a secret
     for pair in range(rules.pairs):
         todo = [record for record in records if stage == "confirm" or not record.settled(rules)]
-        order.shuffle(todo)
-        known = {id(record): journal.get(stage, pair, record.case) for record in todo}
-        if all(known.values()):
-            for record in todo:
-                _keep(record, stage, known[id(record)])
+        missing = []
+        for record in todo:
+            known = journal.get(stage, pair, record.subject.key)
+            record.bouts[stage] += [known] if known else []
+            missing += [] if known or record.failed else [record]
+        if not missing:
             continue
-        with facing(*sides) as processes:
-            for number, record in enumerate(todo):
-                tell((rules.pairs - pair) * len(todo) - number, record.case.name)
-                if not record.failed:
-                    measured = known[id(record)] or _bout(record, processes, rules, profiled=stage == "confirm")
-                    _keep(record, stage, measured)
-                    if measured and not known[id(record)]:
-                        journal.add(stage, pair, record.case, measured)
+        order.shuffle(missing)
+        with arena.open() as measure:
+            for number, record in enumerate(missing):
+                tell((rules.pairs - pair - 1) * len(todo) + len(missing) - number, record.subject.name)
+                try:
+                    measured = measure(record.subject.key, stage == "confirm")
+                except SideError as error:
+                    record.failed.update(error.args[0])
+                    continue
+                record.bouts[stage].append(measured)
+                journal.add(stage, pair, record.subject.key, measured)
 
 
-def _bout(record: Record, processes: tuple[Side, Side], rules: Rules, *, profiled: bool) -> Bout | None:
-    try:
-        measured = bout(record.case, processes, rules.seconds, rules.slowdown)
-        if profiled and record.profiles is None:
-            first, second = (side.ask(profile=PROFILED)["profile"] for side in processes)
-            record.profiles = first, second
-    except SideError as error:
-        record.failed.update(error.args[0])
-        return None
-    return measured
+def _verdict(record: Record, arena: Arena, rules: Rules, suspects: int) -> Verdict:
+    name, key = record.subject.name, record.subject.key
+    if record.failed:
+        both = {arena.base, arena.now} <= set(record.failed)
+        word = "not_comparable" if both else "new" if arena.base in record.failed else "missing"
+        return Verdict(name, METRIC, word, why="; ".join(record.failed.values()), key=key)
+    bouts = record.bouts["confirm"] or record.bouts["first"]
+    base_s, now_s = (statistics.median(getattr(each, side) for each in bouts) for side in ("base_s", "now_s"))
+    word, shown, why = _word(record, rules, suspects)
+    return Verdict(name, METRIC, word, base_s, now_s, why, shown.ratio, shown.interval(rules.alpha), key)
 
 
-def _keep(record: Record, stage: str, measured: Bout | None) -> None:
-    if measured:
-        (record.bouts if stage == "first" else record.again).append(measured)
-
-
-def _verdict(
-    record: Record, found: Estimate | None, rules: Rules, sides: tuple[Revision, Revision], suspects: int
-) -> Verdict:
-    case, both = record.case, all(side.commit in record.failed for side in sides)
-    if record.failed or found is None:
-        word = "missing" if sides[0].commit not in record.failed else "not_comparable" if both else "new"
-        return Verdict(case.name, METRIC, word, why="; ".join(record.failed.values()), key=case.to_json())
-    bouts = record.again or record.bouts
-    base_s, now_s = (statistics.median(getattr(each, name) for each in bouts) for name in ("base_s", "now_s"))
-    word, shown, why = _word(record, found, rules, suspects)
-    interval = shown.interval(rules.alpha)
-    return Verdict(case.name, METRIC, word, base_s, now_s, why, shown.ratio, interval, case.to_json())
-
-
-def _word(record: Record, found: Estimate, rules: Rules, suspects: int) -> tuple[str, Estimate, str]:
+def _word(record: Record, rules: Rules, suspects: int) -> tuple[str, Estimate, str]:
     """The verdict, the estimate that it rests on, and a sentence."""
-    visible = found.visible(rules.alpha, rules.floor)
-    if not record.again:
+    found = record.estimate("first")
+    if not record.bouts["confirm"]:
+        visible = found.visible(rules.alpha, rules.floor)
         if _within(found, rules):
             return "unchanged", found, f"a change of {visible:.1%} would have been seen"
         return "inconclusive", found, f"no change smaller than {visible:.1%} could have been seen"
-    again = estimate([each.ratios for each in record.again])
+    again = record.estimate("confirm")
     same_way = math.copysign(1, math.log(again.ratio)) == math.copysign(1, math.log(found.ratio))
     if not same_way or again.p_value(rules.floor) > rules.confirm / suspects:
         return "inconclusive", again, f"looked changed by {found.ratio - 1:+.1%}, which fresh processes did not confirm"
-    others = statistics.median(each.others for each in (*record.bouts, *record.again))
+    others = statistics.median(each.others for stage in record.bouts.values() for each in stage)
     if others > HEAVY:
         return "inconclusive", again, f"other processes took {others:.0%} of the machine: too much to call it changed"
-    return "regressed" if again.ratio > 1 else "improved", again, _slowest(record)
+    return "regressed" if again.ratio > 1 else "improved", again, _told(record.bouts["confirm"][0].changes)
 
 
-def _slowest(record: Record) -> str:
-    """The operators whose own time changed most, by a profile of either side."""
-    if record.profiles is None:
-        return ""
-    base, now = record.profiles
-    change = {name: now.get(name, 0.0) - base.get(name, 0.0) for name in {**base, **now}}
-    largest = sorted(change.items(), key=lambda item: -abs(item[1]))[:2]
-    return "by a profile: " + ", ".join(f"{name} {seconds * 1e3:+.2f} ms" for name, seconds in largest)
+def _told(changes: Sequence[tuple[str, float]]) -> str:
+    """The operators whose own time changed most, in words."""
+    words = ", ".join(f"{name} {seconds * 1e3:+.2f} ms" for name, seconds in changes)
+    return f"by a profile: {words}" if words else ""

@@ -12,13 +12,15 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from skipcost.bench import self_test as testing
 from skipcost.bench import verdicts as telling
-from skipcost.bench.ab import Journal, Rules, compare
+from skipcost.bench.ab import Journal, Rules, Subject, compare
+from skipcost.bench.arenas import benchmarks_arena, benchmarks_of, cases_arena
+from skipcost.bench.benchmarks import is_benchmarks
 from skipcost.bench.cases import CHOICES, Case
 from skipcost.bench.console import ERR, JSON, OUT, SET, settings_of
 from skipcost.bench.environment import code_hash, cpus
 from skipcost.bench.errors import BenchError
 from skipcost.bench.plan import load_plan
-from skipcost.bench.revisions import WORKING_TREE, checked_out, dirty, resolve
+from skipcost.bench.revisions import WORKING_TREE, checked_out, dirty, own_repository, repository_here, resolve
 from skipcost.bench.verdicts import Verdict
 from skipcost.bench.worker import refusal_of
 from skipcost.unet_models.spec import suggest
@@ -31,9 +33,11 @@ DEFAULT = Rules()
 def ab(
     base: Annotated[str | None, typer.Argument(help="the revision to compare with: a branch, tag or commit")] = None,
     head: Annotated[str, typer.Argument(help="the revision to judge")] = WORKING_TREE,
-    sweep: Annotated[
-        str, typer.Option(help="whose cases are timed: a shipped sweep or the path of a TOML file")
-    ] = "ab",
+    sweep: Annotated[str, typer.Option(help="whose cases are timed: a sweep's name or the path of a TOML file")] = "ab",
+    benchmarks: Annotated[
+        list[str] | None,
+        typer.Option(help="time pytest benchmarks of this folder's repository instead, by their pytest names"),
+    ] = None,
     settings: SET = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     release: Annotated[str | None, typer.Option(help="compare with this revision too: small steps add up")] = None,
@@ -51,18 +55,20 @@ def ab(
         message = f"--effect {effect:g} is not above {DEFAULT.floor:g}, which is the change that is too small to matter"
         raise BenchError(message)
     rules = Rules(pairs=pairs, seconds=seconds, effect=effect)
-    cases = _cases(sweep, settings, device)
     if self_test:
-        _self_test(cases, rules, runs, as_json=as_json)
+        _self_test(_cases(sweep, settings, device), rules, runs, as_json=as_json)
         return
-    if base is None:
-        message = "name the revision to compare with, e.g. `skipcost ab main`"
+    if base is None or is_benchmarks(Path(base)):
+        stored = f"{base} has stored samples, taken at another time: they cannot give a paired verdict; "
+        message = f"{stored if base else ''}name the revision to compare with, e.g. `skipcost ab main`"
         raise BenchError(message)
-    if head == WORKING_TREE and dirty():
+    root = repository_here() if benchmarks else None
+    cases = [] if benchmarks else _cases(sweep, settings, device)
+    if head == WORKING_TREE and dirty(root):
         ERR.print("the working tree is compared as it is, uncommitted changes included")
     verdicts = []
     for name in (base, *([release] if release else [])):
-        found = _compare(name, head, cases, rules, sweep)
+        found = _benchmarks(name, head, benchmarks, root, rules) if root else _compare(name, head, cases, rules, sweep)
         if not as_json:
             OUT.print(f"{head} against {name}", highlight=False)
             telling.print_verdicts(found, OUT)
@@ -90,12 +96,26 @@ def _compare(base: str, head: str, cases: list[Case], rules: Rules, sweep: str) 
     code = code_hash() if now == WORKING_TREE else now
     header = {"base": commit, "now": code, "pairs": rules.pairs, "seconds": rules.seconds}
     path = Path("results") / f"ab-{Path(sweep).stem}-{commit[:8]}-{code[:8]}.jsonl"
+    subjects = [Subject(case.name, case.to_json()) for case in cases]
     with checked_out(commit) as first, checked_out(now) as second, _bar() as bar:
+        arena = cases_arena(first, second, rules)
         try:
-            return compare(cases, (first, second), rules, Journal(path, header), bar(f"against {base}"))
+            return compare(subjects, arena, rules, Journal(path, header), bar(f"against {base}"))
         except KeyboardInterrupt:
             ERR.print(f"skipcost: stopped; what was measured is kept in {path}, the same command goes on")
             raise typer.Exit(INTERRUPTED) from None
+
+
+def _benchmarks(base: str, head: str, names: list[str] | None, root: Path, rules: Rules) -> list[Verdict]:
+    commit, now = resolve(base, root), head if head == WORKING_TREE else resolve(head, root)
+    foreign = None if root == own_repository() else root  # the suite's own folders are imported under another name
+    with checked_out(commit, foreign) as first, checked_out(now, foreign) as second, _bar() as bar:
+        subjects = [Subject(name, name) for name in benchmarks_of(names or [], first, second)]
+        if not subjects:
+            message = f"{' '.join(names or [])} names no benchmark: there is nothing to time"
+            raise BenchError(message)
+        arena = benchmarks_arena(names or [], first, second)
+        return compare(subjects, arena, rules, Journal(None, {}), bar(f"against {base}"))
 
 
 @contextlib.contextmanager

@@ -21,6 +21,8 @@ from skipcost.bench.revisions import Revision
 
 TURN_S = 0.02  # of calls in a turn: long against the pipe's latency, short against what disturbs the machine
 LEAST_BLOCKS = 6
+PROFILED = 5  # calls
+NAMED = 2  # operators
 SCRIPT = Path(turns.__file__)
 
 
@@ -91,16 +93,25 @@ class Bout:
     """What one process pair measured of a case.
 
     ratios: log of now / base per block; base_s, now_s: medians of all calls; others: share of the machine's processor
-    time that went to other processes.
+    time that went to other processes; changes: the operators whose own seconds a call changed most, where profiled.
     """
 
     ratios: tuple[float, ...]
     base_s: float
     now_s: float
-    others: float
+    others: float = 0.0
+    changes: tuple[tuple[str, float], ...] = ()
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Bout:
+        """Read what `dataclasses.asdict` and JSON made of one."""
+        changes = tuple((name, seconds) for name, seconds in values["changes"])
+        return cls(**{**values, "ratios": tuple(values["ratios"]), "changes": changes})
 
 
-def bout(case: Case, sides: tuple[Side, Side], seconds: float, slowdown: float = 0.0) -> Bout:
+def bout(
+    case: Case, sides: tuple[Side, Side], seconds: float, slowdown: float = 0.0, *, profiled: bool = False
+) -> Bout:
     """Let both sides take turns at a case for about `seconds`, in blocks A B B A and B A A B by turns."""
     call_s = _prepare(case, sides, slowdown)
     calls = max(1, round(TURN_S / call_s))
@@ -117,7 +128,15 @@ def bout(case: Case, sides: tuple[Side, Side], seconds: float, slowdown: float =
             logs[at] += math.log(statistics.median(times)) / 2
         ratios.append(logs[1] - logs[0])
     others = _others_share(before, _busy(sides))
-    return Bout(tuple(ratios), statistics.median(found[0]), statistics.median(found[1]), others)
+    changes = _profile(sides) if profiled else ()
+    return Bout(tuple(ratios), statistics.median(found[0]), statistics.median(found[1]), others, changes)
+
+
+def _profile(sides: tuple[Side, Side]) -> tuple[tuple[str, float], ...]:
+    """Profile both sides and return the operators whose own time differs most, with seconds a call."""
+    base, now = (side.ask(profile=PROFILED)["profile"] for side in sides)
+    change = {name: now.get(name, 0.0) - base.get(name, 0.0) for name in {**base, **now}}
+    return tuple(sorted(change.items(), key=lambda item: -abs(item[1]))[:NAMED])
 
 
 def _prepare(case: Case, sides: tuple[Side, Side], slowdown: float) -> float:

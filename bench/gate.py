@@ -64,7 +64,7 @@ def _pair(name: str, metric: str, base: float | str, now: float | str, drift: st
         return Verdict(name, metric, "not_comparable", then, today, f"{base} in the baseline, {now} here")
     if drift:
         return Verdict(name, metric, "not_comparable", then, today, drift)
-    better = (today > then) == METRICS[metric].more_is_better
+    better = (today > then) == (metric in METRICS and METRICS[metric].more_is_better)
     return Verdict(name, metric, "improved" if better else "regressed", then, today)
 
 

@@ -13,7 +13,8 @@ import typer
 from skipcost.bench import verdicts as telling
 from skipcost.bench.attribution import attribute
 from skipcost.bench.baseline import Baseline, baseline_of, failures_of, read_baseline
-from skipcost.bench.console import DB, ERR, JSON, OUT
+from skipcost.bench.benchmarks import is_benchmarks, read_benchmarks
+from skipcost.bench.console import ERR, JSON, OUT
 from skipcost.bench.environment import code_hash
 from skipcost.bench.errors import BenchError, MachineError
 from skipcost.bench.gate import compared, judge
@@ -26,19 +27,14 @@ from skipcost.bench.verdicts import Verdict
 TITLE = "skipcost gate"
 
 
+DB = Annotated[Path, typer.Argument(help="a store of `skipcost sweep`, or the .json of pytest-benchmark")]
+
+
 def baseline(
     store: DB, output: Annotated[Path, typer.Option("-o", help="the file, e.g. bench/baselines/ci.jsonl")]
 ) -> None:
     """Write down what the cases of a store cost, one a line, for `skipcost gate` and for reviewers."""
-    with open_store(store) as opened:
-        if failed := failures_of(opened):
-            case, result = failed[0]
-            message = (
-                f"{len(failed)} exact metrics of {store} have no number, so it cannot be a baseline; the first: "
-                f"{result.metric} of {case.name}: {result.outcome} {result.note}"
-            )
-            raise BenchError(message)
-        made = baseline_of(opened)
+    made = read_benchmarks(store) if is_benchmarks(store) else _of_store(store)
     count = sum(len(entry.exact) for entry in made.entries.values())
     if not count:
         message = f"{store} holds no exact number: a baseline of it would compare nothing"
@@ -50,6 +46,18 @@ def baseline(
         message = f"cannot write {output}: {error.strerror}; name another file with -o"
         raise BenchError(message) from None
     ERR.print(f"{count} exact numbers of {len(made.entries)} cases in {output}", soft_wrap=True, highlight=False)
+
+
+def _of_store(store: Path) -> Baseline:
+    with open_store(store) as opened:
+        if failed := failures_of(opened):
+            case, result = failed[0]
+            message = (
+                f"{len(failed)} exact metrics of {store} have no number, so it cannot be a baseline; the first: "
+                f"{result.metric} of {case.name}: {result.outcome} {result.note}"
+            )
+            raise BenchError(message)
+        return baseline_of(opened)
 
 
 def gate(
@@ -68,6 +76,9 @@ def gate(
     if baseline is not None:
         verdicts = _against_file(store, baseline)
         update = f"skipcost baseline {store} -o {baseline}"
+    elif is_benchmarks(store):
+        message = f"--against takes a store; {store} has samples of one side: `skipcost ab --benchmarks` runs both"
+        raise BenchError(message)
     else:
         verdicts = _against_revision(store, str(against))
         update = ""
@@ -93,6 +104,8 @@ def _tell(verdicts: list[Verdict], junit: Path | None, *, as_json: bool) -> None
 
 def _against_file(path: Path, file: Path) -> list[Verdict]:
     base = read_baseline(file)
+    if is_benchmarks(path):
+        return judge(base, read_benchmarks(path))
     with open_store(path) as opened:
         _check_fresh(opened, path)
         return judge(base, baseline_of(opened), _reasons(opened))

@@ -23,14 +23,15 @@ WORKING_TREE = "working tree"
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """Sources of the suite at `commit` (or WORKING_TREE), importable through `path`."""
+    """Sources at `commit` (or WORKING_TREE), in the folder `tree`, importable through `path` (PYTHONPATH's form)."""
 
     commit: str
-    path: Path
+    path: str
+    tree: Path
 
     def environment(self) -> dict[str, str]:
         """Variables for a process that is to import this revision."""
-        return os.environ | {"PYTHONPATH": str(self.path), "PYTHONSAFEPATH": "1"}
+        return os.environ | {"PYTHONPATH": self.path, "PYTHONSAFEPATH": "1"}
 
     def command(self, module: str, *words: str) -> list[str]:
         """Return the command line that runs a module of this revision."""
@@ -63,10 +64,15 @@ def _git(folder: Path, *words: str) -> str:
     return done.stdout.strip()
 
 
-def resolve(name: str) -> str:
-    """The commit that a name stands for; BenchError where there is none."""
+def repository_here() -> Path:
+    """The git repository of the current folder; BenchError where it is in none."""
+    return Path(_git(Path.cwd(), "rev-parse", "--show-toplevel"))
+
+
+def resolve(name: str, root: Path | None = None) -> str:
+    """The commit that a name stands for, in the suite's repository or another one; BenchError where there is none."""
     try:
-        return _git(repository(), "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
+        return _git(root or repository(), "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
     except BenchError:
         message = (
             f"{name!r} is no revision of this repository: name a branch, a tag or a commit "
@@ -85,23 +91,37 @@ def merge_base(name: str) -> str:
         raise BenchError(message) from None
 
 
-def dirty() -> bool:
+def dirty(root: Path | None = None) -> bool:
     """Whether the working tree differs from HEAD."""
-    return bool(_git(repository(), "status", "--porcelain"))
+    return bool(_git(root or repository(), "status", "--porcelain"))
+
+
+def own_repository() -> Path | None:
+    """The suite's repository, or None for an installed copy."""
+    try:
+        return repository()
+    except BenchError:
+        return None
 
 
 @contextlib.contextmanager
-def checked_out(commit: str) -> Iterator[Revision]:
-    """Yield the sources of a commit, or of the working tree as it is, for as long as the block runs."""
-    root = repository()
+def checked_out(commit: str, root: Path | None = None) -> Iterator[Revision]:
+    """Yield the sources of a commit, or of the working tree as it is, for as long as the block runs.
+
+    root: another repository than the suite's own. Its packages are looked for at its top and in src/.
+    """
+    own = root is None
+    root = root or repository()
     with tempfile.TemporaryDirectory(prefix="skipcost-") as scratch:
         links, tree = Path(scratch) / "links", root
         if commit != WORKING_TREE:
             tree = Path(scratch) / "tree"
             _git(root, "worktree", "add", "--detach", "--quiet", str(tree), commit)
         try:
-            _link(tree, links / "skipcost", commit)
-            yield Revision(commit, links)
+            if own:
+                _link(tree, links / "skipcost", commit)
+            path = str(links) if own else os.pathsep.join((str(tree), str(tree / "src")))
+            yield Revision(commit, path, tree)
         finally:
             if tree != root:
                 _git(root, "worktree", "remove", "--force", str(tree))

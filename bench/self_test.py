@@ -6,13 +6,14 @@ Equal code against equal code, and against equal code with a real busy-wait in t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from skipcost.bench.ab import Journal, Rules, compare
+from skipcost.bench.ab import Journal, Rules, Subject, compare
+from skipcost.bench.arenas import cases_arena
 from skipcost.bench.cases import Case
 from skipcost.bench.paired import proportion
 from skipcost.bench.revisions import Revision
@@ -48,9 +49,9 @@ def self_test(
         for run in range(runs):
             what = f"{slowdown:.0%} slower, run {run + 1} of {runs}"
             verdicts = compare(
-                cases,
-                (here, here),
-                replace(rules, slowdown=slowdown),
+                [Subject(case.name, case.to_json()) for case in cases],
+                cases_arena(here, here, rules, slowdown),
+                rules,
                 Journal(None, {}),
                 lambda left, name, what=what: tell(what, left, name),  # type: ignore[misc]  # binds this run's name
             )

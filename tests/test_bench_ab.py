@@ -8,63 +8,50 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from skipcost.bench import ab, duel
-from skipcost.bench.ab import Journal, Rules, compare
+from skipcost.bench import duel
+from skipcost.bench.ab import Arena, Journal, Rules, Subject, compare
 from skipcost.bench.cases import Case
 from skipcost.bench.duel import Bout, SideError, bout, facing
 from skipcost.bench.revisions import Revision
 from skipcost.bench.turns import slowed
 from skipcost.unet_models import ModelSpec
 
-BASE, NOW = Revision("base", Path()), Revision("now", Path())
 CASES = tuple(Case(spec=ModelSpec(width=8 * number), threads=1) for number in range(1, 5))
 RULES = Rules(pairs=5)
 
 
 class Machine:
-    """Stands for both processes: gives each case the ratios that a function of (case, bouts so far) says."""
+    """An arena without processes: gives each case the ratios that a function of (case, bouts so far) says."""
 
     def __init__(self, ratio: Callable[[Case, int], float], others: float = 0.0, noise: float = 0.01) -> None:
         self.ratio, self.others, self.noise = ratio, others, noise
         self.bouts: list[str] = []
         self.random = np.random.default_rng(0)
 
-    def bout(self, case: Case, _sides: Any, _seconds: float, _slowdown: float) -> Bout:
+    def bout(self, key: str, profiled: bool) -> Bout:  # noqa: FBT001 - the arena's own form
         """Measure nothing; scatter as a quiet machine does."""
-        ratio = self.ratio(case, sum(each == case.to_json() for each in self.bouts))
-        self.bouts.append(case.to_json())
+        ratio = self.ratio(Case.from_json(key), self.bouts.count(key))
+        self.bouts.append(key)
         logs = math.log(ratio) + self.noise * self.random.standard_normal(20)
-        return Bout(tuple(logs.tolist()), 0.01, 0.01 * ratio, self.others)
-
-
-class Speaker:
-    """Stands for a process that is asked for a profile."""
-
-    def ask(self, **_request: Any) -> dict[str, Any]:
-        """Answer with one operator."""
-        return {"profile": {"aten::clone": 0.001}}
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, str]]:
-    """Compare CASES on a machine and return the verdicts by network."""
+        changes = (("aten::clone", 0.001),) if profiled else ()
+        return Bout(tuple(logs.tolist()), 0.01, 0.01 * ratio, self.others, changes)
 
     @contextlib.contextmanager
-    def facing_nobody(*_: Any) -> Iterator[tuple[Speaker, Speaker]]:
-        yield Speaker(), Speaker()
+    def open(self) -> Iterator[Callable[[str, bool], Bout]]:
+        """Yield what measures."""
+        yield self.bout
 
-    def compared(machine: Machine, rules: Rules = RULES, journal: Journal | None = None) -> dict[str, str]:
-        monkeypatch.setattr(ab, "bout", machine.bout)
-        monkeypatch.setattr(ab, "facing", facing_nobody)
-        found = compare(CASES, (BASE, NOW), rules, journal or Journal(None, {}))
-        return {Case.from_json(each.key).spec.label: each.verdict for each in found}
 
-    return compared
+def run(machine: Machine, journal: Journal | None = None) -> dict[str, str]:
+    """Compare CASES on a machine and return the verdicts by network."""
+    subjects = [Subject(case.name, case.to_json()) for case in CASES]
+    found = compare(subjects, Arena("base", "now", machine.open), RULES, journal or Journal(None, {}))
+    assert all("aten::clone +1.00 ms" in each.why for each in found if each.verdict in ("regressed", "improved"))
+    return {Case.from_json(each.key).spec.label: each.verdict for each in found}
 
 
 def changed(case: Case) -> bool:
@@ -73,9 +60,7 @@ def changed(case: Case) -> bool:
 
 
 @pytest.mark.parametrize(("ratio", "verdict"), [(1.1, "regressed"), (0.9, "improved"), (1.0, "unchanged")])
-def test_a_change_is_found_in_the_case_that_has_it(
-    run: Callable[..., dict[str, str]], ratio: float, verdict: str
-) -> None:
+def test_a_change_is_found_in_the_case_that_has_it(ratio: float, verdict: str) -> None:
     """Ten percent either way is a verdict on that case alone."""
     found = run(Machine(lambda case, _: ratio if changed(case) else 1.0))
 
@@ -83,28 +68,28 @@ def test_a_change_is_found_in_the_case_that_has_it(
     assert set(found.values()) == {"unchanged"}
 
 
-def test_what_fresh_processes_do_not_confirm_is_inconclusive(run: Callable[..., dict[str, str]]) -> None:
+def test_what_fresh_processes_do_not_confirm_is_inconclusive() -> None:
     """A change in the first five bouts alone is an accident of those processes."""
     found = run(Machine(lambda case, bouts: 1.2 if changed(case) and bouts < RULES.pairs else 1.0))
 
     assert found[CASES[1].spec.label] == "inconclusive"
 
 
-def test_a_change_that_turns_round_is_not_confirmed(run: Callable[..., dict[str, str]]) -> None:
+def test_a_change_that_turns_round_is_not_confirmed() -> None:
     """Slower at first and faster when measured again is no verdict in either direction."""
     found = run(Machine(lambda case, bouts: (1.2 if bouts < RULES.pairs else 0.8) if changed(case) else 1.0))
 
     assert found[CASES[1].spec.label] == "inconclusive"
 
 
-def test_a_busy_machine_calls_nothing_changed(run: Callable[..., dict[str, str]]) -> None:
+def test_a_busy_machine_calls_nothing_changed() -> None:
     """Where other processes take much of the machine, a change is inconclusive rather than red."""
     found = run(Machine(lambda case, _: 1.2 if changed(case) else 1.0, others=0.5))
 
     assert found[CASES[1].spec.label] == "inconclusive"
 
 
-def test_noise_that_hides_the_effect_is_inconclusive(run: Callable[..., dict[str, str]]) -> None:
+def test_noise_that_hides_the_effect_is_inconclusive() -> None:
     """Where a change of `effect` could have hidden, "unchanged" would be a lie."""
     random = np.random.default_rng(1)
 
@@ -113,7 +98,7 @@ def test_noise_that_hides_the_effect_is_inconclusive(run: Callable[..., dict[str
     assert "unchanged" not in found.values()
 
 
-def test_settled_cases_are_left_alone(run: Callable[..., dict[str, str]]) -> None:
+def test_settled_cases_are_left_alone() -> None:
     """A case that is unchanged beyond doubt takes no more than the fewest pairs; one in doubt takes them all."""
     machine = Machine(lambda case, _: 1.1 if changed(case) else 1.0, noise=0.002)
 
@@ -127,17 +112,15 @@ def test_settled_cases_are_left_alone(run: Callable[..., dict[str, str]]) -> Non
 @pytest.mark.parametrize(
     ("failing", "verdict"), [(("base",), "new"), (("now",), "missing"), (("base", "now"), "not_comparable")]
 )
-def test_a_case_that_one_side_cannot_run_is_told_apart(
-    run: Callable[..., dict[str, str]], failing: tuple[str, ...], verdict: str
-) -> None:
+def test_a_case_that_one_side_cannot_run_is_told_apart(failing: tuple[str, ...], verdict: str) -> None:
     """A case that only one side has is no pass."""
     machine = Machine(lambda _case, _bouts: 1.0)
     plain = machine.bout
 
-    def breaking(case: Case, *rest: Any) -> Bout:
-        if changed(case):
+    def breaking(key: str, profiled: bool) -> Bout:  # noqa: FBT001 - the arena's own form
+        if changed(Case.from_json(key)):
             raise SideError(dict.fromkeys(failing, "ValueError: unknown variant"))
-        return plain(case, *rest)
+        return plain(key, profiled)
 
     machine.bout = breaking  # type: ignore[method-assign]
 
@@ -147,7 +130,7 @@ def test_a_case_that_one_side_cannot_run_is_told_apart(
     assert list(found.values()).count("unchanged") == len(CASES) - 1
 
 
-def test_a_stopped_run_goes_on(run: Callable[..., dict[str, str]], tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     """After Ctrl-C in the middle the same command measures only what is missing; another revision starts anew."""
     path, header = tmp_path / "ab.jsonl", {"base": "a", "now": "b"}
     first = Machine(lambda _case, bouts: 1.0 if bouts < 2 else (_ for _ in ()).throw(KeyboardInterrupt))
@@ -168,7 +151,7 @@ def test_a_stopped_run_goes_on(run: Callable[..., dict[str, str]], tmp_path: Pat
 def test_two_processes_take_turns_and_a_busy_wait_shows() -> None:
     """A real pair of processes measures a real case; a wait of as long as the call itself doubles it."""
     case = Case(spec=ModelSpec(depth=1, width=4), height=32, width=32, threads=1)
-    here = Revision("here", Path(duel.__file__).parents[1])
+    here = Revision("here", "", Path())
 
     with facing(here, here) as sides:
         measured = bout(case, sides, 0.2, 1.0)
