@@ -23,7 +23,20 @@ from skipcost.bench.store import create_store
 from skipcost.bench.tables import COLUMNS
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 
-COMMANDS = ("plan", "sweep", "show", "explain", "baseline", "gate", "ab", "accuracy", "report", "kernels", "doctor")
+COMMANDS = (
+    "plan",
+    "sweep",
+    "show",
+    "explain",
+    "baseline",
+    "gate",
+    "ab",
+    "accuracy",
+    "calibrate",
+    "report",
+    "kernels",
+    "doctor",
+)
 
 
 def run(*words: str) -> str:

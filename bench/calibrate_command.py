@@ -1,0 +1,82 @@
+"""`skipcost calibrate`: fit a model of a device to a store's latencies, and say how wrong it is on other networks."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from skipcost.bench import figures
+from skipcost.bench.calibration import FEATURES, Calibration, Model, calibrate, file_of, save_calibration, words_of
+from skipcost.bench.cases import CHOICES
+from skipcost.bench.console import DB, ERR, JSON, OUT
+from skipcost.bench.errors import BenchError
+from skipcost.bench.store import open_store
+from skipcost.unet_models.spec import suggest
+
+DEVICES = ("auto", *CHOICES["device"])
+
+
+def calibrate_command(
+    store: DB,
+    output: Annotated[
+        Path | None, typer.Option("-o", help="the file; default results/calibrations/DEVICE.json")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU's rows where the store has any")] = "auto",
+    as_json: JSON = False,  # noqa: FBT002 - a flag of the command line
+) -> None:
+    """Fit what MACs, bytes and operators cost on a device to measured latencies, and report the error held out."""
+    if device not in DEVICES:
+        raise BenchError(suggest("device", device, DEVICES))
+    with open_store(store) as opened:
+        made = calibrate(opened, store.name, device)
+    path = output or file_of(made.device)
+    save_calibration(made, path)
+    OUT.print_json(data=asdict(made)) if as_json else print_calibration(made, OUT)
+    ERR.print(f"written to {path}", soft_wrap=True, highlight=False, markup=False)
+
+
+def print_calibration(made: Calibration, console: Console) -> None:
+    """The calibration for people."""
+    console.print(f"{made.device}, measured {made.measured}, {made.store}", highlight=False, markup=False)
+    if made.doubtful:
+        rows = "1 row" if made.doubtful == 1 else f"{made.doubtful} rows"
+        console.print(f"{rows} with a doubt (noise, throttling, warm-up) left out", highlight=False)
+    for model in made.models:
+        console.print(f"\n[bold]{words_of(model.setting)}[/bold]: {model.rows} rows, {model.networks} networks")
+        held = model.held_out
+        console.print(
+            f"  held out, by network: Spearman {held.spearman:.3f}, mean error {held.mean_error:.1%}, worst "
+            f"{held.worst_error:.1%}, within 10 %: {held.within_tenth:.0%} of rows",
+            highlight=False,
+        )
+        low, typical, high = model.ratios
+        console.print(
+            f"  {model.coverage:.0%} interval: {low / typical - 1:+.1%} to {high / typical - 1:+.1%} of the prediction",
+            highlight=False,
+        )
+        console.print(_costs(model))
+
+
+def _costs(model: Model) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2))
+    for name in ("  cost", "fitted", "as a rate"):
+        table.add_column(name, no_wrap=True, justify="left" if name == "  cost" else "right")
+    for name in FEATURES:
+        cost = model.costs[name]
+        if cost:
+            table.add_row(f"  {name}", *_words(name, cost))
+    return table
+
+
+def _words(name: str, cost: float) -> tuple[str, str]:
+    """A cost in words, and MACs and bytes also as what they reach in a second."""
+    if name.startswith("MACs"):
+        return f"{cost * 1e12:.3g} ps each", f"{figures.text(1 / cost, 'macs')}/s"
+    if name.startswith("bytes"):
+        return f"{cost * 1e12:.3g} ps each", f"{figures.text(1 / cost, 'bytes')}/s"
+    return f"{figures.text(cost, 'seconds')} each", ""
