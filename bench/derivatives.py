@@ -28,6 +28,7 @@ class Setting(NamedTuple):
     loss: str
     optimizer: str
     scaled: bool  # a gradient scaler is at work
+    channels_last: bool
     solid: bool  # a map's share of a concatenation is one block of memory: one image, channel by channel
 
 
@@ -129,9 +130,16 @@ def conv(run: Forward, row: int, call: Call, x: Value) -> Value:
     return relu(run, row, call, result, viewed=detail.norm == "instance") if detail.act else result
 
 
-def _statistics_item(run: Forward, x: Value) -> int:
-    """Bytes of a batch norm's mean: 32 bits, except where fake CPU tensors are traced, which follow the input."""
-    return x.item if run.tape.replays_views and run.tape.traced else FLOAT
+def _statistics_item(run: Forward, x: Value, *, grouped: bool = False) -> int:
+    """Bytes of a mean: 32 bits on a GPU, and on a CPU where parameters are of another type than the map.
+
+    Group norm on a GPU takes the map's type. On the meta device PyTorch answers as a GPU does, except for fake CPU
+    tensors, which follow the map.
+    """
+    fake = run.tape.traced and run.tape.replays_views
+    if run.tape.traced or run.setting.device == "cuda":
+        return x.item if grouped or fake else FLOAT
+    return FLOAT if run.setting.autocast else x.item
 
 
 def batch_norm(run: Forward, row: int, call: Call, x: Value) -> Value:
@@ -151,7 +159,7 @@ def group_norm(run: Forward, row: int, call: Call, x: Value) -> Value:
     tape, weights = run.tape, run.weights[row]
     if run.setting.autocast and run.setting.device == "cuda" and not tape.traced:
         x = cast_to(tape, x, FLOAT)
-    size = Size(row, GROUPS, x.item, per_image=True)
+    size = Size(row, GROUPS, _statistics_item(run, x, grouped=True), per_image=True)
     return _normalise(run, call, (tape.make(x.size, call.where, "map"), x, weights.scale, weights.shift), size)
 
 
@@ -167,10 +175,26 @@ def instance_norm(run: Forward, row: int, call: Call, x: Value) -> Value:
         return tape.differentiate(tape.result(each, (value,), f"{call.where}: repeated", "map"), (value,), backward)
 
     scale, shift = repeat(cast("Value", weights.scale)), repeat(cast("Value", weights.shift))
+    flat = _one_after_another(run, call, x)
     size = each.typed(_statistics_item(run, x))
-    result = _normalise(run, call, (tape.make(x.size, call.where, "map"), x, scale, shift), size)
-    tape.hold(shift)
+    result = _normalise(run, call, (tape.make(x.size, call.where, "map"), flat, scale, shift), size)
+    tape.hold(x, flat, shift)
     return result
+
+
+def _one_after_another(run: Forward, call: Call, x: Value) -> Value:
+    """Return the map channel by channel: a copy where it lies pixel by pixel (channels-last) and the two differ.
+
+    On the meta device convolutions answer channel by channel whatever the layout, so that a trace sees no copy.
+    """
+    if not run.setting.channels_last or run.tape.traced or cast("ConvDetail", call.detail).flat:
+        return x
+    copy = run.tape.result(x.size, (x,), f"{call.where}: channel by channel", "map")
+
+    def backward(_tape: Tape, gradient: Value) -> Given:
+        return (gradient,)
+
+    return run.tape.differentiate(copy, (x,), backward)
 
 
 def _normalise(run: Forward, call: Call, values: tuple[Value, Value, Value | None, Value | None], size: Size) -> Value:

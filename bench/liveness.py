@@ -142,6 +142,7 @@ def _setting(case: Case) -> Setting:
         loss=case.loss,
         optimizer=case.optimizer,
         scaled=training and case.precision == "amp-fp16",
+        channels_last=case.layout == "channels_last" and case.spec.norm == "instance",
         solid=training and case.batch == 1 and case.layout == "contiguous",
     )
 

@@ -31,6 +31,7 @@ class ConvDetail(NamedTuple):
     bias: bool
     norm: str
     act: bool
+    flat: bool  # one channel or one position: all layouts are the same
     place: Place
 
 
@@ -82,7 +83,8 @@ class _Walk:
         lost = conv.kernel - 1 if valid else 0
         grown = conv.kernel if conv.transposed else 1
         shape = conv.out_channels, (height - lost) * grown, (width - lost) * grown
-        detail = ConvDetail(conv.bias, conv.norm, conv.act, place)
+        flat = shape[0] == 1 or shape[1] * shape[2] == 1
+        detail = ConvDetail(conv.bias, conv.norm, conv.act, flat, place)
         groups = conv.norm_groups if conv.norm == "group" else 0
         return self.call("conv", where, (x,), shape, detail, conv.weights, groups)
 

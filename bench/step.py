@@ -91,6 +91,9 @@ def _binary_cross_entropy_with_logits(tape: Tape, logits: Value, target: Value) 
 
     def backward(tape: Tape, gradient: Value) -> Given:
         probability = tape.result(logits.size, (logits,), kind="map gradient")
+        if not tape.traced:  # the rest is done in place, unless a mode watches
+            tape.hold(gradient, target)
+            return (probability,)
         difference = tape.result(logits.size, (probability, target), kind="map gradient")
         return (tape.result(logits.size, (difference, gradient), kind="map gradient"),)
 
@@ -154,7 +157,7 @@ def _dice(tape: Tape, probability: Value, wanted: Value) -> Value:
     return tape.differentiate(loss, (ratio,), of_loss)
 
 
-def _one_hot(tape: Tape, logits: Value, target: Value) -> Value:
+def _one_hot(tape: Tape, setting: Setting, logits: Value, target: Value) -> Value:
     """Classes as 0 and 1 in 32 bits, by way of 64; what is traced compares, what runs scatters."""
     whole = logits.size.typed(LONG)
     if tape.traced:
@@ -163,6 +166,8 @@ def _one_hot(tape: Tape, logits: Value, target: Value) -> Value:
         found = tape.result(whole, (equal,))
         tape.hold(numbers)
     else:
+        if setting.device == "cpu":  # looks whether the classes are in range
+            tape.run([tape.make(SCALAR.typed(LONG)) for _ in range(2)], (target,))
         found = tape.result(whole, (target,))
     return tape.result(logits.size.typed(FLOAT), (found,), "wanted", "map")
 
@@ -188,7 +193,7 @@ def _from_logits(tape: Tape, setting: Setting, logits: Value, target: Value, *, 
     if one_class:
         return _binary_cross_entropy_with_logits(tape, logits, target)
     if setting.loss == "dice":
-        wanted = _one_hot(tape, logits, target)
+        wanted = _one_hot(tape, setting, logits, target)
         loss = _dice(tape, _kept(tape, logits, "probability"), wanted)
         tape.hold(wanted)
         return loss
@@ -246,6 +251,43 @@ def _both(tape: Tape, result: Value, first: Value, second: Value) -> Value:
     return tape.differentiate(result, (first, second), backward)
 
 
+class _Scaler:
+    """A gradient scaler: scales the loss, then looks for infinities; taken to find none, so that every step counts."""
+
+    def __init__(self, tape: Tape, setting: Setting) -> None:
+        self.tape, self.at_work = tape, setting.scaled and not tape.traced
+        self.state: list[Value] = []
+        self.found: list[Value] = []
+
+    def scale(self, loss: Value) -> Value:
+        """Return the loss times the scale."""
+        if not self.at_work:
+            return loss
+        if not self.state:
+            self.state = [self.tape.result(SCALAR, (), f"scaler: {name}", "optimizer") for name in ("scale", "tracker")]
+        scaled = _scalar(self.tape, loss, self.state[0])
+
+        def backward(tape: Tape, gradient: Value) -> Given:
+            return (_scalar(tape, gradient),)
+
+        return self.tape.differentiate(scaled, (loss,), backward)
+
+    def unscale(self) -> None:
+        """Invert the scale in 64 bits, and look for infinities; what was found stays until `update`."""
+        if self.at_work:
+            double = self.tape.result(SCALAR.typed(LONG), self.state)
+            inverse = self.tape.result(SCALAR.typed(LONG), (double,))
+            single = _scalar(self.tape, inverse)
+            zero = _scalar(self.tape)
+            self.found = [_scalar(self.tape, zero)]
+            copy = _scalar(self.tape, single)
+            self.tape.hold(copy, single, zero)
+
+    def update(self) -> None:
+        """Let go of what was found."""
+        self.tape.hold(*self.found)
+
+
 class _Optimizer:
     """AdamW or SGD with momentum; on a GPU over all parameters at once ("foreach"), else one by one."""
 
@@ -295,6 +337,7 @@ def _training_step(
     heads: tuple[tuple[int, ...], int | None, bool],
     given: list[Value],
     optimizer: _Optimizer,
+    scaler: _Scaler,
 ) -> None:
     tape = run.tape
     outputs, class_logits, one_class = heads
@@ -313,9 +356,13 @@ def _training_step(
         tape.hold(run.values[class_logits])
     tape.hold(*results)
     run.values = []
-    tape.run_backward(loss)
+    scaled = scaler.scale(loss)
+    tape.run_backward(scaled)
+    tape.hold(scaled)
     tape.where = "optimizer"
+    scaler.unscale()
     optimizer.run()
+    scaler.update()
     tape.hold(loss)
 
 
@@ -347,9 +394,9 @@ def write(
     tape.run(present)
     boundaries = [len(tape.lines)]
     if setting.training:
-        optimizer = _Optimizer(tape, setting, parameters)
+        optimizer, scaler = _Optimizer(tape, setting, parameters), _Scaler(tape, setting)
         for _ in range(2):
-            _training_step(run, calls, heads, [image, target], optimizer)
+            _training_step(run, calls, heads, [image, target], optimizer, scaler)
             boundaries.append(len(tape.lines))
     else:
         run_forward(run, calls, image)
