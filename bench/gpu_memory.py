@@ -2,9 +2,9 @@
 
 The case's timeline of live bytes is replayed through PyTorch's allocator three times, with every part that the network
 does not decide (`workspaces`) at its least, at its most, and at what we would bet on. The device's memory bounds what
-cuDNN may try. No torch, no GPU; how far the claims hold is for `skipcost accuracy` to say. Left out: what operators
-allocate for themselves beside convolutions (a few hundred KiB in a native batch norm of channels_last maps), and that
-group and instance norm on a GPU copy channels_last maps.
+cuDNN may try. No torch, no GPU; how far the claims hold is for `skipcost accuracy` to say. Left out: copies inside
+operators other than convolutions (softmax, group and instance norm make channels_last maps contiguous; a native batch
+norm of such maps takes a few hundred KiB).
 """
 
 from __future__ import annotations
@@ -14,19 +14,18 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from skipcost.bench import workspaces
-from skipcost.bench.allocator import WORKSPACE, Replay, StepMemory, first_event, replay, two_steps
+from skipcost.bench.allocator import Replay, StepMemory, first_event, replay, two_steps
+from skipcost.bench.device_timeline import named_convolutions, on_device
 from skipcost.bench.devices import device_named
 from skipcost.bench.errors import BenchError
 from skipcost.bench.gpu import describe_gpus
-from skipcost.bench.liveness import Storage, Timeline, timeline
+from skipcost.bench.liveness import Timeline, timeline
 from skipcost.bench.records import Result
 from skipcost.bench.workspaces import Interval, Part
-from skipcost.unet_models.geometry import PlacedConv, place
 
 if TYPE_CHECKING:
     from skipcost.bench.cases import Case
     from skipcost.bench.devices import Device
-    from skipcost.unet_models.topology import SkipGraph
 
 SCENARIOS = ("low", "high", "likely")  # the fields of an Interval
 LIKELY = SCENARIOS.index("likely")
@@ -102,95 +101,6 @@ def _replayed(whole: Timeline, emptied: frozenset[int], capacity: int) -> Replay
     """Replay within the device's memory; where that is too little, without a bound, and say so."""
     bounded = replay(whole, capacity, emptied)
     return replace(replay(whole, None, emptied), shortage=bounded.shortage) if bounded.shortage else bounded
-
-
-def named_convolutions(graph: SkipGraph, height: int, width: int) -> dict[str, PlacedConv]:
-    """Every convolution by the name that a timeline has for it. ValueError for an image that is too small."""
-    steps_of = {
-        edge.name: [
-            *(["transposed convolution"] if edge.up else []),
-            *(["gate, map", "gate, signal", "gate, coefficients"] if edge.gate else []),
-            *(["convolution"] if edge.conv else []),
-            *(["projection"] if edge.project else []),
-        ]
-        for edge in graph.edges
-    } | {node.name: [f"convolution {at + 1}" for at in range(len(node.convs))] for node in graph.nodes}
-    named = {}
-    for placed in place(graph, height, width):
-        names = steps_of.get(placed.owner)
-        named[f"{placed.owner}: {names.pop(0)}" if names else placed.owner] = placed
-    return named
-
-
-def convolution_calls(steps: Timeline, convolutions: dict[str, PlacedConv], case: Case) -> dict[int, str]:
-    """By the event after which a convolution has its workspace, the moment that it belongs to.
-
-    Forward that is when its output was made; backward, when the gradient of its weight was, the last of its results
-    but for the bias.
-    """
-    calls = {}
-    ends = [start for start, _ in steps.moments[1:]] + [len(steps.events)]
-    for (start, moment), end in zip(steps.moments, ends, strict=True):
-        name = moment.removeprefix("backward of ")
-        if name not in convolutions:
-            continue
-        placed, forward = convolutions[name], moment == name
-        size = workspaces.value_bytes(case) * (case.batch * placed.outputs if forward else placed.conv.weights)
-        names = {name} if forward else {name, f"gradient of {name}: weight"}
-        for at in range(start, end):
-            made = steps.storages[abs(steps.events[at]) - 1]
-            if steps.events[at] > 0 and made.name in names and made.bytes == size:
-                calls[at] = moment
-                break
-    return calls
-
-
-def on_device(case: Case, steps: Timeline, parts: dict[str, Part], scenario: str) -> tuple[Timeline, frozenset[int]]:
-    """The timeline with everything that a GPU adds, in a scenario; and the events before which the cache is emptied.
-
-    Weights are made in 32 bits and contiguous, and copied one by one to the case's type and layout. Where cuDNN tries
-    algorithms, PyTorch allocates the largest workspace of all and empties its cache after it (Conv_v8.cpp), once for
-    each convolution of a shape.
-    """
-    convolutions = named_convolutions(case.graph(), case.height, case.width)
-    calls = convolution_calls(steps, convolutions, case)
-    storages, events, moved = list(steps.storages), list[int](), list[int]()
-    emptied, known = set[int](), set[object]()
-
-    def made(name: str, kind: str, size: int) -> int:
-        storages.append(Storage(name, kind, size))
-        return len(storages)
-
-    start = first_event(steps)
-    copies = {
-        event: made(f"{steps.storages[event - 1].name}, as made", "parameter", size)
-        for event in steps.events[:start]
-        if (size := workspaces.as_made(steps.storages[event - 1], case))
-    }
-    events += copies.values()
-    for at, event in enumerate(steps.events):
-        if at == start:
-            events += [
-                made(part.name, "buffer", getattr(part.steady, scenario)) for part in parts.values() if part.kept
-            ]
-        moved.append(len(events))
-        events.append(event)
-        if at < start and event in copies:
-            events.append(-copies[event])
-        if at in calls:
-            placed = convolutions[calls[at].removeprefix("backward of ")]
-            shape = (calls[at].startswith("backward"), placed.conv, placed.height, placed.width)
-            if case.cudnn_benchmark and shape not in known:
-                trial = made("workspaces tried", WORKSPACE, getattr(workspaces.tried_workspace(placed, case), scenario))
-                events += (trial, -trial)
-                emptied.add(len(events))
-            known.add(shape)
-            chosen = made("workspace", WORKSPACE, getattr(workspaces.chosen_workspace(placed, case), scenario))
-            events += (chosen, -chosen)
-    moved.append(len(events))
-    moments = ((0, steps.moments[0][1]), *((moved[at], name) for at, name in steps.moments[1:]))
-    whole = Timeline(tuple(storages), tuple(events), moments, moved[steps.steady_from])
-    return whole, frozenset(emptied)
 
 
 def predicted_here(case: Case, name_of: Callable[[str, bool], str]) -> list[Result]:

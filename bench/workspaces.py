@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from skipcost.unet_models.geometry import PlacedConv
 
 VALUE_BYTES = {"fp32": 4, "tf32": 4}  # of what a convolution reads and writes; 2 in every other precision
+CUDNN_NORM = ("fp32", "tf32", "amp-fp16")  # where PyTorch leaves batch norm to cuDNN (Normalization.cpp)
 TILE, TILE_OUTPUTS = 32, 30  # cuDNN's FFT_TILING: tiles of 32 x 32 give 30 x 30 outputs of a 3x3 convolution
 CONTEXT_SOURCE = (
     "not measured yet on a card of ours. Elsewhere, with kernels loaded lazily: 274 MiB with a segment of 20 "
@@ -34,8 +35,8 @@ CUBLAS_SOURCE = (
     "convolution without cuDNN would make it"
 )
 NORM_SOURCE = (
-    "torch's cudnn/BatchNorm.cpp asks for a reserve in the persistent mode (channels_last, training, not bf16); cuDNN "
-    "does not document its size: at most a bit per element, as its fused ReLU would need"
+    "torch's cudnn/BatchNorm.cpp asks for a reserve in the persistent mode (channels_last, training, no bf16, weights "
+    "of 32 bits); cuDNN does not document its size: at most a bit per element, as its fused ReLU would need"
 )
 SCALER_SOURCE = "torch.amp.GradScaler: scale, growth tracker, inverse and found_inf, one value each"
 
@@ -53,10 +54,6 @@ class Interval:
         if not 0 <= self.low <= self.likely <= self.high:
             message = f"an interval of bytes has 0 <= low <= likely <= high, not {self.low}, {self.likely}, {self.high}"
             raise ValueError(message)
-
-    def __contains__(self, value: float) -> bool:
-        """Whether the claim holds of a measured value."""
-        return self.low <= value <= self.high
 
     def __add__(self, other: Interval) -> Interval:
         """Bounds of the sum."""
@@ -162,7 +159,7 @@ def cublas_workspace(device: Device) -> Interval:
 
 def norm_reserve(convolutions: list[PlacedConv], case: Case) -> Interval:
     """What cuDNN's batch norm keeps from forward to backward, over all layers."""
-    cudnn = case.mode == "training" and case.layout == "channels_last" and not case.precision.endswith("bf16")
+    cudnn = case.mode == "training" and case.layout == "channels_last" and case.precision in CUDNN_NORM
     elements = sum(placed.outputs for placed in convolutions if placed.conv.norm == "batch") * case.batch
     return Interval(0, -(-elements // 8) if cudnn else 0, 0)
 

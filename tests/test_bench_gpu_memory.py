@@ -10,8 +10,9 @@ import pytest
 from skipcost.bench import gpu_memory, workspaces
 from skipcost.bench.allocator import WORKSPACE, first_event, two_steps
 from skipcost.bench.cases import CHOICES, Case
+from skipcost.bench.device_timeline import convolution_calls, gathered_gradients, named_convolutions, on_device
 from skipcost.bench.devices import Device, devices
-from skipcost.bench.gpu_memory import SCENARIOS, GpuMemory, convolution_calls, named_convolutions, on_device, predict
+from skipcost.bench.gpu_memory import SCENARIOS, GpuMemory, predict
 from skipcost.bench.liveness import Timeline, peak_bytes, timeline
 from skipcost.bench.metrics import METRICS
 from skipcost.bench.records import Result
@@ -93,7 +94,8 @@ def test_what_is_added_leaves_the_timeline_itself_as_it_was(scenario: str, mode:
     assert [whole.events[at] for at in own] == list(steps.events)
     assert [name for _, name in whole.moments] == [name for _, name in steps.moments]
     for (old, _), (new, _) in zip(steps.moments[1:], whole.moments[1:], strict=True):
-        assert new == own[old]
+        gathers = whole.storages[abs(whole.events[new]) - 1].name == "gradient, gathered"
+        assert new == own[old] - gathers
     assert whole.steady_from == own[steps.steady_from]
 
 
@@ -140,6 +142,37 @@ def test_cudnn_tries_each_shape_once_and_the_cache_is_emptied_after_it(mode: str
     assert max(emptied) < whole.steady_from
     assert all(whole.storages[whole.events[at] - 1].kind == WORKSPACE for at in emptied)
     assert added(replace(case, cudnn_benchmark=False), "likely")[2] == frozenset()
+
+
+@pytest.mark.parametrize(("label", "changes", "gathered"), [
+    ("unet/d2/w8/concat", {}, 2),
+    ("unet++/d2/w8/concat", {}, 3),
+    ("unet/d2/w8/concat", {"batch": 1}, 0),  # a slice of one image is a block of memory
+    ("unet/d2/w8/concat", {"batch": 1, "layout": "channels_last"}, 2),
+    ("unet/d2/w8/concat", {"mode": "inference"}, 0),
+    ("unet/d2/w8/concat/upsample=bilinear", {}, 0),  # no convolution reads that gradient
+    ("unet/d2/w8/sum", {}, 0),
+    ("unet/d2/w8/none", {}, 0),
+    ("unet/d2/w8/gated", {}, 0),  # the gate's own gradients are added to it
+    ("unet/d2/w8/concat", {"height": 94}, 2),  # it is the skip that is cropped
+])  # fmt: skip
+def test_gradients_that_are_slices_are_gathered(label: str, changes: dict[str, object], gathered: int) -> None:
+    """Each step copies the gradient of a transposed convolution that goes straight into a concatenation."""
+    case = case_of(label, **changes)
+    steps, whole, _ = added(case, "low")
+
+    found = gathered_gradients(steps, case)
+    copies = [number for number, each in enumerate(whole.storages, start=1) if each.name == "gradient, gathered"]
+
+    assert len(found) == len(copies) == 2 * gathered
+    for moment, size in found.values():
+        placed = convolutions_of(case)[moment.removeprefix("backward of ")]
+        assert size == 4 * case.batch * placed.outputs
+    for number in copies:
+        spell = whole.events[whole.events.index(number) : whole.events.index(-number)]
+        assert any(
+            whole.storages[event - 1].name.endswith("transposed convolution: weight") for event in spell if event > 0
+        )
 
 
 @pytest.mark.parametrize("label", LABELS)
@@ -244,11 +277,12 @@ def test_workspaces_know_what_a_convolution_reads(label: str, name: str, read: i
 
 
 @pytest.mark.parametrize(("changes", "kept"), [
-    ({"precision": "fp32"}, True), ({"precision": "amp-fp16"}, True), ({"precision": "bf16"}, False),
+    ({"precision": "fp32"}, True), ({"precision": "amp-fp16"}, True), ({"precision": "fp16"}, False),
+    ({"precision": "bf16"}, False),
     ({"precision": "amp-bf16"}, False), ({"mode": "inference"}, False), ({"layout": "contiguous"}, False),
 ])  # fmt: skip
 def test_batch_norm_keeps_a_reserve_in_cudnns_persistent_mode_only(changes: dict[str, str], kept: bool) -> None:  # noqa: FBT001 - a row of the table above
-    """Training, channels-last, and not bf16, which cuDNN's batch norm is not asked to do."""
+    """Training, channels-last, weights of 32 bits and no bf16: the rest is left to PyTorch's own kernels."""
     case = case_of(**{"layout": "channels_last"} | changes)
     outputs = sum(case.batch * each.outputs for each in convolutions_of(case).values() if each.conv.norm == "batch")
 
