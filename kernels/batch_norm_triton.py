@@ -4,7 +4,7 @@ Triton reads the annotation of a kernel's argument as its type, so arguments are
 and written through the strides of N, H and W, with channels next to each other. Whatever is summed is summed in
 float32, or float64 for float64 maps, in an order that the launch fixes: there are no atomics.
 """
-# ruff: noqa: ANN001, ANN201, ANN202 - see above
+# ruff: noqa: ANN001, ANN202 - see above
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from skipcost.kernels.conv_triton import summarize
+from skipcost.kernels.pixels_triton import channels_of, offsets, pixels_of
 
 
 @triton.jit(do_not_specialize=["batch", "height", "width"])
@@ -245,26 +246,3 @@ def _normalized(values, c, in_c, mean, variance, gamma, beta, eps: tl.constexpr)
     scales = tl.broadcast_to(scale[None, :], away.shape)
     shifts = tl.broadcast_to(shift[None, :], away.shape)
     return away * inverse[None, :], scale, tl.fma(away, scales, shifts)
-
-
-@triton.jit
-def pixels_of(tile, batch, height, width, wide: tl.constexpr, tile_pixels: tl.constexpr):
-    """Return image, row and column of each pixel of a tile, and whether it exists; all [tile_pixels]."""
-    if wide:  # all addresses are computed from this one, so all of them become 64 bits wide
-        tile = tile.to(tl.int64)
-    pixel = tile * tile_pixels + tl.arange(0, tile_pixels)
-    n = pixel // width // height
-    return n, (pixel // width) % height, pixel % width, n < batch
-
-
-@triton.jit
-def channels_of(block, channels, tile_channels: tl.constexpr):
-    """Return the channels of a block, and whether each exists; both [tile_channels]."""
-    c = block * tile_channels + tl.arange(0, tile_channels)
-    return c, c < channels
-
-
-@triton.jit
-def offsets(n, i, j, strides):
-    """Return where the pixels of a map start, in elements."""
-    return n * strides[0] + i * strides[1] + j * strides[2]

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from skipcost.kernels.conv_triton import finished, largest_of, summarize
+from skipcost.kernels.pixels_triton import position
 
 
 @triton.jit(do_not_specialize=["out_height", "out_width"])
@@ -57,9 +58,9 @@ def conv(
     tile = program // across
     tiles_across = tl.cdiv(out_width, tile_columns)
     tiles_down = tl.cdiv(out_height, tile_rows)
-    left = (tile % tiles_across) * tile_columns
-    top = (tile // tiles_across % tiles_down) * tile_rows
-    n = tile // (tiles_across * tiles_down)
+    n, down, right = position(tile, tiles_down, tiles_across)
+    top = down * tile_rows
+    left = right * tile_columns
     pixels: tl.constexpr = tile_rows * tile_columns
     total = tl.zeros((pixels, tile_channels), dtype=tl.float32)
     first = 0

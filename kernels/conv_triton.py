@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from skipcost.kernels.pixels_triton import offsets, position, zeros
+
 
 @triton.jit(do_not_specialize=["batch", "height", "width", "out_height", "out_width"])
 def conv(
@@ -51,11 +53,10 @@ def conv(
     n, y, x, inside = _pixels(tile, batch, out_height, out_width, pooled, tile_pixels)
     o = first_channel + tl.arange(0, tile_channels)  # [tile_channels]
     in_o = o < out_channels
-    total = _zeros(out, tile_pixels, tile_channels)
+    total = zeros(out, tile_pixels, tile_channels)
     first = 0
     for source in tl.static_range(len(sources)):
         count = source_channels[source]
-        strides = source_strides[source]
         blocks = tl.cdiv(count, tile_depth)
         for step in range(side * side * blocks):
             tap = step // blocks
@@ -64,7 +65,7 @@ def conv(
             sy = y + tap // side - padding
             sx = x + tap % side - padding
             in_map = inside & (sy >= 0) & (sy < height) & (sx >= 0) & (sx < width)
-            pixel = n * strides[0] + sy * strides[1] + sx * strides[2]
+            pixel = offsets(n, sy, sx, source_strides[source])
             a = tl.load(sources[source] + pixel[:, None] + c[None, :], mask=in_map[:, None] & in_c[None, :], other=0.0)
             row = o * (side * side * in_channels) + tap * in_channels + first
             b = tl.load(weight + row[None, :] + c[:, None], mask=in_o[None, :] & in_c[:, None], other=0.0)
@@ -120,27 +121,16 @@ def conv_few(
     sy = y[:, None] + (tap // side)[None, :] - padding  # [tile_pixels, tile_depth]
     sx = x[:, None] + (tap % side)[None, :] - padding
     in_map = inside[:, None] & in_k[None, :] & (sy >= 0) & (sy < height) & (sx >= 0) & (sx < width)
-    address = (n * source_strides[0])[:, None] + sy * source_strides[1] + sx * source_strides[2]
-    address += (c * source_strides[3])[None, :]
+    address = offsets(n[:, None], sy, sx, source_strides) + (c * source_strides[3])[None, :]
     a = tl.load(source + address, mask=in_map, other=0.0)
     row = o * (side * side * in_channels)
     b = tl.load(weight + row[None, :] + k[:, None], mask=in_o[None, :] & in_k[:, None], other=0.0)
-    total = _zeros(out, tile_pixels, tile_channels)
+    total = zeros(out, tile_pixels, tile_channels)
     total = tl.dot(a, b, total, input_precision=precision, out_dtype=total.dtype)
     _finish(
         total, tile, n, y, x, inside, o, in_o, scale, shift, out, pooled, partials, out_strides, pooled_strides,
         batch, out_height, out_width, out_channels, relu, tile_pixels, tile_channels,
     )  # fmt: skip
-
-
-@triton.jit
-def _zeros(out, tile_pixels: tl.constexpr, tile_channels: tl.constexpr):
-    """Sums start as zeros of 32 bits, or of 64 where the operands have them."""
-    if out.dtype.element_ty == tl.float64:
-        total = tl.zeros((tile_pixels, tile_channels), dtype=tl.float64)
-    else:
-        total = tl.zeros((tile_pixels, tile_channels), dtype=tl.float32)
-    return total
 
 
 @triton.jit
@@ -177,16 +167,11 @@ def _pixels(tile, batch, out_height, out_width, pooled, tile_pixels: tl.constexp
     """
     m = tile * tile_pixels + tl.arange(0, tile_pixels)  # [tile_pixels]
     if pooled is None:
-        x = m % out_width
-        y = (m // out_width) % out_height
-        n = m // (out_width * out_height)
+        n, y, x = position(m, out_height, out_width)
     else:
-        windows_across = (out_width + 1) // 2
-        windows_down = (out_height + 1) // 2
-        window = m // 4
-        x = (window % windows_across) * 2 + m % 2
-        y = ((window // windows_across) % windows_down) * 2 + (m % 4) // 2
-        n = window // (windows_across * windows_down)
+        n, y, x = position(m // 4, (out_height + 1) // 2, (out_width + 1) // 2)
+        y = y * 2 + (m % 4) // 2
+        x = x * 2 + m % 2
     return n, y, x, (n < batch) & (y < out_height) & (x < out_width)
 
 
@@ -199,8 +184,7 @@ def _finish(
     """Scale, shift and clip the sums, store them, and derive the pooled map and the statistics from what was stored."""
     stored = finished(total, o, in_o, scale, shift, relu).to(out.dtype.element_ty)
     keep = inside[:, None] & in_o[None, :]
-    pixel = n * out_strides[0] + y * out_strides[1] + x * out_strides[2]
-    tl.store(out + pixel[:, None] + o[None, :], stored, mask=keep)
+    tl.store(out + offsets(n, y, x, out_strides)[:, None] + o[None, :], stored, mask=keep)
     if partials is not None:
         summarize(stored.to(total.dtype), inside, tile, o, in_o, partials, out_channels)
     if pooled is not None:
@@ -208,15 +192,10 @@ def _finish(
         squares = tl.reshape(stored.to(total.dtype), (windows, 2, 2, tile_channels))
         best = largest_of(tl.permute(squares, (0, 3, 1, 2)))
         m = tile * windows + tl.arange(0, windows)
-        windows_across = (out_width + 1) // 2
-        windows_down = (out_height + 1) // 2
-        px = m % windows_across
-        py = (m // windows_across) % windows_down
-        pn = m // (windows_across * windows_down)
+        pn, py, px = position(m, (out_height + 1) // 2, (out_width + 1) // 2)
         whole = (pn < batch) & (py < out_height // 2) & (px < out_width // 2)
-        window = pn * pooled_strides[0] + py * pooled_strides[1] + px * pooled_strides[2]
         tl.store(
-            pooled + window[:, None] + o[None, :],
+            pooled + offsets(pn, py, px, pooled_strides)[:, None] + o[None, :],
             best.to(pooled.dtype.element_ty),
             mask=whole[:, None] & in_o[None, :],
         )

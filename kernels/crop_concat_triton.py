@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from skipcost.kernels.pixels_triton import offsets, position
+
 
 @triton.jit
 def place(
@@ -69,19 +71,15 @@ def _place_tile(
     run_tiles = tl.cdiv(run, tile_run)
     row = (tile // run_tiles) * tile_rows + tl.arange(0, tile_rows)  # [tile_rows]
     k = (tile % run_tiles) * tile_run + tl.arange(0, tile_run)  # [tile_run]
-    j = row % t2
-    i = (row // t2) % t1
-    n = row // t2 // t1
+    n, i, j = position(row, t1, t2)
     in_target = (row < rows)[:, None] & (k < run)[None, :]  # [tile_rows, tile_run]
-    destination = (n * target_strides[0] + i * target_strides[1] + j * target_strides[2])[:, None]
-    destination += (k * target_strides[3])[None, :]
+    destination = offsets(n, i, j, target_strides)[:, None] + (k * target_strides[3])[None, :]
 
     i += shifts[0]
     j += shifts[1]
     k += shifts[2]
     row_in_source = (i >= 0) & (i < source_sizes[0]) & (j >= 0) & (j < source_sizes[1])
     in_source = row_in_source[:, None] & ((k >= 0) & (k < source_sizes[2]))[None, :]  # [tile_rows, tile_run]
-    origin = (n * source_strides[0] + i * source_strides[1] + j * source_strides[2])[:, None]
-    origin += (k * source_strides[3])[None, :]
+    origin = offsets(n, i, j, source_strides)[:, None] + (k * source_strides[3])[None, :]
     values = tl.load(source + origin, mask=in_target & in_source, other=0)
     tl.store(target + destination, values, mask=in_target)

@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from skipcost.kernels.pixels_triton import offsets, position, zeros
+
 
 @triton.jit(do_not_specialize=["batch", "height", "width"])
 def up_conv(
@@ -44,9 +46,7 @@ def up_conv(
     m = (tile // across) * tile_pixels + tl.arange(0, tile_pixels)  # [tile_pixels]
     column = (tile % across) * tile_channels + tl.arange(0, tile_channels)  # [tile_channels]
     in_columns = column < 4 * out_channels
-    px = m % width
-    py = (m // width) % height
-    n = m // (width * height)
+    n, py, px = position(m, height, width)
     inside = n < batch
     if wide:  # addresses are computed from these; pixels are counted in 32 bits, dividing 64 takes 50 registers more
         n = n.to(tl.int64)
@@ -54,8 +54,8 @@ def up_conv(
         px = px.to(tl.int64)
         column = column.to(tl.int64)
 
-    pixel = n * x_strides[0] + py * x_strides[1] + px * x_strides[2]
-    total = _zeros(out, tile_pixels, tile_channels)
+    pixel = offsets(n, py, px, x_strides)
+    total = zeros(out, tile_pixels, tile_channels)
     for first in range(0, in_channels, tile_depth):
         c = first + tl.arange(0, tile_depth)  # [tile_depth]
         in_c = c < in_channels
@@ -67,10 +67,10 @@ def up_conv(
 
     o = column % out_channels
     down = column // (2 * out_channels)
-    right = column // out_channels % 2
+    right = column // out_channels - 2 * down
     if bias is not None:
         total += tl.load(bias + o, mask=in_columns, other=0.0).to(total.dtype)[None, :]
-    target = n * out_strides[0] + 2 * py * out_strides[1] + 2 * px * out_strides[2]
+    target = offsets(n, 2 * py, 2 * px, out_strides)
     shift = down * out_strides[1] + right * out_strides[2] + o
     keep = inside[:, None] & in_columns[None, :]
     if window is not None:
@@ -79,13 +79,3 @@ def up_conv(
         keep = keep & (row >= 0) & (row < window[2]) & (place >= 0) & (place < window[3])
         target -= window[0] * out_strides[1] + window[1] * out_strides[2]
     tl.store(out + target[:, None] + shift[None, :], total.to(out.dtype.element_ty), mask=keep)
-
-
-@triton.jit
-def _zeros(out, tile_pixels: tl.constexpr, tile_channels: tl.constexpr):  # noqa: ANN202 - a Triton function
-    """Sums start as zeros of 32 bits, or of 64 where the operands have them."""
-    if out.dtype.element_ty == tl.float64:
-        total = tl.zeros((tile_pixels, tile_channels), dtype=tl.float64)
-    else:
-        total = tl.zeros((tile_pixels, tile_channels), dtype=tl.float32)
-    return total

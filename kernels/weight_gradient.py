@@ -68,7 +68,7 @@ def _products(sources: Sequence[Tensor], grad: Tensor, partials: Tensor, *, padd
     arguments |= {"batch": batch, "height": height, "width": width, "out_height": grad.shape[2]}
     arguments |= {"out_width": grad.shape[3], "out_channels": grad.shape[1], "steps": cut.steps}
     across = -(-grad.shape[1] // cut.outputs)
-    warps = 8 if cut.outputs > 64 else 4  # noqa: PLR2004 - as in `tiles.default_tile`
+    warps = 8 if cut.outputs >= 64 else 4  # noqa: PLR2004 - as many blocks fit sm_90 as of 4 warps, with half the work
     if cut.few:
         (source,) = sources
         arguments |= {"source": source, "source_strides": (*strides(source), source.stride(1))}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from skipcost.kernels.batch_norm_triton import channels_of, offsets, pixels_of
+from skipcost.kernels.pixels_triton import channels_of, offsets, pixels_of
 
 
 @triton.jit(do_not_specialize=["batch", "height", "width", "out_height", "out_width", "steps"])

@@ -28,7 +28,7 @@ from skipcost.kernels.canaries import LAYOUTS as CANARY_LAYOUTS
 from skipcost.kernels.launch import interpreted
 from skipcost.kernels.validate import bits
 
-__all__ = ["LAYOUTS", "MARGIN", "amid", "assert_same", "bits", "map_sizes", "maps_amid_nan", "run_checks"]
+__all__ = ["LAYOUTS", "MARGIN", "amid", "assert_same", "bits", "far_apart", "map_sizes", "maps_amid_nan", "run_checks"]
 
 LAYOUTS = tuple(CANARY_LAYOUTS)
 
@@ -61,6 +61,22 @@ def map_sizes(
     longer = st.tuples(st.sampled_from(channels), st.integers(0, 4), st.integers(0, 4))
     drawn = draw(st.lists(longer, min_size=1, max_size=most))
     return tuple((count, smallest[0] + higher, smallest[1] + wider) for count, higher, wider in drawn)
+
+
+def far_apart(x: Tensor, axis: int = 0) -> Tensor:
+    """Copy x (N, C, H, W) so that its last image, row or column (axis 0, 2, 3) starts beyond 2**31 elements.
+
+    Their distance fits 31 bits, so that only a product passes 2**31: a larger one would be an argument of 64 bits, and
+    all that it is multiplied with would be too. Memory is asked for, not touched: it costs a page for each row.
+    """
+    apart = (2**31 // (x.shape[axis] - 1) // 64 + 1) * 64  # a multiple of 16 bytes, as descriptors want it
+    strides, step = [1] * 4, x.shape[1]
+    for other in (each for each in (3, 2, 0) if each != axis):
+        strides[other], step = step, step * x.shape[other]
+    strides[axis] = apart
+    assert step <= apart < 2**31 <= apart * (x.shape[axis] - 1)
+    storage = torch.empty((x.shape[axis] - 1) * apart + step, dtype=x.dtype)
+    return storage.as_strided(tuple(x.shape), strides).copy_(x)
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_checks import run_checks
+from kernel_checks import far_apart, run_checks
 from torch import Tensor
 
 from skipcost.kernels import batch_norm as module
@@ -232,18 +232,16 @@ def check_rows_are_added_up(rows: int, size: int, dtype: torch.dtype) -> None:
     assert not unwritten(total)
 
 
-@pytest.mark.parametrize("batch_stride", [2**31 - 5, 2**31 + 2**29])
+@pytest.mark.parametrize("axis", [0, 2, 3])
 @pytest.mark.parametrize("far", ["read", "written"])
-def check_offsets_beyond_31_bits(batch_stride: int, far: str) -> None:
-    """Maps of 2**31 elements and more: the memory is asked for, not touched, so this costs a page per row."""
-    distant = torch.empty(3 * 2**30, dtype=torch.float16).as_strided((2, 3, 4, 5), (batch_stride, 1, 15, 3))
-    near = torch.randn(2, 3, 4, 5).half().contiguous(memory_format=torch.channels_last)
-    grad = torch.randn(2, 3, 4, 5).half().contiguous(memory_format=torch.channels_last)
+def check_offsets_beyond_31_bits(axis: int, far: str) -> None:
+    """Images, rows or columns that lie so far apart that only a product of 64 bits finds the last of them."""
+    near, grad = (torch.randn(3, 3, 4, 5).half().contiguous(memory_format=torch.channels_last) for _ in range(2))
     norm, mean = make_norm(near, relu=True), torch.empty(3)
     expected, expected_grad, sums = torch.empty_like(near), torch.empty_like(near), torch.empty(2, 3)
     run([normalize_launch(near, norm, expected), *gradient_launches(near, grad, norm, sums, expected_grad)])
-    distant.copy_(near) if far == "read" else distant.zero_()
-    y, out = (distant, torch.empty_like(near)) if far == "read" else (near, distant)
+    y = far_apart(near, axis) if far == "read" else near
+    out = far_apart(torch.zeros_like(near), axis) if far == "written" else torch.zeros_like(near)
 
     normalize = normalize_launch(y, norm, out)
     run([normalize])
@@ -259,6 +257,20 @@ def check_offsets_beyond_31_bits(batch_stride: int, far: str) -> None:
     assert normalize.constants["wide"]
     assert gradients[-1].constants["wide"]
     assert statistics[0].constants["wide"] == (far == "read")
+
+
+def check_pixels_beyond_31_bits_are_counted() -> None:
+    """Means of the gradient are over all 2**31 pixels of a map, of which one program is seen to write its tile."""
+    y = torch.ones(1, dtype=torch.float16).expand(2, 1, 2**15, 2**15)
+    norm = Norm(torch.zeros(1), torch.ones(1), torch.ones(1), torch.ones(1), eps=0.0, relu=False)
+    sums = torch.full((2, 1), 2.0**31)
+    y_grad = torch.empty(1, dtype=torch.float16).expand(y.shape)
+
+    *_, launch = gradient_launches(y, y, norm, sums, y_grad)
+    run([replace(launch, grid=(1, 1))])
+
+    assert launch.constants["wide"]
+    assert y_grad[0, 0, 0, 0] == -1  # 1 - 1 - 1 * 1
 
 
 def check_an_empty_map_has_statistics_and_sums_of_zero() -> None:

@@ -26,7 +26,7 @@ from conv_cases import (
     error_of,
     make_inputs,
 )
-from kernel_checks import run_checks
+from kernel_checks import far_apart, run_checks
 from torch import Tensor, nn
 
 from skipcost.kernels import conv_bn_relu as module
@@ -96,18 +96,19 @@ def check_nan_and_infinity_spread_as_in_pytorch(form: str, precision: str, relu:
     assert_pooled(pooled, out)
 
 
+@pytest.mark.parametrize("axis", [0, 2, 3])
 @pytest.mark.parametrize("far", ["map", "out", "pooled"])
 @pytest.mark.parametrize("form", FORMS)
-def check_offsets_beyond_31_bits(form: str, far: str) -> None:
-    """Maps of 2**31 elements and more: the memory is asked for, not touched, so this costs a page per row."""
-    case = Case(form, "fp16", batch=3, size=(4, 6), pooled=True, layouts=("channels_last",))
+def check_offsets_beyond_31_bits(form: str, far: str, axis: int) -> None:
+    """Images, rows or columns that lie so far apart that only a product of 64 bits finds the last of them."""
+    case = Case(form, "fp16", batch=3, size=(6, 6), pooled=True, layouts=("channels_last",))
     inputs = make_inputs(case)
     outputs = len(inputs.weight)
-    out, pooled = (torch.empty(3, outputs, *size, dtype=torch.half).to(memory_format=LAST) for size in ((4, 6), (2, 3)))
+    out, pooled = (torch.empty(3, outputs, *size, dtype=torch.half).to(memory_format=LAST) for size in ((6, 6), (3, 3)))
     if far == "map":
-        inputs.maps[0] = _far(inputs.maps[0])
-    out = _far(out) if far == "out" else out
-    pooled = _far(pooled) if far == "pooled" else pooled
+        inputs.maps[0] = far_apart(inputs.maps[0], axis)
+    out = far_apart(out, axis) if far == "out" else out
+    pooled = far_apart(pooled, axis) if far == "pooled" else pooled
 
     (launch,) = launches(
         inputs.maps, inputs.weight, inputs.scale, inputs.shift, out, padding=1, relu=True, pooled=pooled,
@@ -118,17 +119,6 @@ def check_offsets_beyond_31_bits(form: str, far: str) -> None:
     assert launch.constants.get("wide", True)
     assert error_of(case, inputs, out) <= 1
     assert_pooled(pooled, out)
-
-
-def _far(x: Tensor) -> Tensor:
-    """Copy three images (3, C, H, W), the third of which starts beyond 2**31 elements.
-
-    Their distance fits 31 bits: a larger number would be an argument of 64 bits, and all that it is multiplied with.
-    """
-    channels, width = x.shape[1], x.shape[3]
-    apart = 2**30 + 64  # a multiple of 16 bytes, as descriptors want it
-    storage = torch.empty(2 * apart + x[0].numel(), dtype=x.dtype)
-    return storage.as_strided(tuple(x.shape), (apart, 1, width * channels, channels)).copy_(x)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_checks import assert_same, run_checks
+from kernel_checks import assert_same, far_apart, run_checks
 from torch import Tensor
 from torch.nn import functional
 
@@ -29,7 +29,7 @@ PRECISIONS["fp64"] = torch.float64
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A convolution (2, C_i, H, W) -> O whose weight's gradient is wanted; programs: how many share the work."""
+    """A convolution (N, C_i, H, W) -> O whose weight's gradient is wanted; programs: how many share the work."""
 
     channels: tuple[int, ...]
     outputs: int = 18
@@ -38,6 +38,7 @@ class Case:
     padding: int = 1
     layout: str = "channels_last"
     programs: int = 1024
+    batch: int = 2
 
 
 CASES = (
@@ -59,10 +60,10 @@ CASES = (
 
 def make_inputs(case: Case, dtype: torch.dtype, kind: str = "normal") -> tuple[list[Tensor], Tensor]:
     """Maps and the gradient of the output, amid canaries."""
-    shapes = [(2, channels, *case.size) for channels in case.channels]
+    shapes = [(case.batch, channels, *case.size) for channels in case.channels]
     sources = [amid(DATA[kind](shape, dtype, seed), case.layout) for seed, shape in enumerate(shapes)]
     shrink = case.side - 1 - 2 * case.padding
-    out = (2, case.outputs, case.size[0] - shrink, case.size[1] - shrink)
+    out = (case.batch, case.outputs, case.size[0] - shrink, case.size[1] - shrink)
     return sources, amid(DATA[kind](out, dtype, 99), "channel_slice")
 
 
@@ -153,24 +154,20 @@ def check_an_empty_batch_has_a_gradient_of_zeros() -> None:
 
 
 @pytest.mark.parametrize("channels", [3, 24])
+@pytest.mark.parametrize("axis", [0, 2, 3])
 @pytest.mark.parametrize("far", ["source", "grad"])
-def check_offsets_beyond_31_bits(channels: int, far: str) -> None:
-    """Maps of 2**31 elements and more: the memory is asked for, not touched, so this costs a page per row."""
-    case = Case((channels,), outputs=4, size=(3, 4))
-    sources, grad = make_inputs(case, torch.float16)
-    near = sources[0] if far == "source" else grad
-    count = near.shape[1]
-    distant = torch.empty(2**31 + 2**29, dtype=torch.float16)
-    distant = distant.as_strided(near.shape, (2**31 + 5, 1, 4 * count, count)).copy_(near)
+def check_offsets_beyond_31_bits(channels: int, axis: int, far: str) -> None:
+    """Images, rows or columns that lie so far apart that only a product of 64 bits finds the last of them."""
+    case = Case((channels,), outputs=4, size=(3, 4), batch=3)
+    (source,), grad = make_inputs(case, torch.float16)
     total = torch.empty(4, 3, 3, channels)
+    distant = (far_apart(source, axis), grad) if far == "source" else (source, far_apart(grad, axis))
 
-    launches = weight_gradient_launches(
-        [distant] if far == "source" else sources, grad if far == "source" else distant, total, padding=1
-    )
+    launches = weight_gradient_launches(distant[:1], distant[1], total, padding=1)
     run(launches)
 
     assert launches[0].constants["wide"]
-    assert worst(case, sources, grad, total) <= 1
+    assert worst(case, [source], grad, total) <= 1
 
 
 @pytest.fixture(scope="module")
