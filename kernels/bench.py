@@ -31,11 +31,11 @@ from skipcost.kernels.configurations import (
 )
 from skipcost.kernels.console import Progress, tell, write_table
 from skipcost.kernels.errors import MachineError
-from skipcost.kernels.jobs import Row
 from skipcost.kernels.journal import identity
 from skipcost.kernels.judging import FAILURES, Configuration, implementations, why_not
+from skipcost.kernels.launch import architecture_of
 from skipcost.kernels.measuring import Bench, open_bench
-from skipcost.kernels.running import architecture
+from skipcost.kernels.serving import Row
 
 PRECISION = "bf16"
 BATCHES = ((1, "inference"), (8, "inference"), (8, "training"))
@@ -46,7 +46,7 @@ Stage = tuple[str, Callable[[], int]]
 
 def shipped(calls: Iterable[Call], device: str) -> list[Configuration]:
     """Return every implementation of every call, with the tile that ships for it."""
-    kind = architecture(device)
+    kind = architecture_of(device)
     return [(call, name, tiles(call, name, kind)[0]) for call in calls for name in implementations(call, device)]
 
 

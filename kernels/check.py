@@ -33,7 +33,7 @@ from skipcost.kernels.configurations import (
 )
 from skipcost.kernels.console import Progress, tell, write_table
 from skipcost.kernels.errors import MachineError
-from skipcost.kernels.jobs import Done, Job, Row
+from skipcost.kernels.jobs import Done, Job
 from skipcost.kernels.judging import (
     FAILURES,
     implementations,
@@ -44,7 +44,8 @@ from skipcost.kernels.judging import (
     what_of,
     why_not,
 )
-from skipcost.kernels.running import architecture
+from skipcost.kernels.launch import architecture_of
+from skipcost.kernels.serving import Row
 
 BATCHES = ((1, "inference"), (1, "training"), (2, "inference"), (2, "training"))
 DATA = ("normal", "positive")  # only positive numbers show what is lost in sums that are too narrow
@@ -55,7 +56,7 @@ def make_jobs(calls: Sequence[Call], device: str) -> list[Job]:
 
     The interpreter is spared the last: what differs between tiles, it has no part in.
     """
-    kind = architecture(device)
+    kind = architecture_of(device)
     first: dict[str, list[Job]] = {data: [] for data in DATA}
     others = []
     for call in calls:

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
 
-from skipcost.kernels.calls import OPS, Call, network_calls
+from skipcost.kernels.calls import OPS, Call
+from skipcost.kernels.network_calls import network_calls
 from skipcost.kernels.tiles import CANDIDATES, FEW_CHANNELS, Need, Tile, tile_for
 from skipcost.unet_models.spec import ModelSpec, check_integer, suggest
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from math import gcd
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from skipcost.kernels.launch import Descriptor, Launch, span
 from skipcost.kernels.tiles import FEW_CHANNELS, Need, Tile, default_tile
@@ -23,6 +23,16 @@ ALIGNED = 16  # bytes: what descriptors and wide loads need of addresses and str
 def pack_weight(weight: Tensor) -> Tensor:
     """Lay (O, C, k, k) out as (O, k, k, C): the reduction runs along memory. No copy where it is channels_last."""
     return weight.permute(NHWC).contiguous()
+
+
+def padding_of(conv: nn.Conv2d) -> tuple[int, int]:
+    """Return how many rows and columns of zeros a layer of odd kernel sides adds on each side, which may be a word."""
+    if not isinstance(conv.padding, str):
+        rows, columns = conv.padding
+        return rows, columns
+    steps = (0, 0) if conv.padding == "valid" else conv.dilation
+    rows, columns = (step * (side - 1) // 2 for step, side in zip(steps, conv.kernel_size, strict=True))
+    return rows, columns
 
 
 def dense(x: Tensor) -> Tensor:

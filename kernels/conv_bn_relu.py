@@ -137,7 +137,7 @@ def launches(
     windows = crop_all(maps)
     packed = pack_weight(weight)
     need = need_of(windows, packed, out, tf32=tf32)
-    architecture = architecture_of(out)
+    architecture = architecture_of(out.device)
     form = tile.form if tile else form
     if form == "auto":
         form = pick_form(windows, packed, out, architecture, tf32=tf32)

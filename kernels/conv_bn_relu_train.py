@@ -38,11 +38,10 @@ from skipcost.kernels.batch_norm import (
     write_statistics,
 )
 from skipcost.kernels.checks import check_maps, check_weight, output_size
-from skipcost.kernels.conv import NHWC
+from skipcost.kernels.conv import NHWC, padding_of
+from skipcost.kernels.conv_aten import aten_grads, aten_output
 from skipcost.kernels.conv_train import (
     adjacent,
-    aten_grads,
-    aten_output,
     empty_joined,
     empty_output,
     joined_grad_launch,
@@ -51,7 +50,7 @@ from skipcost.kernels.conv_train import (
 )
 from skipcost.kernels.crop_concat import gradients as window_gradients
 from skipcost.kernels.crop_concat import like_channels_last
-from skipcost.kernels.launch import on_triton, run, tf32_allowed
+from skipcost.kernels.launch import computing_type, on_triton, run, tf32_allowed
 from skipcost.unet_models.ops import crop_all
 
 OP = "conv_bn_relu_train"
@@ -90,7 +89,7 @@ def train_step(
     y: (N, O, H', W'), the convolution's output, which is kept for the gradients anyway. It has no gradient itself.
     """
     padding = _checked_padding(conv, norm, implementation)
-    maps, weight = [_as_conv2d_casts(each) for each in maps], _as_conv2d_casts(conv.weight)
+    *maps, weight = (each.to(computing_type(each)) for each in (*maps, conv.weight))
     check_maps(OP, maps)
     wanted = precise(weight)
     gamma = weight.new_ones(len(weight), dtype=wanted) if norm.weight is None else norm.weight.to(wanted)
@@ -115,7 +114,8 @@ def _checked_padding(conv: nn.Module, norm: nn.Module, implementation: str) -> i
         )
         raise ValueError(message)  # noqa: TRY004 - every input that is refused raises ValueError
     plain = (conv.stride, conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
-    if not plain or isinstance(conv.padding, str) or conv.padding[0] != conv.padding[1]:
+    rows, columns = padding_of(conv)
+    if not plain or rows != columns:
         message = f"{OP} got {conv}: stride, dilation and groups must be 1, the padding one number, of zeros"
         raise ValueError(message)
     if not norm.training and norm.running_mean is not None:
@@ -129,15 +129,7 @@ def _checked_padding(conv: nn.Module, norm: nn.Module, implementation: str) -> i
     if implementation not in IMPLEMENTATIONS:
         message = f"implementation={implementation!r} of {OP} is unknown; accepted: {', '.join(IMPLEMENTATIONS)}"
         raise ValueError(message)
-    return conv.padding[0]
-
-
-def _as_conv2d_casts(x: Tensor) -> Tensor:
-    """Cast to autocast's type what autocast casts for conv2d: every floating type but fp64."""
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() and x.dtype != torch.float64 else x
+    return rows
 
 
 @torch.no_grad()
@@ -216,7 +208,7 @@ def _backward(
             packed = weight.new_empty([weight.shape[axis] for axis in NHWC])
             run(weight_grad_launches(maps, y_grad, packed, padding=padding, tf32=tf32))
             weight_grad = packed.permute(0, 3, 1, 2)
-    elif joined_wanted or weight_wanted:
+    else:
         wanted = (joined_wanted, weight_wanted)
         joined_grad, weight_grad = aten_grads(maps, weight, y_grad, padding=padding, wanted=wanted)
     if weight_grad is not None and weight_grad.stride() != weight.stride():

@@ -1,7 +1,7 @@
-"""A convolution over maps side by side, and its gradients, by the Triton kernels or by ATen, which is cuDNN's on a GPU.
+"""A convolution over maps side by side, and its gradients, by the Triton kernels.
 
-What `conv_bn_relu_train` does beside batch norm. The Triton kernels read every map through its own window; ATen gets
-the joined map, which is made where it is needed, backwards once more, and never kept.
+What `conv_bn_relu_train` does beside batch norm, where ATen does not do it (`conv_aten`). The kernels read every map
+through its own window, so that no joined map is made; its gradient is, and its parts are the maps' own.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ from torch import Tensor
 
 from skipcost.kernels.batch_norm import precise
 from skipcost.kernels.checks import output_size
-from skipcost.kernels.conv import channels_last, conv_launch, dense, need_of, pack_weight, statistics_tiles
+from skipcost.kernels.conv import channels_last, conv_launch, need_of, pack_weight, statistics_tiles
 from skipcost.kernels.conv_bn_relu import pick_form
 from skipcost.kernels.launch import Launch, architecture_of
 from skipcost.kernels.tiles import FEW_CHANNELS, tile_for
 from skipcost.kernels.weight_gradient import weight_gradient_launches
 from skipcost.unet_models.ops import crop, crop_all
-
-ONES = [1, 1]
 
 
 def empty_output(maps: Sequence[Tensor], weight: Tensor, padding: int) -> Tensor:
@@ -64,21 +62,6 @@ def weight_grad_launches(
     return weight_gradient_launches(windows, grad, weight_grad, padding=padding, tf32=tf32)
 
 
-def aten_output(maps: Sequence[Tensor], weight: Tensor, *, padding: int) -> Tensor:
-    """Return the convolution of the maps, cropped and side by side, in channels_last."""
-    return dense(torch.ops.aten.convolution(_joined(maps), channels_last(weight), None, *_geometry(padding)))
-
-
-def aten_grads(
-    maps: Sequence[Tensor], weight: Tensor, grad: Tensor, *, padding: int, wanted: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of the joined map, in channels_last, and of the weight, each where it is wanted."""
-    joined_grad, weight_grad, _ = torch.ops.aten.convolution_backward(
-        grad, _joined(maps), channels_last(weight), None, *_geometry(padding), [*wanted, False]
-    )
-    return joined_grad if joined_grad is None else dense(joined_grad), weight_grad
-
-
 def adjacent(x: Tensor) -> Tensor:
     """Return the map (N, C, H, W), with its channels next to each other: a copy where they are not."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else channels_last(x)
@@ -87,7 +70,7 @@ def adjacent(x: Tensor) -> Tensor:
 def _convolution(
     sources: Sequence[Tensor], packed: Tensor, out: Tensor, padding: int, *, tf32: bool, summarized: bool = False
 ) -> Launch:
-    architecture = architecture_of(out)
+    architecture = architecture_of(out.device)
     form = pick_form(sources, packed, out, architecture, tf32=tf32)
     if form != "few":
         sources = [adjacent(each) for each in sources]
@@ -96,16 +79,6 @@ def _convolution(
     if summarized:
         partials = out.new_empty((statistics_tiles(out, tile), 3, out.shape[1]), dtype=precise(out))
     return conv_launch(sources, packed, out, padding=padding, partials=partials, tf32=tf32, tile=tile)
-
-
-def _joined(maps: Sequence[Tensor]) -> Tensor:
-    windows = crop_all(maps)
-    return channels_last(torch.cat(windows, 1) if len(windows) > 1 else windows[0])
-
-
-def _geometry(padding: int) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
-    """Stride, padding, dilation, not transposed, output padding, groups: as ATen's convolutions take them."""
-    return ONES, [padding, padding], ONES, False, [0, 0], 1
 
 
 def _empty(like: Tensor, channels: int, height: int, width: int) -> Tensor:

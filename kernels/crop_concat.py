@@ -116,15 +116,17 @@ def _backward(
     return _framed(windows, _empty_grads(grad, channels, heights, widths, channels_last))
 
 
-def spread(grad: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
-    """Give each map (N, C_i, H_i, W_i) its part of the gradient of them all, cropped and side by side.
+def spread(grad: Tensor, maps: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
+    """Give each map (N, C_i, H_i, W_i) that is wanted its part of the gradient of them all, cropped and side by side.
 
     grad: (N, sum of C_i, h, w). What was cropped away gets zeros; the results are channels_last and share no memory.
     """
     if len(maps) == 1 and maps[0].shape == grad.shape:
         return [grad]
-    windows = grad.split([each.shape[1] for each in maps], 1)
-    return _framed(windows, [_empty(grad, tuple(each.shape), channels_last=True) for each in maps])
+    parts = zip(grad.split([each.shape[1] for each in maps], 1), maps, wanted, strict=True)
+    pairs = [(window, _empty(grad, tuple(each.shape), channels_last=True)) for window, each, want in parts if want]
+    windows, grads = zip(*pairs, strict=True)
+    return _framed(windows, list(grads))
 
 
 def _framed(windows: Sequence[Tensor], grads: list[Tensor]) -> list[Tensor]:

@@ -7,8 +7,9 @@ import json
 import sys
 from typing import Any
 
-from skipcost.kernels.calls import MODES, PRECISIONS, network_calls
+from skipcost.kernels.calls import MODES, PRECISIONS
 from skipcost.kernels.dispatch import CARDS, Card, card_named, choose, predict
+from skipcost.kernels.network_calls import network_calls
 from skipcost.unet_models.spec import ModelSpec
 
 US = 1e6  # microseconds in a second

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from skipcost.kernels.batch_norm import Norm, normalized
 from skipcost.kernels.calls import Call
-from skipcost.kernels.conv import pack_weight, why_not_few
+from skipcost.kernels.conv import pack_weight, padding_of, why_not_few
 from skipcost.kernels.conv_bn_relu import concat_conv_bn_relu, conv_bn_relu_pool
 from skipcost.kernels.conv_bn_relu_train import train_step
 from skipcost.kernels.crop_concat import merge
 from skipcost.kernels.dispatch import Card, card_named, choose
-from skipcost.kernels.launch import architecture_of, tf32_allowed
+from skipcost.kernels.launch import architecture_of, computing_type, tf32_allowed
 from skipcost.kernels.max_pool import pool
 from skipcost.kernels.prepack import affine, pack, run_folded, why_not_fold
 from skipcost.kernels.recompute import Recipes, remembering
@@ -102,7 +102,7 @@ class FusedOps:
             full = self.conv_norm_act(layer, x)
             return full, self.recipes.make(partial(pool, factor=2, ceil=False), full)
         (x,) = _cast(x)
-        made, padding = pack(layer.conv, layer.norm, x.dtype), _padding(layer.conv)
+        made, padding = pack(layer.conv, layer.norm, x.dtype), padding_of(layer.conv)[0]
         chosen = self._ask("conv_bn_relu_pool", _sizes([x]), x, layer.conv, relu=layer.act)
         if chosen in OURS:
             form = form_of(chosen, [x], made.weight)
@@ -145,7 +145,7 @@ class FusedOps:
         joined = self.merge(maps, "concat")
         if chosen == "cudnn" and not _needs_gradients(layer, maps):
             made = pack(layer.conv, layer.norm, joined.dtype)
-            return run_folded(joined, made, _padding(layer.conv), relu=layer.act)
+            return run_folded(joined, made, padding_of(layer.conv)[0], relu=layer.act)
         return REFERENCE.conv_norm_act(layer, joined)
 
     def _train(self, layer: ConvNormAct, maps: list[Tensor]) -> Tensor:
@@ -167,7 +167,7 @@ class FusedOps:
         else:
             made = pack(layer.conv, layer.norm, maps[0].dtype)
             weight, scale, shift = made.weight, made.scale, made.shift
-        form, padding = form_of(chosen, maps, weight), _padding(layer.conv)
+        form, padding = form_of(chosen, maps, weight), padding_of(layer.conv)[0]
         return concat_conv_bn_relu(maps, weight, scale, shift, padding=padding, relu=layer.act, form=form)
 
     def _ask(
@@ -188,7 +188,7 @@ class FusedOps:
         training = torch.is_grad_enabled()
         shape: tuple[int, ...] = ()
         if isinstance(conv, nn.Conv2d):
-            shape = (conv.out_channels, conv.kernel_size[0], _padding(conv))
+            shape = (conv.out_channels, conv.kernel_size[0], padding_of(conv)[0])
         elif isinstance(conv, nn.ConvTranspose2d):
             shape = (conv.out_channels,)
         return self.choose(_call(op, int(x.shape[0]), tuple(sizes), precision, training, relu, *shape), x)
@@ -212,7 +212,7 @@ def card_of(x: Tensor) -> Card | None:
     """Return the card that a map lies on; None on a machine's own memory."""
     if not x.is_cuda:
         return None
-    return _card(torch.cuda.get_device_name(x.device), architecture_of(x))
+    return _card(torch.cuda.get_device_name(x.device), architecture_of(x.device))
 
 
 def form_of(chosen: str, maps: list[Tensor], weight: Tensor) -> str:
@@ -227,17 +227,9 @@ def _sizes(maps: list[Tensor]) -> list[tuple[int, int, int]]:
     return cast("list[tuple[int, int, int]]", sizes)
 
 
-def _padding(conv: nn.Conv2d) -> int:
-    return int(conv.padding[0])
-
-
 def _cast(*maps: Tensor) -> list[Tensor]:
     """Bring maps and weights to autocast's type, as PyTorch's convolutions would."""
-    device = maps[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(maps)
-    wanted = torch.get_autocast_dtype(device)
-    return [each if each.dtype == torch.float64 else each.to(wanted) for each in maps]
+    return [each.to(computing_type(each)) for each in maps]
 
 
 def _normalized(

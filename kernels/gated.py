@@ -1,8 +1,9 @@
-"""Which launches the resource gate compiles: `GATED`, one of each kernel and form that ships, at real shapes.
+"""Which launches the resource gate compiles: `GATED`, one of each kernel and form that ships, and `tuned` tiles.
 
 The launches come from the ops' own functions with the tiles that ship, on meta tensors, so that a change of either
 shows. Shapes are those of a U-Net of width 64 at 512x512, batch 8, unless the row's name says another. A kernel that
-is not in this table is not gated: add the row with the kernel.
+is not in this table is not gated: add the row with the kernel. Tiles of a configuration file are gated by themselves,
+each for the GPU that it was tuned on.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipcost.kernels import batch_norm, crop_concat, up_conv
+from skipcost.kernels import batch_norm, conv_bn_relu, crop_concat, up_conv
+from skipcost.kernels.calls import Call
 from skipcost.kernels.conv import conv_launch, need_of, statistics_tiles
 from skipcost.kernels.launch import Launch
-from skipcost.kernels.tiles import default_tile
+from skipcost.kernels.tiles import Tile, default_tile, tuned_rows
 from skipcost.kernels.weight_gradient import weight_gradient_launches
 
 BATCH = 8
 HUGE = 256  # a batch whose largest maps have 2**32 elements, so that their addresses take 64 bits
-TYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 PRECISIONS = ("bf16", "tf32")
 LAST = torch.channels_last
 
@@ -41,7 +43,10 @@ UP = {"128>64@512": 512, "128>64@511": 511}  # whole, and cropped by an odd numb
 def _map(
     channels: int, size: int, precision: str, *, batch: int = BATCH, memory_format: torch.memory_format = LAST
 ) -> Tensor:  # fmt: skip
-    shape = (batch, channels, size, size)
+    return _empty((batch, channels, size, size), precision, memory_format)
+
+
+def _empty(shape: tuple[int, ...], precision: str, memory_format: torch.memory_format = LAST) -> Tensor:
     return torch.empty(shape, dtype=TYPES[precision], device="meta", memory_format=memory_format)
 
 
@@ -159,3 +164,37 @@ GATED: dict[str, Callable[[], Launch]] = {
     },
     **{f"batch_norm/{kernel}/fp32": partial(_norm, kernel, "fp32") for kernel in ("combine", "finish", "add")},
 }
+
+
+def gated(target: str) -> dict[str, Callable[[], Launch]]:
+    """Return everything that is compiled for a target, a key of `targets.TARGETS`, by name."""
+    return {**GATED, **tuned(target.replace("_", ""))}
+
+
+def tuned(architecture: str) -> dict[str, Callable[[], Launch]]:
+    """Return a launch for each tile of `configs/<architecture>.json`, at the first shape that it was timed at."""
+    return {
+        f"tuned/{row['key']}": partial(_called, Call.parse(row["call"]), Tile(**row["tile"]))
+        for row in tuned_rows(architecture)
+    }
+
+
+def _called(call: Call, tile: Tile) -> Launch:
+    """What an op launches for a call with this tile."""
+    tf32, batch = call.precision == "tf32", call.batch
+    maps = [_empty((batch, *each), call.precision) for each in call.sources]
+    out = _empty((batch, call.out_channels, *call.out_size), call.precision)
+    vector = torch.empty(call.out_channels, device="meta")
+    if call.op == "up_conv":
+        weight = _empty((call.in_channels, call.out_channels, 2, 2), call.precision)
+        return _one("up_conv.up_conv", up_conv.launches(maps[0], weight, vector.to(out), out, tf32=tf32, tile=tile))
+    weight = _empty((call.out_channels, call.in_channels, call.kernel, call.kernel), call.precision)
+    height, width = call.out_size
+    pooled = None
+    if call.op == "conv_bn_relu_pool":
+        pooled = _empty((batch, call.out_channels, height // 2, width // 2), call.precision)
+    (launch,) = conv_bn_relu.launches(
+        maps, weight, vector, vector, out,
+        padding=call.padding, relu=call.relu, pooled=pooled, tf32=tf32, tile=tile,
+    )  # fmt: skip
+    return launch

@@ -8,31 +8,17 @@ What the time does not suffice for is handed back as well, so that nothing is le
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import json
-import os
 import queue
-import select
-import signal
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import IO, Any
+from typing import Any
 
-Row = dict[str, Any]
-Work = Callable[[dict[str, Any], Sequence[dict[str, Any]]], Iterator[Row]]
+from skipcost.kernels.serving import Process, Row, Work, resolve
 
 GRACE_SECONDS = 45.0  # beyond the end of the time, for what is under way then
-
-
-class LostDeviceError(RuntimeError):
-    """The device of this process is of no use any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +56,7 @@ class Limits:
 def run(jobs: Sequence[Job], function: str, limits: Limits) -> Iterator[Done]:
     """Yield each part of each job once, as it is done: parts of a job in order, jobs begun in order."""
     if not limits.workers:
-        yield from _here(jobs, _resolve(function), limits)
+        yield from _here(jobs, resolve(function), limits)
         return
     board = _Board(jobs, limits)
     workers = [_Worker(function, board) for _ in range(min(limits.workers, len(jobs)))]
@@ -109,12 +95,6 @@ def _here(jobs: Sequence[Job], function: Work, limits: Limits) -> Iterator[Done]
             yield Done(job.what, part, next(rows) if time.time() < limits.until else None)
 
 
-def _resolve(function: str) -> Work:
-    module, _, name = function.partition(":")
-    work: Work = getattr(importlib.import_module(module), name)
-    return work
-
-
 class _Board:
     """What the workers of one run share: the jobs that wait, the memory that is left, and what is done."""
 
@@ -149,7 +129,7 @@ class _Worker:
         self.function, self.limits, self.board = function, board.limits, board
         self.done, self.over = board.done, board.over
         self.thread = threading.Thread(target=self._work, daemon=True)
-        self.process: _Process | None = None
+        self.process: Process | None = None
 
     def _work(self) -> None:
         try:
@@ -165,7 +145,7 @@ class _Worker:
     def _do(self, job: Job) -> None:
         while job.parts and not self.over.is_set():
             if self.process is None:
-                self.process = _Process(self.function)
+                self.process = Process(self.function)
             if self.over.is_set():  # asked again once `give_up` can see the process
                 return
             answered, ending = self._answers(job)
@@ -189,7 +169,7 @@ class _Worker:
         """Put the rows of a job out as they come; return how many did, and what ended them: None if all is well."""
         process, answered = self.process, 0
         assert process is not None
-        process.ask(job, self.limits.until)
+        process.ask(job.what, job.parts, self.limits.until)
         while True:
             wait = min(self.limits.patience, self.limits.until + GRACE_SECONDS - time.time())
             message = process.read(wait)
@@ -216,96 +196,3 @@ class _Worker:
         if self.process is not None:
             self.process.close()
             self.process = None
-
-
-class _Process:
-    """`python -m skipcost.kernels.jobs FUNCTION`: jobs in, a line each; rows out, a line each."""
-
-    def __init__(self, function: str) -> None:
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
-        self.buffer = b""
-        command = [sys.executable, "-m", "skipcost.kernels.jobs", function]
-        self.process = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, start_new_session=True
-        )
-
-    def ask(self, job: Job, until: float) -> None:
-        assert self.process.stdin is not None
-        text = json.dumps({"what": job.what, "parts": job.parts, "until": until}) + "\n"
-        with contextlib.suppress(BrokenPipeError):  # the epitaph will say why
-            self.process.stdin.write(text.encode())
-            self.process.stdin.flush()
-
-    def read(self, seconds: float) -> dict[str, Any] | None:
-        """Return the next message; None where there is none within `seconds`, or the process has ended."""
-        assert self.process.stdout is not None
-        end = time.monotonic() + max(seconds, 0.0)
-        while b"\n" not in self.buffer:
-            ready, _, _ = select.select([self.process.stdout], [], [], max(end - time.monotonic(), 0.0))
-            chunk = os.read(self.process.stdout.fileno(), 1 << 16) if ready else b""
-            if not chunk:
-                if ready:
-                    self.process.wait()
-                return None
-            self.buffer += chunk
-        line, _, self.buffer = self.buffer.partition(b"\n")
-        message: dict[str, Any] = json.loads(line)
-        return message
-
-    def alive(self) -> bool:
-        return self.process.poll() is None
-
-    def epitaph(self) -> str:
-        """Say how the process ended: by which signal or code, and its last words."""
-        code = self.process.wait()
-        self.errors.seek(0)
-        said = [line.strip() for line in self.errors if line.strip()]
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        return f"the process ended with {how}" + (f": {said[-1]}" if said else "")
-
-    def end(self) -> None:
-        """End the process and those that it started, such as compilers: they are a group of their own."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-
-    def close(self) -> None:
-        """End the process and let go of what it was spoken to through."""
-        self.end()
-        self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout, self.errors):
-            if stream is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    stream.close()
-
-
-def serve(function: str, lines: IO[str], out: IO[str]) -> None:
-    """Answer jobs until there are no more: the other end of `_Process`."""
-
-    def say(message: dict[str, Any]) -> None:
-        out.write(json.dumps(message) + "\n")
-        out.flush()
-
-    work = _resolve(function)
-    for line in lines:
-        asked = json.loads(line)
-        try:
-            rows = work(asked["what"], asked["parts"])
-            for _ in asked["parts"]:
-                if time.time() >= asked["until"]:
-                    say({"ending": "time"})
-                    break
-                say({"row": next(rows)})
-            else:
-                say({"ending": None})
-        except LostDeviceError:
-            say({"ending": "lost"})
-            return
-
-
-if __name__ == "__main__":
-    # What is printed by others must not get between the rows.
-    rows_out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    from skipcost.kernels import jobs  # `LostDeviceError` of this module run as a script would be another class
-
-    jobs.serve(sys.argv[1], sys.stdin, rows_out)

@@ -19,9 +19,10 @@ from torch import Tensor
 from skipcost.kernels import jobs
 from skipcost.kernels.calls import Call
 from skipcost.kernels.configurations import LIBRARIES
-from skipcost.kernels.jobs import Limits, LostDeviceError, Row
+from skipcost.kernels.jobs import Limits
 from skipcost.kernels.launch import interpreted
 from skipcost.kernels.running import arithmetic, machine_of
+from skipcost.kernels.serving import LostDeviceError, Row
 from skipcost.kernels.tiles import Tile
 
 if TYPE_CHECKING:

@@ -105,14 +105,21 @@ def span(x: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
-def architecture_of(x: Tensor) -> str:
-    """Return what a GPU's configurations are filed under: "sm90", "gfx942"; "" where there is none."""
-    if not x.is_cuda:
+def architecture_of(device: torch.device | str) -> str:
+    """Return what a GPU's configurations are filed under: "sm90", "gfx942"; "" for what is no GPU."""
+    if torch.device(device).type != "cuda":
         return ""
-    properties = torch.cuda.get_device_properties(x.device)
+    properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return str(properties.gcnArchName).partition(":")[0]
     return f"sm{properties.major}{properties.minor}"
+
+
+def computing_type(x: Tensor) -> torch.dtype:
+    """Return the type in which PyTorch's convolutions of `x` compute: autocast's where it is on, but never for fp64."""
+    device = x.device.type
+    cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if cast and x.is_floating_point() and x.dtype != torch.float64 else x.dtype
 
 
 def tf32_allowed() -> bool:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from skipcost.kernels.calls import Call
 from skipcost.kernels.fused import FusedOps, dispatched
+from skipcost.kernels.launch import computing_type
 from skipcost.kernels.prepack import pack
 from skipcost.kernels.rewiring import dense
 from skipcost.unet_models.ops import REFERENCE, ConvNormAct
@@ -98,7 +99,7 @@ class LayerOps(FusedOps):
         """Convolve with any stride, groups, dilation and padding, the norm folded into the weights."""
         if not _fits([x], conv):
             return REFERENCE.conv_norm_act(_layer(conv, norm, relu), x)
-        made = pack(conv, norm, _computing(x))
+        made = pack(conv, norm, computing_type(x))
         result = conv._conv_forward(x, made.folded, made.bias)  # noqa: SLF001 - where PyTorch pads by mode
         return functional.relu(result, inplace=True) if relu else result
 
@@ -128,7 +129,7 @@ class LayerOps(FusedOps):
         known = last.x if isinstance(last, Later) else last
         up = last.layer if isinstance(last, Later) else None
         same = _alike([*ready, known]) and all(each.shape[2:] == last.shape[2:] for each in ready)
-        if not same or (up is not None and known.dtype != _computing(known)):
+        if not same or (up is not None and known.dtype != computing_type(known)):
             return torch.cat([*ready, last.made() if isinstance(last, Later) else last], 1)
         layer = None if conv is None else _layer(conv, norm, relu)
         if layer is None or not _fits(ready, layer.conv) or not self._reads_apart(layer, [*ready, known], up):
@@ -146,12 +147,6 @@ class LayerOps(FusedOps):
 
 def _layer(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, relu: bool) -> ConvNormAct:
     return cast("ConvNormAct", Layer(conv, norm, relu))
-
-
-def _computing(x: Tensor) -> torch.dtype:
-    """Return the type that convolutions of a map compute in: autocast's, where it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _fits(maps: Sequence[Tensor], conv: nn.Conv2d | nn.ConvTranspose2d) -> bool:

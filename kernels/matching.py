@@ -13,6 +13,7 @@ from torch import nn
 from torch.fx import Node
 from torch.nn import functional
 
+from skipcost.kernels.conv import padding_of
 from skipcost.kernels.prepack import why_not_fold
 from skipcost.kernels.tracing import is_layer, more_than_forward
 from skipcost.kernels.wiring import Wiring
@@ -196,7 +197,7 @@ def why_not_kernel(conv: nn.Conv2d) -> str:
     side = conv.kernel_size[0]
     if conv.kernel_size not in ((1, 1), (3, 3)):
         reasons.append(f"kernel {'x'.join(map(str, conv.kernel_size))}")
-    elif conv.padding not in ((0, 0), (side // 2, side // 2)):
+    elif padding_of(conv) not in ((0, 0), (side // 2, side // 2)):
         reasons.append(f"padding {conv.padding!r}")
     if conv.stride != (1, 1):
         reasons.append(f"stride {conv.stride[0] if len(set(conv.stride)) == 1 else conv.stride}")

@@ -19,7 +19,7 @@ from skipcost.kernels.calls import Call
 from skipcost.kernels.configurations import USEFUL
 from skipcost.kernels.console import Progress
 from skipcost.kernels.errors import MachineError
-from skipcost.kernels.jobs import Done, Job, Limits, Row
+from skipcost.kernels.jobs import Done, Job, Limits
 from skipcost.kernels.journal import Journal, code_hash, identity
 from skipcost.kernels.judging import (
     FAILURES,
@@ -32,6 +32,7 @@ from skipcost.kernels.judging import (
     what_of,
 )
 from skipcost.kernels.running import Machine, facts, machine_of, measure_ceilings, versions
+from skipcost.kernels.serving import Row
 from skipcost.kernels.timing import Budget, sample
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from typing import Any
 
 from skipcost.kernels.backends import BACKENDS
 from skipcost.kernels.configurations import Setting
-from skipcost.kernels.jobs import Done, Job, Row
+from skipcost.kernels.jobs import Done, Job
+from skipcost.kernels.serving import Row
 from skipcost.kernels.timing import Budget
 from skipcost.kernels.ways import WAYS, case_name
 

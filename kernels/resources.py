@@ -1,7 +1,8 @@
 """Compile every kernel for GPUs that need not be here, and compare what it needs of them with the baseline.
 
-`GATED` lists what is compiled: a real shape for each kernel and form that ships, with the tile that ships for it. The
-rules are those of `baseline.compare`. What is left out: speed, which takes a GPU (`skipcost kernels bench`).
+What is compiled: a real shape for each kernel and form that ships, with the tile that ships for it, and each tile that
+was tuned on the GPU in question (`gated`). The rules are those of `baseline.compare`. What is left out: speed, which
+takes a GPU (`skipcost kernels bench`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from skipcost.kernels.baseline import Key, Resources, baseline_for, compare, inc
 from skipcost.kernels.compiling import can_run, compile_launch, why_not
 from skipcost.kernels.console import tell, write_table
 from skipcost.kernels.errors import MachineError
-from skipcost.kernels.gated import GATED
+from skipcost.kernels.gated import gated
 from skipcost.kernels.targets import TARGETS
 
 DEFAULT_TARGETS = ("sm_90", "gfx942")
@@ -44,9 +45,10 @@ COLUMNS: dict[str, Callable[[Resources], object]] = {
 
 
 def keys(targets: Sequence[str]) -> list[Key]:
-    """The rows of GATED crossed with the targets, without what cannot run there and no op would launch."""
-    launches = {name: make() for name, make in GATED.items()}
-    return [(name, each) for each in targets for name in GATED if can_run(launches[name], TARGETS[each])]
+    """What is gated on the targets, without what cannot run there and no op would launch."""
+    return [
+        (name, each) for each in targets for name, make in gated(each).items() if can_run(make(), TARGETS[each])
+    ]  # fmt: skip
 
 
 def measure(wanted: Sequence[Key]) -> tuple[dict[Key, Resources], list[str]]:
@@ -68,7 +70,7 @@ def measure(wanted: Sequence[Key]) -> tuple[dict[Key, Resources], list[str]]:
 def _measured(key: Key) -> Resources | str:
     name, target = key
     try:
-        return compile_launch(GATED[name](), target)
+        return compile_launch(gated(target)[name](), target)
     except Exception as error:  # noqa: BLE001 - compilers fail in many ways; the others still count
         cause: BaseException = error
         while cause.__cause__:  # Triton quotes the kernel, and chains what is wrong with it

@@ -203,11 +203,3 @@ def _installed(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def architecture(device: str) -> str:
-    """Return "sm90" and the like, "" for the CPU: what tuned tiles are kept by."""
-    if device != "cuda":
-        return ""
-    major, minor = torch.cuda.get_device_capability()
-    return f"sm{major}{minor}"

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from skipcost.kernels.fused import FusedOps
-from skipcost.kernels.jobs import Row, failed
+from skipcost.kernels.jobs import failed
 from skipcost.kernels.judging import INFINITE, probe, reason
 from skipcost.kernels.networks import parse_case, why_not
 from skipcost.kernels.running import Machine, arithmetic, machine_of
+from skipcost.kernels.serving import Row
 from skipcost.kernels.timing import Budget, sample
 from skipcost.kernels.ways import WAYS
 from skipcost.unet_models import ModelSpec, build

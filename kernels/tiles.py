@@ -152,10 +152,7 @@ CANDIDATES: dict[str, tuple[Tile, ...]] = {
 
 def tile_for(need: Need, form: str, architecture: str = "") -> Tile:
     """Return the tuned tile of this shape on this architecture ("sm90"), or the default one."""
-    for row in _tuned(architecture) if architecture else ():
-        if row["key"] == tuning_key(need, form):
-            return Tile(**row["tile"])
-    return default_tile(need, form)
+    return _tuned(architecture).get(tuning_key(need, form)) or default_tile(need, form)
 
 
 def tuning_key(need: Need, form: str) -> str:
@@ -170,11 +167,18 @@ def tuned_row(need: Need, form: str, tile: Tile, **origin: Any) -> dict[str, Any
     return {"key": tuning_key(need, form), "tile": asdict(tile), **origin}
 
 
-@cache
-def _tuned(architecture: str) -> tuple[dict[str, Any], ...]:
+def tuned_rows(architecture: str) -> list[dict[str, Any]]:
+    """Read what was tuned on an architecture ("sm90"): rows of `tuned_row`, none where there is no file.
+
+    Rows whose tile has a field that this version does not know are left out.
+    """
     file = resources.files("skipcost.kernels") / "configs" / f"{architecture}.json"
-    if not file.is_file():
-        return ()
-    rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"]
+    if not architecture or not file.is_file():
+        return []
     known = {each.name for each in fields(Tile)}
-    return tuple(row for row in rows if set(row["tile"]) <= known)
+    return [row for row in json.loads(file.read_text())["rows"] if set(row["tile"]) <= known]
+
+
+@cache  # every call of an op asks
+def _tuned(architecture: str) -> dict[str, Tile]:
+    return {row["key"]: Tile(**row["tile"]) for row in tuned_rows(architecture)}

@@ -34,11 +34,11 @@ from skipcost.kernels.configurations import (
 )
 from skipcost.kernels.console import tell, write_table
 from skipcost.kernels.errors import MachineError
-from skipcost.kernels.jobs import Row
 from skipcost.kernels.journal import make_room
 from skipcost.kernels.judging import FAILURES, Configuration, implementations, why_not
+from skipcost.kernels.launch import architecture_of
 from skipcost.kernels.measuring import open_bench
-from skipcost.kernels.running import architecture
+from skipcost.kernels.serving import Row
 from skipcost.kernels.tiles import Tile, default_tile, tuned_row, tuning_key
 
 PRECISIONS = ("bf16", "fp16", "tf32")  # fp32 has no tensor cores: there no kernel of ours is chosen
@@ -49,7 +49,7 @@ ORIGIN = ("torch", "triton", "cuda")
 
 def candidates(calls: Iterable[Call], device: str) -> list[Configuration]:
     """Return every tile of every call's kernels."""
-    kind = architecture(device)
+    kind = architecture_of(device)
     return [
         (call, name, tile)
         for call in calls
@@ -149,7 +149,7 @@ def main(argv: Sequence[str], device: str = "cuda", **options: Any) -> int:
     left = bench.time_calls("tune", candidates(distinct(calls, ops), device))
     rows = bench.journal.rows
     tuned = winners(rows)
-    path = given.output or Path(__file__).parent / "configs" / f"{architecture(device) or device}.json"
+    path = given.output or Path(__file__).parent / "configs" / f"{architecture_of(device) or device}.json"
     write(tuned, path)
     print_winners(tuned)
     print_grouped("failed", [row for row in rows if row["outcome"] in FAILURES])

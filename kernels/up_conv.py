@@ -123,7 +123,7 @@ def _product(
     batch, in_channels, height, width = x.shape
     packed, columns = pack_weight(weight), 4 * weight.shape[1]
     need = need_of([x], packed.view(columns, 1, 1, in_channels), x, tf32=tf32, op="up_conv")
-    tile = tile or tile_for(need, "pointer", architecture_of(x))
+    tile = tile or tile_for(need, "pointer", architecture_of(x.device))
     if need.pixels + tile.pixels > LIMIT:
         message = f"x of up_conv has shape {tuple(x.shape)}: the kernel counts 2**31 pixels at most; split the batch"
         raise ValueError(message)

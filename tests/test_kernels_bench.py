@@ -15,11 +15,11 @@ from skipcost.kernels import bench, jobs, journal, measuring, stepping, table
 from skipcost.kernels.calls import Call
 from skipcost.kernels.configurations import need, settings
 from skipcost.kernels.errors import MachineError
-from skipcost.kernels.jobs import Row
 from skipcost.kernels.journal import Journal, identity
 from skipcost.kernels.judging import part_of
 from skipcost.kernels.measuring import open_bench
 from skipcost.kernels.networks import QUICK_WAYS, SLOW_WAYS, parse_case, wanted
+from skipcost.kernels.serving import Row
 from skipcost.kernels.tiles import default_tile
 from skipcost.kernels.timing import Budget
 from skipcost.kernels.ways import WAYS

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from skipcost.kernels.calls import MERGING, MODES, OPS, PRECISIONS, Call, graph_calls, network_calls
+from skipcost.kernels.calls import MERGING, MODES, OPS, PRECISIONS, Call
+from skipcost.kernels.network_calls import graph_calls, network_calls
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec, build, graph
 
 GOOD: dict[str, Any] = {"op": "conv_bn_relu", "batch": 2, "sources": ((3, 8, 9),), "out_channels": 5}
@@ -261,7 +262,8 @@ def test_a_call_is_a_value() -> None:
 def test_calls_need_no_torch() -> None:
     """Listing what a network asks for works where only the counting does."""
     script = (
-        "import sys; from skipcost.unet_models import ModelSpec; from skipcost.kernels.calls import network_calls;"
+        "import sys; from skipcost.unet_models import ModelSpec;"
+        "from skipcost.kernels.network_calls import network_calls;"
         "print(len(network_calls(ModelSpec(), 1, 64, 64, 'inference', 'bf16')), 'torch' in sys.modules)"
     )
 

@@ -144,7 +144,7 @@ def test_a_check_without_time_fails_nothing_and_names_everything() -> None:
 
 def test_the_most_useful_is_checked_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU: every call as it ships, on normal data, then on positive data, then with all other tiles."""
-    monkeypatch.setattr(check, "architecture", lambda _device: "sm90")
+    monkeypatch.setattr(check, "architecture_of", lambda _device: "sm90")
     calls = [CALL, replace(CALL, batch=2), Call("crop_concat", 1, ((8, 6, 6), (8, 4, 4)), 0)]
 
     todo = check.make_jobs(calls, "cuda")

@@ -7,10 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from skipcost.kernels import conv_bn_relu as module
-from skipcost.kernels.conv import MAX_DESCRIPTORS, conv_launch, dense, pack_weight, statistics_tiles, why_not_tma
+from skipcost.kernels.conv import (
+    MAX_DESCRIPTORS,
+    conv_launch,
+    dense,
+    pack_weight,
+    padding_of,
+    statistics_tiles,
+    why_not_tma,
+)
 from skipcost.kernels.conv_bn_relu import launches, pick_form
 from skipcost.kernels.launch import Descriptor
 from skipcost.kernels.tiles import Tile
@@ -142,6 +151,22 @@ def test_statistics_have_a_row_for_every_tile(tile: Tile, pooled: bool) -> None:
 
     across = -(-40 // tile.channels)
     assert launch.grid == (statistics_tiles(out, tile, pooled=pooled) * across,)
+
+
+@pytest.mark.parametrize("side", [1, 3, 5])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("padding", ["same", "valid", 1, (2, 0)])
+def test_padding_is_a_number_whatever_the_layer_calls_it(
+    padding: str | int | tuple[int, int], dilation: int, side: int
+) -> None:
+    """A layer that is given these numbers computes what the one with the word does."""
+    layer = nn.Conv2d(2, 3, side, padding=padding, dilation=dilation)
+    x = torch.randn(1, 2, 9, 12)
+
+    numbers = padding_of(layer)
+
+    expected = functional.conv2d(x, layer.weight, layer.bias, padding=numbers, dilation=dilation)
+    assert torch.equal(layer(x), expected)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1), (1, 3, 4, 1), (0, 3, 4, 5)], ids=str)

@@ -25,13 +25,12 @@ def _no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"kernel_size": 3, "stride": 2}, r"Conv2d\(9, 6, .*stride=\(2, 2\)\): stride, dilation and groups must"),
         ({"kernel_size": 3, "dilation": 2}, "stride, dilation and groups must be 1, the padding one number, of zeros"),
-        ({"kernel_size": 3, "padding": "same"}, r"padding=same\): .* the padding one number, of zeros"),
         ({"kernel_size": 3, "padding": (1, 0)}, "the padding one number, of zeros"),
         ({"kernel_size": 3, "padding": 1, "padding_mode": "reflect"}, "the padding one number, of zeros"),
         ({"kernel_size": 5}, r"has shape \(6, 9, 5, 5\): \(O, C, 3, 3\) and \(O, C, 1, 1\) are supported"),
         ({"kernel_size": 3, "padding": 2}, "padding=2 of conv_bn_relu_train is not supported; accepted: 0, 1"),
     ],
-    ids=["stride", "dilation", "same", "uneven", "reflect", "5x5", "padding"],
+    ids=["stride", "dilation", "uneven", "reflect", "5x5", "padding"],
 )  # fmt: skip
 def test_other_convolutions_are_refused(conv: dict[str, Any], message: str) -> None:
     """One sentence says what the convolution is and what is accepted."""

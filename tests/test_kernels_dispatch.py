@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from skipcost.kernels import winners
-from skipcost.kernels.calls import OPS, Call, network_calls
+from skipcost.kernels.calls import OPS, Call
 from skipcost.kernels.dispatch import CARDS, IMPLEMENTATIONS, Card, card_named, choose, extra_bytes, predict, why_not
 from skipcost.kernels.explain import explain, main
+from skipcost.kernels.network_calls import network_calls
 from skipcost.unet_models import VARIANTS, ModelSpec
 
 H200 = CARDS[0]

@@ -15,8 +15,9 @@ import torch
 from model_cells import by_label, outputs_of
 from torch import Tensor
 
-from skipcost.kernels.calls import Call, network_calls
+from skipcost.kernels.calls import Call
 from skipcost.kernels.fused import FusedOps, dispatched
+from skipcost.kernels.network_calls import network_calls
 from skipcost.kernels.recompute import Recipes, saved_bytes
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec, SkipNet, build
 

@@ -12,9 +12,9 @@ import torch
 
 from skipcost.kernels import judging, table
 from skipcost.kernels.calls import Call
-from skipcost.kernels.jobs import LostDeviceError, Row
 from skipcost.kernels.judging import FAILURES, INFINITE, by_image, job_bytes, part_of, reason, same_bits, what_of
 from skipcost.kernels.running import machine_of
+from skipcost.kernels.serving import LostDeviceError, Row
 from skipcost.kernels.table import KERNELS, Operands, Results, operands
 
 pytestmark = pytest.mark.usefixtures("one_thread")

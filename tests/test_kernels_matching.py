@@ -76,6 +76,18 @@ def test_norms_of_known_statistics_are_folded(norm: nn.Module | None, bias: bool
     assert_as_good(fused, model, x)
 
 
+@pytest.mark.parametrize("side", [1, 3])
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_padding_by_a_word_is_read(padding: str, side: int) -> None:
+    """PyTorch's own words for a layer's padding mean numbers that the kernels have."""
+    model, x = small(nn.Conv2d(3, 5, side, padding=padding), nn.BatchNorm2d(5), nn.ReLU()), torch.randn(2, 3, 6, 7)
+
+    fused, changes = fuse(model, choose=lambda _call, _x: "triton")
+
+    assert ours(changes) == ["conv_bn_relu"]
+    assert_as_good(fused, model, x)
+
+
 @pytest.mark.parametrize(
     ("conv", "why"),
     [
@@ -87,7 +99,6 @@ def test_norms_of_known_statistics_are_folded(norm: nn.Module | None, bias: bool
         (nn.Conv2d(3, 6, 5, padding=2), "kernel 5x5"),
         (nn.Conv2d(3, 6, (1, 3), padding=(0, 1)), "kernel 1x3"),
         (nn.Conv2d(3, 6, 1, padding=1), "padding (1, 1)"),
-        (nn.Conv2d(3, 6, 3, padding="same"), "padding 'same'"),
     ],
     ids=lambda each: each if isinstance(each, str) else "",
 )

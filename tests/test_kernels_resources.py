@@ -6,6 +6,7 @@ What compiles does so in processes of their own, in which Triton does not interp
 from __future__ import annotations
 
 import ast
+import importlib.resources
 import importlib.util
 import json
 from dataclasses import replace
@@ -15,13 +16,16 @@ from typing import Any
 import pytest
 from kernel_compiler import python, skip_without_compiler
 
-from skipcost.kernels import baseline, compiling, resources
+from skipcost.kernels import baseline, compiling, resources, tune
 from skipcost.kernels.baseline import stored
+from skipcost.kernels.calls import Call
 from skipcost.kernels.compiling import compiled
+from skipcost.kernels.configurations import need
 from skipcost.kernels.errors import MachineError
-from skipcost.kernels.gated import GATED
+from skipcost.kernels.gated import GATED, tuned
 from skipcost.kernels.resources import DEFAULT_TARGETS, keys, main
 from skipcost.kernels.targets import TARGETS
+from skipcost.kernels.tiles import Tile, tuned_row, tuning_key
 
 
 def test_the_shipped_baseline_judges_every_kernel_and_accepts_no_spill() -> None:
@@ -44,6 +48,41 @@ def test_every_kernel_is_gated() -> None:
     kernels = {name for name in jitted if name.partition(".")[2] not in called}
 
     assert {make().kernel for make in GATED.values()} == kernels
+
+
+TUNED = (  # a call of each op that is told its tile, and a tile that none of them has by default
+    (Call("conv_bn_relu", 8, ((64, 32, 32),), 64), Tile("pointer", 64, 32, 32, 4, 2)),
+    (Call("conv_bn_relu_pool", 8, ((128, 32, 32),), 64), Tile("tma", 64, 32, 64, 4, 2, 8, 8)),
+    (Call("conv_bn_relu", 8, ((3, 32, 32),), 64, precision="fp16"), Tile("few", 64, 32, 32, 4, 3)),
+    (Call("concat_conv_bn_relu", 8, ((64, 32, 32), (32, 40, 36)), 64, precision="tf32"), Tile("pointer", 64, 32, 16)),
+    (Call("up_conv", 8, ((64, 32, 32),), 32), Tile("pointer", 64, 32, 32, 4, 2)),
+)
+
+
+@pytest.fixture
+def tuned_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A configuration file of sm_90, where the package's are looked for; what other GPUs have there stays away."""
+    path = tmp_path / "configs" / "sm90.json"
+    monkeypatch.setattr(importlib.resources, "files", lambda _package: tmp_path)
+    tune.write([tuned_row(need(call), tile.form, tile, call=call.key) for call, tile in TUNED], path)
+    return path
+
+
+@pytest.mark.usefixtures("tuned_file")
+def test_tuned_tiles_are_gated_for_the_gpu_that_they_were_tuned_on() -> None:
+    """Each row of the file is a launch of its call with its tile, beside those that ship for every GPU."""
+    launches = tuned("sm90")
+
+    assert [name for name, _ in keys(["sm_90"])] == [*GATED, *launches]
+    assert {name for name, _ in keys(["sm_80", "gfx942"])} < set(GATED)
+    for call, tile in TUNED:
+        launch = launches[f"tuned/{tuning_key(need(call), tile.form)}"]()
+        constants = launch.constants
+        pixels = constants.get("tile_pixels") or constants["tile_rows"] * constants["tile_columns"]
+        used = (pixels, constants["tile_channels"], constants["tile_depth"], launch.warps, launch.stages)
+        assert used == (tile.pixels, tile.channels, tile.depth, tile.warps, tile.stages)
+        assert (launch.arguments.get("pooled") is not None) == (call.op == "conv_bn_relu_pool")
+        assert (constants["precision"] == "tf32") == (call.precision == "tf32")
 
 
 def test_what_cannot_run_on_a_target_is_left_out() -> None:
@@ -137,6 +176,7 @@ from skipcost.kernels.tiles import Tile
 
 name = "conv/pointer/64>64@512/bf16"
 gated.default_tile = lambda *_: Tile("pointer", 256, 256, 64, 4, 4)
+gated.tuned_rows = lambda _: []
 make = gated.GATED[name]
 gated.GATED.clear()
 gated.GATED[name] = make
@@ -147,6 +187,31 @@ sys.exit(resources.main(["--target", "sm_90"]))
     problems = [line for line in done.stdout.splitlines() if line.startswith("problem: conv/pointer/64>64@512/bf16 on")]
     assert any("spills registers" in each for each in problems)
     assert any("is over the limit of 232448" in each for each in problems)
+
+
+@pytest.mark.slow
+def test_a_tuned_tile_that_spills_fails_the_gate() -> None:
+    """It is compiled like those that ship, at the call that its row names, and has to be in the baseline too."""
+    skip_without_compiler()
+
+    done = python("""
+import sys
+from skipcost.kernels import gated, resources
+from skipcost.kernels.calls import Call
+from skipcost.kernels.configurations import need
+from skipcost.kernels.tiles import Tile, tuned_row
+
+call, tile = Call("conv_bn_relu", 8, ((256, 32, 32),), 256), Tile("pointer", 256, 256, 64, 4, 2)
+gated.GATED.clear()
+gated.tuned_rows = lambda name: [tuned_row(need(call), "pointer", tile, call=call.key)] if name == "sm90" else []
+resources.PROCESSES = 1
+sys.exit(resources.main(["--target", "sm_90"]))
+""")
+
+    assert done.returncode == 1, done.stderr
+    name = "tuned/conv_bn_relu pointer bf16 1x 256>256 k9 4^7"
+    assert f"problem: {name} on sm_90: spills registers" in done.stdout
+    assert f"problem: {name} on sm_90: has no row in the baseline" in done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +238,7 @@ def test_the_gate_passes(report: dict[str, Any]) -> None:
 def test_a_shipped_kernel_fits_its_hardware(name: str, target: str, report: dict[str, Any]) -> None:
     """It spills nothing, fits, and runs on the engines that its name promises."""
     (row,) = [each for each in report["rows"] if (each["name"], each["target"]) == (name, target)]
-    multiplies = name.startswith(("conv/", "up_conv/", "weight_gradient/"))
+    multiplies = name.startswith(("conv/", "up_conv/", "weight_gradient/", "tuned/"))
 
     assert row["spilled_bytes"] == 0
     assert row["blocks"] >= 1
@@ -199,6 +264,7 @@ gated.GATED.clear()
 gated.GATED[name] = lambda: replace(launch, constants={**launch.constants, "tile_size": 24})
 gated.GATED[other] = make
 resources.PROCESSES = 1
+gated.tuned_rows = lambda _: []
 found, failed = resources.measure(resources.keys(["sm_90"]))
 print(list(found), failed)
 """)

@@ -13,8 +13,8 @@ import pytest
 from skipcost.kernels import tiles, tune
 from skipcost.kernels.calls import Call
 from skipcost.kernels.configurations import need
-from skipcost.kernels.jobs import Row
 from skipcost.kernels.measuring import call_row
+from skipcost.kernels.serving import Row
 from skipcost.kernels.tiles import Tile, default_tile, tile_for
 
 CALL = Call("conv_bn_relu", 1, ((64, 32, 32),), 64)
