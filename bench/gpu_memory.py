@@ -117,9 +117,24 @@ def predicted_here(case: Case, name_of: Callable[[str, bool], str]) -> list[Resu
     results = []
     for figure, first in figures:
         claim: Interval = getattr(found.first if first else found.steady, figure)
-        detail = {"low": claim.low, "high": claim.high, "device": device.name}
+        detail = {
+            "low": claim.low,
+            "high": claim.high,
+            "device": device.name,
+            "parts": _open_parts(found, figure, first),
+        }
         results.append(Result(name_of(figure, first), samples=(claim.likely,), note=note, detail=detail))
     return results
+
+
+def _open_parts(found: GpuMemory, figure: str, first: bool) -> dict[str, tuple[int, int]]:  # noqa: FBT001 - a coordinate
+    """What makes a figure's interval: the bounds of every part that may need anything; the context is the process's."""
+    claims = {part.name: part.first if first else part.steady for part in found.parts}
+    return {
+        name: (claim.low, claim.high)
+        for name, claim in claims.items()
+        if claim.high and (figure == "process" or name != workspaces.CONTEXT)
+    }
 
 
 def _device_here() -> Device:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 VALUE_BYTES = {"fp32": 4, "tf32": 4}  # of what a convolution reads and writes; 2 in every other precision
 CUDNN_NORM = ("fp32", "tf32", "amp-fp16")  # where PyTorch leaves batch norm to cuDNN (Normalization.cpp)
 TILE, TILE_OUTPUTS = 32, 30  # cuDNN's FFT_TILING: tiles of 32 x 32 give 30 x 30 outputs of a 3x3 convolution
+CONTEXT = "CUDA context"  # the one part that is not the allocator's
 CONTEXT_SOURCE = (
     "not measured yet on a card of ours. Elsewhere, with kernels loaded lazily: 274 MiB with a segment of 20 "
     "(pytorch/pytorch pull request 86509), about 400 MB (issue 109888), 426 MiB under torch 2.10 "
@@ -101,7 +102,7 @@ def parts(convolutions: list[PlacedConv], case: Case, device: Device) -> dict[st
     return {
         "convolution": Part("convolution workspace", first, chosen, CONVOLUTION_SOURCE),
         **{key: Part(name, each, each, source, kept=True) for key, (name, each, source) in lasting.items()},
-        "context": Part("CUDA context", context(), context(), CONTEXT_SOURCE),
+        "context": Part(CONTEXT, context(), context(), CONTEXT_SOURCE),
     }
 
 

@@ -336,7 +336,14 @@ def test_the_metrics_are_the_claims_for_the_card_that_the_driver_names(
         for first, step in (("", found.steady), ("_first", found.first)):
             result, claim = results[f"peak_memory_predicted_{figure}{first}_bytes"], getattr(step, figure)
             assert (result.outcome, result.samples, result.note) == ("ok", (claim.likely,), "")
-            assert result.detail == {"low": claim.low, "high": claim.high, "device": CARD.name}
+            assert (result.detail["low"], result.detail["high"]) == (claim.low, claim.high)
+            assert result.detail["device"] == CARD.name
+            assert ("CUDA context" in result.detail["parts"]) == (figure == "process")
+            assert (
+                result.detail["parts"]["convolution workspace"][1]
+                == getattr(found.parts[0], first[1:] or "steady").high
+            )
+            assert "gradient scaler" not in result.detail["parts"]  # it may need nothing here
 
 
 def test_a_case_that_will_not_fit_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
