@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from skipcost.bench import ab_command, accuracy_command, calibrate_command, counters_command, gate_command
+from skipcost.bench import ab_command, accuracy_command, calibrate_command, gate_command
 from skipcost.bench import doctor as doctoring
 from skipcost.bench import explain as explaining
 from skipcost.bench import show as showing
@@ -192,7 +192,6 @@ app.command()(gate_command.gate)
 app.command()(ab_command.ab)
 app.command()(accuracy_command.accuracy)
 app.command("calibrate")(calibrate_command.calibrate_command)
-app.command()(counters_command.counters)
 
 
 def main() -> None:
