@@ -18,9 +18,10 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from skipcost.bench import ab_command, accuracy_command, calibrate_command, gate_command
+from skipcost.bench import ab_command, accuracy_command, calibrate_command, counters_command, gate_command
 from skipcost.bench import doctor as doctoring
 from skipcost.bench import explain as explaining
+from skipcost.bench import fit as fitting
 from skipcost.bench import show as showing
 from skipcost.bench.cases import CHOICES
 from skipcost.bench.console import DB, DEVICE, ERR, JSON, MODEL, OUT, SET, SIZE, SWEEP, progress_bar, settings_of
@@ -192,6 +193,8 @@ app.command()(gate_command.gate)
 app.command()(ab_command.ab)
 app.command()(accuracy_command.accuracy)
 app.command("calibrate")(calibrate_command.calibrate_command)
+app.command()(counters_command.counters)
+app.command()(fitting.fit)
 
 
 def main() -> None:

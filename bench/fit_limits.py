@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from skipcost.bench import figures
 from skipcost.bench.cases import Case
 from skipcost.bench.units import parse_bytes, parse_count, parse_seconds
+
+Order = Literal["bisect", "upwards", "walk"]  # bisect, from the wide end or from the narrow one; try all
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +28,11 @@ class Limit:
     read: Callable[[object], float]
 
     def text(self, value: float) -> str:
-        """The figure in words."""
-        return figures.text(value, self.unit)
+        """The figure in words; an infinite one is one that nobody can tell."""
+        return "unknown" if math.isinf(value) else figures.text(value, self.unit)
 
 
-LIMITS: dict[str, Limit] = {  # the cheapest to work out first
+LIMITS: dict[str, Limit] = {
     "params": Limit("parameters", "params", "count", parse_count),
     "macs": Limit("MACs per image", "conv_macs_per_image", "macs", parse_count),
     "memory": Limit("memory", "memory_bytes", "bytes", parse_bytes),
@@ -52,16 +54,19 @@ class Peaks(Protocol):
 class Gauge:
     """Where the figures of a case come from.
 
-    `measures` gives each figure that can be limited, by its name in LIMITS; `origins` says of each in a few words where
-    it comes from. `floor` gives bytes that memory is never below, for every batch and growing with the width: with it
-    the search leaves out at little cost what cannot fit. `by_running` names the figures that take running the network:
-    they are asked for last, and from the cheap end. `middle` gives the median or middle figure where the one that is
-    checked is an upper end; `remark` says what makes a case's figures doubtful, empty where nothing does.
+    `measures` gives each figure that can be limited, by its name in LIMITS, in the order in which to look at them;
+    `origins` says of each in a few words where it comes from. `floor` gives bytes that memory is never below, for every
+    batch and growing with the width: with it the search leaves out at little cost what cannot fit. `even` says that
+    what is predicted grows with the width too, as an allocator's segments do not always. `by_running` names the
+    figures that take running the network: they are asked for last, and from the narrow end. `middle` gives the median
+    or likely figure where the one that is checked is an upper end; `remark` says what makes a case's figures doubtful,
+    empty where nothing does.
     """
 
     measures: Mapping[str, Callable[[Case], float]]
     origins: Mapping[str, str]
     floor: Callable[[Case], Peaks]
+    even: bool = True
     by_running: tuple[str, ...] = ()
     middle: Mapping[str, Callable[[Case], float]] = field(default_factory=dict)
     remark: Callable[[Case], str] = lambda _: ""
@@ -93,8 +98,8 @@ class Limits:
         return "memory" not in self.most or self.gauge.floor(case).peak(case.batch) <= self.most["memory"]
 
     def predicted_to_fit(self, case: Case) -> bool:
-        """Whether the case keeps every limit that can be checked without running it; the cheap ones come first."""
-        return self._keeps(case, tuple(name for name in LIMITS if name not in self.gauge.by_running))
+        """Whether the case keeps every limit that can be checked without running it."""
+        return self._keeps(case, tuple(name for name in self.gauge.measures if name not in self.gauge.by_running))
 
     def fits(self, case: Case) -> bool:
         """Whether the case keeps every limit; what takes running it comes last."""
@@ -104,18 +109,20 @@ class Limits:
         return all(self.gauge.measures[name](case) <= self.most[name] for name in names if name in self.most)
 
     @property
-    def tests(self) -> tuple[tuple[Callable[[Case], bool], bool], ...]:
-        """Tests of growing cost, each narrower than the one before, and whether to try the narrow networks first.
+    def tests(self) -> tuple[tuple[Callable[[Case], bool], Order], ...]:
+        """Tests of growing cost, each narrower than the one before, and in what order to try the widths of a line.
 
         A prediction is nearly as low as its floor, so the border is near the wide end; running wide networks is slow.
         """
-        tests = ((self.may_fit, False), (self.predicted_to_fit, False))
-        return (*tests, (self.fits, True)) if self.gauge.by_running else tests
+        predicted: Order = "bisect" if self.gauge.even else "walk"
+        tests: tuple[tuple[Callable[[Case], bool], Order], ...]
+        tests = ((self.may_fit, "bisect"), (self.predicted_to_fit, predicted))
+        return (*tests, (self.fits, "upwards")) if self.gauge.by_running else tests
 
     def standing(self, case: Case) -> Standing:
         """All figures of a case and what it breaks; what cannot fit is not run."""
         skipped = () if self.predicted_to_fit(case) else self.gauge.by_running
-        names = [name for name in self.gauge.measures if name not in skipped]
+        names = [name for name in LIMITS if name in self.gauge.measures and name not in skipped]
         known = {name: self.gauge.measures[name](case) for name in names}
         middle = {name: self.gauge.middle[name](case) for name in names if name in self.gauge.middle}
         return Standing(

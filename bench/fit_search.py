@@ -2,8 +2,9 @@
 
 Best-first over lines of networks: a line's place in the ranking is bounded from above, first by its widest network,
 then by the widest that the cheap figures allow, and only a line that leads the ranking is worked out exactly. So the
-rows are what looking at every network would give (a test does), at the cost of the few lines that matter. Along a line
-figures grow with the width and the border is found by bisection; a line that is `uneven` is walked from its wide end.
+rows are what looking at every network would give (a test does), at the cost of the few lines that matter. Where figures
+grow along a line the border is found by bisection; where they need not, it is walked to from the wide end. The largest
+batch is always bisected: with it fits, with one image more it does not.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from skipcost.bench.cases import Case
 from skipcost.bench.errors import BenchError
 from skipcost.bench.fit_lattice import Line
-from skipcost.bench.fit_limits import LIMITS, Limits, Standing
+from skipcost.bench.fit_limits import LIMITS, Limits, Order, Standing
 from skipcost.unet_models import ModelSpec, SkipGraph
 
 MOST_BATCH = 65536  # what a case accepts
@@ -80,15 +81,18 @@ def last_true(low: int, high: int, test: Callable[[int], bool], *, upwards: bool
     return passed
 
 
-def widest(line: Line, widths: Sequence[int], test: Callable[[Case], bool], *, upwards: bool = False) -> int:
-    """Position in `widths` of the widest network of the line that passes; -1 where none does."""
+def widest(line: Line, widths: Sequence[int], test: Callable[[Case], bool], order: Order = "bisect") -> int:
+    """Position in `widths` of the widest network of the line that passes; -1 where none does.
+
+    A line that is uneven is walked from its wide end, whatever the order.
+    """
 
     def passes(index: int) -> bool:
         return test(line.at(widths[index]))
 
-    if line.uneven:
+    if line.uneven or order == "walk":
         return next((index for index in reversed(range(len(widths))) if passes(index)), -1)
-    return last_true(0, len(widths), passes, upwards=upwards)
+    return last_true(0, len(widths), passes, upwards=order == "upwards")
 
 
 def largest_batch(case: Case, limits: Limits) -> int:
@@ -141,8 +145,8 @@ def ranked(
 
 def _tested(entry: _Entry, limits: Limits) -> tuple[int, ...]:
     """The entry's widths up to the widest that passes the next test."""
-    test, upwards = limits.tests[entry.stage]
-    return entry.widths[: widest(entry.candidate.line, entry.widths, test, upwards=upwards) + 1]
+    test, order = limits.tests[entry.stage]
+    return entry.widths[: widest(entry.candidate.line, entry.widths, test, order) + 1]
 
 
 def _key(candidate: Candidate, receptive_field: int, width: int, index: int) -> tuple[float, ...]:
@@ -177,23 +181,24 @@ def _found(candidate: Candidate, width: int, receptive_field: int, limits: Limit
         if any(name in limits.most for name in TOUCHED_BY_BATCH) and case.batch < MOST_BATCH:
             more_images = limits.standing(replace(case, batch=case.batch + 1))
     here = limits.standing(case)
-    last = line.widths.index(width) if candidate.score is None else widest(line, line.widths, limits.fits)
+    last = line.widths.index(width) if candidate.score is None else _border(line, limits)
     inside = here if line.widths[last] == width else limits.standing(line.at(line.widths[last]))
     outside = limits.standing(line.at(line.widths[last + 1])) if last + 1 < len(line.widths) else None
     return Found(here, receptive_field, candidate.score, line.labels(width), inside, outside, more_images)
 
 
+def _border(line: Line, limits: Limits) -> int:
+    """Position of the widest network of a line that fits, for a row that is not itself at its line's border."""
+    widths = line.widths
+    for test, order in limits.tests:
+        widths = widths[: widest(line, widths, test, order) + 1]
+    return len(widths) - 1
+
+
 def refusal(candidates: Sequence[Candidate], limits: Limits) -> BenchError:
     """The sentence for limits that no candidate keeps: which one is too low, and the least that there is."""
     least = {name: _least(candidates, name, limits) for name in limits.most}
-    parts = []
-    for name, standing in least.items():
-        limit = LIMITS[name]
-        if name in standing.broken:
-            parts.append(
-                f"no network has {limit.title} of {limit.text(limits.most[name])} or less: the least is "
-                f"{limit.text(standing.figures[name])}, of {standing.case.spec.label} at batch {standing.case.batch}"
-            )
+    parts = [_too_low(name, standing, limits) for name, standing in least.items() if name in standing.broken]
     if not parts:
         each = [
             f"{at.case.spec.label}, the least in {LIMITS[name].title}, breaks {_broken(at)}"
@@ -201,6 +206,14 @@ def refusal(candidates: Sequence[Candidate], limits: Limits) -> BenchError:
         ]
         parts = ["each limit can be kept, but no network keeps all of them at once: " + "; ".join(each)]
     return BenchError("; ".join(parts) + "; raise the limit, or widen the choice with --size, --precision or --set")
+
+
+def _too_low(name: str, standing: Standing, limits: Limits) -> str:
+    limit, case = LIMITS[name], standing.case
+    said = f"no network has {limit.title} of {limit.text(limits.most[name])} or less"
+    if math.isinf(standing.figures[name]):
+        return f"{said} for sure: {standing.remark}"
+    return f"{said}: the least is {limit.text(standing.figures[name])}, of {case.spec.label} at batch {case.batch}"
 
 
 def _broken(standing: Standing) -> str:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from skipcost.bench import figures
 from skipcost.bench.cases import Case
-from skipcost.bench.fit_limits import LIMITS, Limits, Standing
+from skipcost.bench.fit_limits import LIMITS, Limit, Limits, Standing
 from skipcost.bench.fit_search import Found
 
 OUTSIDE, MORE_IMAGES, INSIDE = "the next wider", "one image more", "the widest that fits"
@@ -65,19 +65,36 @@ def print_header(facts: dict[str, Any], console: Console) -> None:
         console.print(f"  {units[key].title}: {escape(origin)}", highlight=False, style="dim")
 
 
+def print_plan(facts: dict[str, Any], console: Console) -> None:
+    """An nnU-Net plan: the nearest network and what it costs, what differs, then what else fits in its memory."""
+    plan, given, columns = facts["plan"], facts["given"], columns_of(facts)
+    console.print(
+        f"[bold]{escape(plan['name'])}[/bold], nnU-Net's 2d configuration: {plan['batch']} patches of "
+        f"{plan['height']}x{plan['width']}",
+        highlight=False,
+    )
+    table = new_table("nearest network", "batch", *[limit.title for limit in columns], "sees")
+    table.add_row(*cells(given, columns), figures.text(plan["receptive_field"], "pixels"))
+    console.print(table)
+    for text in plan["differences"]:
+        console.print(f"  differs: {escape(text)}", highlight=False, style="dim")
+    console.print("\nWhat else fits in the same memory, at the same batch:")
+    print_rows(facts, console)
+
+
 def print_rows(facts: dict[str, Any], console: Console) -> None:
     """The ranked table: under each network, dim, what lies just outside and which limit that breaks."""
     print_header(facts, console)
     console.print(f"ranked by {escape(facts['order'])}; chosen from {facts['chosen_from']:,} networks", highlight=False)
-    columns = [limit for limit in LIMITS.values() if limit.key in facts["origins"]]
+    columns = columns_of(facts)
     table = new_table("", "network", "batch", *[limit.title for limit in columns], "sees", "score", "")
     for number, row in enumerate(facts["rows"], 1):
         extra = [figures.text(row["receptive_field"], "pixels"), "-" if row["score"] is None else f"{row['score']:.4g}"]
         also = f"also {', '.join(row['aliases'])}" if row["aliases"] else ""
-        table.add_row(str(number), *_cells(row, columns), *extra, _joined(also, row["remark"]))
+        table.add_row(str(number), *cells(row, columns), *extra, _joined(also, row["remark"]))
         for title, other in _border(row):
             remark = _joined(f"{title}{_breaks(other)}", other["remark"])
-            table.add_row("", *_cells(other, columns), "", "", remark, style="dim")
+            table.add_row("", *cells(other, columns), "", "", remark, style="dim")
         if row["outside"] is None:
             table.add_row("", "", "", *[""] * len(columns), "", "", "the widest to choose from", style="dim")
     if all(row["score"] is None for row in facts["rows"]):
@@ -86,11 +103,26 @@ def print_rows(facts: dict[str, Any], console: Console) -> None:
     print_left_out(facts["left_out"], console)
 
 
+def columns_of(facts: dict[str, Any]) -> list[Limit]:
+    """The figures that an answer has."""
+    return [limit for limit in LIMITS.values() if limit.key in facts["origins"]]
+
+
+def cells(row: dict[str, Any], columns: Sequence[Limit]) -> list[str]:
+    """Label, batch, and each figure in words; where there is a middle figure, the checked one follows in brackets."""
+    cells = [row["label"], str(row["batch"])]
+    for limit in columns:
+        value, middle = row.get(limit.key), row.get(f"{limit.key}_middle")
+        text = "not run" if value is None else limit.text(value)
+        cells.append(text if middle is None else f"{limit.text(middle)} ({text})")
+    return cells
+
+
 def new_table(*names: str) -> Table:
     """A plain table: texts left, figures right."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in names:
-        text = name in ("network", "")
+        text = name in ("network", "nearest network", "")
         table.add_column(name, justify="left" if text else "right", no_wrap=name != "", overflow="fold")
     return table
 
@@ -122,12 +154,3 @@ def _joined(*texts: str) -> str:
 
 def _breaks(row: dict[str, Any]) -> str:
     return f": breaks {', '.join(LIMITS[name].title for name in row['breaks'])}" if row["breaks"] else ""
-
-
-def _cells(row: dict[str, Any], columns: Sequence[Any]) -> list[str]:
-    cells = [row["label"], str(row["batch"])]
-    for limit in columns:
-        value, middle = row.get(limit.key), row.get(f"{limit.key}_middle")
-        text = "not run" if value is None else limit.text(value)
-        cells.append(text if middle is None else f"{limit.text(middle)} ({text})")
-    return cells

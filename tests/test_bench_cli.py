@@ -28,6 +28,7 @@ COMMANDS = (
     "sweep",
     "show",
     "explain",
+    "fit",
     "baseline",
     "gate",
     "ab",
