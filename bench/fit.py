@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from skipcost.bench.cases import CHOICES, usual_values
-from skipcost.bench.console import JSON, OUT, SET
+from skipcost.bench.console import JSON, OUT
 from skipcost.bench.equal import equal_facts, given_case, print_equal
 from skipcost.bench.errors import BenchError
 from skipcost.bench.fit_answer import answer, answer_plan
@@ -58,11 +58,7 @@ def fit(
     batch: BATCH = None,
     device: TARGET = None,
     settings: CHOICE = None,
-    quality: CHOICE = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="key=v1,v2 or key=8..64: what to choose from (variant, skip, depth, width, norm, ...)"),
-]
-QUALITY = None,
+    quality: QUALITY = None,
     measure: MEASURE = False,  # noqa: FBT002 - a flag of the command line
     equal: EQUAL = None,
     nnunet: NNUNET = None,
