@@ -28,6 +28,7 @@ COMMANDS = (
     "sweep",
     "show",
     "explain",
+    "counters",
     "fit",
     "baseline",
     "gate",

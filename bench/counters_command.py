@@ -1,0 +1,146 @@
+"""`skipcost counters`: several counters on one network, side by side, and the operator at which they part."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from skipcost.bench import figures
+from skipcost.bench.cases import Case
+from skipcost.bench.console import JSON, OUT, SIZE
+from skipcost.bench.custom import Factory
+from skipcost.bench.errors import BenchError
+from skipcost.bench.units import parse_size
+from skipcost.bench.worker import refusal_of
+from skipcost.unet_models import ModelSpec
+
+if TYPE_CHECKING:
+    from skipcost.bench.counters import Part, Place, Testimony
+
+MOST_PARTS = 4  # in a table's cell; JSON has all
+
+
+def counters(
+    label: Annotated[str | None, typer.Argument(help="a network, e.g. unet/d4/w32/concat", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Option(help="package.module:factory of a model of your own, in place of a label")
+    ] = None,
+    size: SIZE = "128",
+    batch: int = 1,
+    in_channels: Annotated[int, typer.Option(help="of the image that --model reads")] = 1,
+    as_json: JSON = False,  # noqa: FBT002 - a flag of the command line
+) -> None:
+    """Count one network's MACs with every counter at hand, and say at which operator each parts from arithmetic."""
+    if (label is None) == (model is None):
+        message = "name one network: a label such as unet/d4/w32/concat, or --model package.module:factory"
+        raise BenchError(message)
+    height, width = parse_size(size)
+    try:
+        spec = ModelSpec.parse(label) if label else Factory(model or "", in_channels=in_channels)
+        case = Case(spec=spec, batch=batch, height=height, width=width)
+    except ValueError as error:
+        raise BenchError(str(error)) from None
+    if refusal := refusal_of(case):
+        raise BenchError(refusal)
+    facts = examine(case)
+    OUT.print_json(data=facts) if as_json else print_court(facts, OUT)
+
+
+def examine(case: Case) -> dict[str, Any]:
+    """Everything that the command shows, as JSON values; BenchError where the model itself does not run."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler announces itself on stderr; read once, by torch
+    from skipcost.bench.counters import court  # noqa: PLC0415 - imports torch
+
+    try:
+        places, heard = court(case)
+    except Exception as error:
+        if case.factory is None:
+            raise
+        message = f"{case.spec.label} cannot be counted: {'; '.join([str(error), *getattr(error, '__notes__', [])])}"
+        raise BenchError(message) from None
+    macs = sum(place.macs for place in places)
+    if case.factory is None:
+        macs = case.batch * case.graph().conv_macs(case.height, case.width)
+    return {
+        "network": case.spec.label,
+        "size": [case.height, case.width],
+        "batch": case.batch,
+        "arithmetic": {"macs": macs, "kinds": _kinds(places), "layers": {each.layer: each.macs for each in places}},
+        "counters": [_testimony(each, macs) for each in heard],
+    }
+
+
+def _kinds(places: list[Place]) -> dict[str, int]:
+    sums: Counter[str] = Counter()
+    for place in places:
+        sums[place.kind] += place.macs
+    return dict(sums)
+
+
+def _testimony(heard: Testimony, macs: int) -> dict[str, Any]:
+    return {
+        "counter": heard.counter,
+        "version": heard.version,
+        "conversion": heard.conversion,
+        "macs": heard.macs,
+        "difference": None if heard.macs is None else heard.macs / macs - 1 if macs else 0.0,
+        "parts": [
+            {
+                "kind": part.kind,
+                "macs": part.macs,
+                "arithmetic_macs": part.arithmetic,
+                "layers": [
+                    {"layer": name, "macs": theirs, "arithmetic_macs": exact} for name, theirs, exact in part.layers
+                ],
+                "words": _words(part, macs),
+            }
+            for part in heard.parts
+        ],
+        "note": heard.note,
+    }
+
+
+def _words(part: Part, macs: int) -> str:
+    """One part in words: how much is too much or too little, and the layer at which it is most."""
+    off = part.macs - part.arithmetic
+    share = f"{off / macs:+.2%} of the total" if macs else f"{figures.text(off, 'macs')}"
+    if not part.arithmetic:
+        return f"adds {figures.text(part.macs, 'macs')} for {part.kind} ({share})"
+    if not part.macs:
+        return f"leaves {part.kind} out ({share})"
+    worst = ""
+    if part.layers:
+        name, theirs, exact = part.layers[0]
+        worst = f", most at {name}" + (f" ({theirs / exact:.3g} times)" if exact else "")
+    return f"{part.kind} {part.macs / part.arithmetic:.4g} times ({share}){worst}"
+
+
+def print_court(facts: dict[str, Any], console: Console) -> None:
+    """The court for people: a line per counter, arithmetic first."""
+    exact = facts["arithmetic"]
+    height, width = facts["size"]
+    kinds = ", ".join(f"{kind} {figures.text(macs, 'macs')}" for kind, macs in exact["kinds"].items())
+    console.print(f"{facts['network']}  {height}x{width}, batch {facts['batch']}, forward", markup=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("counter", "MACs", "off by"):
+        table.add_column(name, no_wrap=True, justify="left" if name == "counter" else "right")
+    table.add_column("from", no_wrap=True)
+    table.add_column("where it parts from arithmetic", ratio=1)
+    table.add_row("arithmetic (counted)", f"{exact['macs']:,}", "", "weights x positions", kinds)
+    for each in facts["counters"]:
+        name = f"{each['counter']} {each['version']}".strip()
+        if each["macs"] is None:
+            table.add_row(name, "-", "-", each["conversion"], escape(each["note"]))
+            continue
+        words = [part["words"] for part in each["parts"]]
+        more = [f"{len(words) - MOST_PARTS} more in --json"] if len(words) > MOST_PARTS else []
+        said = "; ".join(words[:MOST_PARTS] + more) or "nowhere"
+        off = f"{each['difference']:+.2%}" if each["difference"] else "exact"
+        table.add_row(name, f"{each['macs']:,.0f}", off, each["conversion"], escape(said))
+    console.print(table)
