@@ -47,11 +47,11 @@ def attribute(
             why = operators_that_differ(results[0][key], results[1][key])
         elif each.verdict in CHANGED and each.metric in ("params", "conv_macs"):
             case = Case.from_json(each.key)
-            if each.key not in asked and len(asked) < EXPLAINED:
+            if case.factory is None and each.key not in asked and len(asked) < EXPLAINED:
                 asked[each.key] = _ask(base, case)
             before = asked.get(each.key)
             if before:
-                after = explain(case.spec, (case.height, case.width), case.batch, case.precision, case.mode)
+                after = explain(case.suite_spec, (case.height, case.width), case.batch, case.precision, case.mode)
                 why = _told(_difference(places(case, each.metric, before), places(case, each.metric, after)))
         told.append(replace(each, why=why or each.why))
     return told
