@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from skipcost.bench import workspaces
-from skipcost.bench.allocator import Replay, StepMemory, first_event, replay, two_steps
+from skipcost.bench.allocator import Replay, StepMemory, replay, two_steps
 from skipcost.bench.device_timeline import named_convolutions, on_device
 from skipcost.bench.devices import device_named
 from skipcost.bench.errors import BenchError
 from skipcost.bench.gpu import describe_gpus
-from skipcost.bench.liveness import Timeline, timeline
+from skipcost.bench.liveness import Timeline, peak_bytes, timeline
 from skipcost.bench.records import Result
 from skipcost.bench.workspaces import Interval, Part
 
@@ -69,8 +69,9 @@ def predict(case: Case, device: Device) -> GpuMemory:
     for scenario in SCENARIOS:  # a bound is wide: it has as much room as there may be
         room = device.memory_bytes - (context.likely if scenario == "likely" else context.low)
         replays.append(_replayed(*on_device(case, steps, parts, scenario), room))
-    first = _prediction(_live_peak(steps, 0), [each.first for each in replays], context)
-    steady = _prediction(_live_peak(steps, 1), [each.steady for each in replays], context)
+    live_first, live_steady = peak_bytes(case)
+    first = _prediction(live_first, [each.first for each in replays], context)
+    steady = _prediction(live_steady, [each.steady for each in replays], context)
     return GpuMemory(first, steady, tuple(parts.values()), replays[LIKELY].shortage)
 
 
@@ -84,17 +85,6 @@ def _prediction(live: int, replayed: list[StepMemory], context: Interval) -> Ste
 def _over(values: list[int]) -> Interval:
     """The interval of a figure over SCENARIOS: more workspace may fragment less, so the bounds are the extremes."""
     return Interval(min(values), max(values), values[LIKELY])
-
-
-def _live_peak(steps: Timeline, step: int) -> int:
-    """Peak of live bytes in the first step (0) or the steady one (1)."""
-    bounds = (first_event(steps), steps.steady_from, len(steps.events))
-    live = peak = 0
-    for at, event in enumerate(steps.events[: bounds[step + 1]]):
-        size = steps.storages[abs(event) - 1].bytes
-        live += size if event > 0 else -size
-        peak = max(peak, live) if at >= bounds[step] else live
-    return peak
 
 
 def _replayed(whole: Timeline, emptied: frozenset[int], capacity: int) -> Replay:

@@ -241,6 +241,33 @@ def test_where_memory_runs_out_cached_segments_go_first() -> None:
     assert replay(timeline, 31 * MIB).shortage == f"the step: no room for s1 of {32 * MIB} bytes"
 
 
+@pytest.mark.parametrize(("capacity", "taken"), [
+    (100 * MIB, 50 * MIB),  # there is room
+    (60 * MIB, 40 * MIB),  # what is free, if that is less
+    (26 * MIB, 6 * MIB // 8),  # of 6 MiB left no segment of 20 can be had, nor for its half and quarter
+    (20 * MIB, 0),
+])  # fmt: skip
+def test_a_request_that_may_shrink_takes_the_room_there_is(capacity: int, taken: int) -> None:
+    """As in PyTorch's search over algorithms: no more than is free, halved until a segment can be had."""
+    memory = CachingAllocator(capacity)
+    memory.allocate(20 * MIB)
+
+    place = memory.allocate_up_to(50 * MIB)
+
+    assert memory.requested == 20 * MIB + taken
+    assert (place is None) == (taken == 0)
+
+
+def test_a_request_that_may_shrink_takes_a_cached_block_where_that_is_larger() -> None:
+    """A free block of 30 MiB serves it, though the device has nothing left."""
+    memory = CachingAllocator(30 * MIB)
+    memory.release(memory.allocate(30 * MIB))
+
+    memory.allocate_up_to(50 * MIB)
+
+    assert (memory.requested, memory.reserved) == (30 * MIB, 30 * MIB)
+
+
 @given(st.lists(st.integers(1, 30 * MIB), min_size=1, max_size=30))
 def test_a_replay_is_the_same_each_time_and_its_own_peak_is_room_enough(sizes: list[int]) -> None:
     """Equal traces give equal figures, and a device of exactly the reserved peak has no shortage."""

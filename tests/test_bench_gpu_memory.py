@@ -144,6 +144,29 @@ def test_cudnn_tries_each_shape_once_and_the_cache_is_emptied_after_it(mode: str
     assert added(replace(case, cudnn_benchmark=False), "likely")[2] == frozenset()
 
 
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_every_part_is_as_large_as_its_scenario_has_it(scenario: str) -> None:
+    """Each call has the workspace of its own convolution, and what is kept is there from the first step to the end."""
+    case = case_of(layout="channels_last", precision="amp-fp16", cudnn_benchmark=False)
+    steps, whole, _ = added(case, scenario)
+    convolutions, parts = convolutions_of(case), parts_of(case)
+    calls = convolution_calls(steps, convolutions, case)
+    expected = [
+        getattr(workspaces.chosen_workspace(convolutions[moment.removeprefix("backward of ")], case), scenario)
+        for _, moment in sorted(calls.items())
+    ]
+
+    sizes = [each.bytes for each in whole.storages if each.kind == WORKSPACE]
+    kept = {part.name: getattr(part.steady, scenario) for part in parts.values() if part.kept}
+    found = {each.name: (number, each.bytes) for number, each in enumerate(whole.storages, 1) if each.name in kept}
+
+    assert sizes == expected
+    assert {name: size for name, (_, size) in found.items()} == kept
+    for number, _ in found.values():
+        assert whole.events.index(number) < first_event(whole)
+        assert -number not in whole.events
+
+
 @pytest.mark.parametrize(("label", "changes", "gathered"), [
     ("unet/d2/w8/concat", {}, 2),
     ("unet++/d2/w8/concat", {}, 3),
@@ -209,7 +232,8 @@ def test_more_may_be_needed_where_more_is_open(precision: str, layout: str) -> N
         assert part.source
         assert part.steady.low <= part.first.low
         assert part.steady.high <= part.first.high
-    assert parts_of(case)["convolution"].first.high > parts_of(case)["convolution"].steady.high
+    assert tried.parts[0].first.high > tried.parts[0].steady.high
+    assert settled.parts[0].first == settled.parts[0].steady == tried.parts[0].steady
 
 
 def test_a_device_bounds_what_cudnn_tries_but_not_what_is_live() -> None:
@@ -239,23 +263,31 @@ def test_cublas_has_32_mib_from_hopper_on_and_less_before(name: str) -> None:
     assert workspaces.cublas_workspace(device) == Interval(0, 32 * MIB if hopper else 8_519_680, 0)
 
 
-def test_workspaces_are_those_of_the_documented_algorithms() -> None:
-    """By hand, for 8 to 8 channels over 92x92, batch 2: copies, matrix of patches, Winograd's and the FFT's forms."""
-    case = case_of(precision="fp32")
-    placed = convolutions_of(case)["x0_0: convolution 2"]
-    pixels = 2 * 92 * 92
-    copies = 4 * (8 * pixels + 8 * pixels + 9 * 8 * 8)
-    patches, winograd = 4 * 9 * 8 * pixels, 16 * (8 * pixels + 8 * pixels)
-    tiles = 2 * math.ceil(92 / 30) ** 2
-    fft = 32 * 17 * 8 * (tiles * (8 + 8) + 8 * 8)
+@pytest.mark.parametrize(("label", "name", "largest"), [
+    ("unet/d1/w8/concat", "x0_0: convolution 2", "patches"),
+    ("unet/d1/w8/concat", "x1_0: convolution 1", "winograd"),  # twice as many channels leave as arrive
+    ("unet/d1/w128/concat", "x0_0: convolution 2", "fft"),  # many channels: the weights' own spectra
+])  # fmt: skip
+def test_workspaces_are_those_of_the_documented_algorithms(label: str, name: str, largest: str) -> None:
+    """By hand, batch 2: copies, the matrix of patches, Winograd's F(2x2, 3x3), tiles of 32 for 30 x 30 outputs."""
+    case = case_of(label, precision="fp32")
+    placed = convolutions_of(case)[name]
+    read, write, pixels = placed.conv.in_channels, placed.conv.out_channels, 2 * placed.height * placed.width
+    tiles = 2 * math.ceil(placed.height / 30) * math.ceil(placed.width / 30)
+    copies = 4 * (read * pixels + write * pixels + 9 * read * write)
+    bytes_of = {
+        "patches": 4 * 9 * read * pixels,
+        "winograd": 4 * 16 * (read * pixels + write * pixels) // 4,
+        "fft": 8 * 32 * 17 * (tiles * (read + write) + read * write),
+    }
+    last = replace(case, layout="channels_last")
 
-    contiguous, last = case, replace(case, layout="channels_last")
-
-    assert workspaces.chosen_workspace(placed, contiguous) == Interval(0, max(copies, patches, winograd), 0)
+    assert max(bytes_of, key=lambda each: bytes_of[each]) == largest
+    assert workspaces.tried_workspace(placed, case) == Interval(0, bytes_of[largest], copies)
+    assert workspaces.chosen_workspace(placed, case) == Interval(0, max(bytes_of["patches"], bytes_of["winograd"]), 0)
     assert workspaces.chosen_workspace(placed, replace(case, precision="tf32")).likely == copies
     assert workspaces.chosen_workspace(placed, last) == Interval(0, copies, 0)
-    assert workspaces.tried_workspace(placed, contiguous) == Interval(0, max(patches, winograd, fft), copies)
-    assert workspaces.tried_workspace(placed, last) == Interval(0, patches, copies)
+    assert workspaces.tried_workspace(placed, last) == Interval(0, max(copies, bytes_of["patches"]), copies)
 
 
 @pytest.mark.parametrize(("label", "name", "read", "patches"), [
