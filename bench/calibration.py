@@ -33,10 +33,10 @@ FOLDER = Path("results/calibrations")
 
 SETTING = ("device", "mode", "precision", "layout", "backend")  # and what of the following has a meaning with these
 SETTING_OF = {"cpu": ("threads",), "cuda": ("cudnn_benchmark",), "training": ("optimizer", "loss"), "inference": ()}
-MAC_FEATURES = {"convolution": "MACs of convolutions", "transposed": "MACs of transposed convolutions"}
+MAC_FEATURES = {"convolution": "MACs of convolutions", "transposed convolution": "MACs of transposed convolutions"}
 BYTE_FEATURES = {  # of a kind of pass; what is not here moves its maps element by element
     "convolution": "bytes of convolutions",
-    "transposed": "bytes of convolutions",
+    "transposed convolution": "bytes of convolutions",
     "pool": "bytes of pooling",
     "up-sampling": "bytes of up-sampling",
     "merge": "bytes of merging",

@@ -28,8 +28,8 @@ Size = tuple[int, int]
 class Pass:
     """One operator of a step on the whole batch: `macs` multiply-adds, `bytes` read and written.
 
-    `kind`: convolution, transposed, norm, relu, merge, pool, up-sampling, gate, output, gradient, cast, loss or
-    optimizer.
+    `kind`: convolution, transposed convolution, norm, relu, merge, pool, up-sampling, gate, output, gradient, cast,
+    loss or optimizer.
     """
 
     name: str
@@ -102,7 +102,7 @@ class _Step:
         moved = (self.values(conv.in_channels, arriving) + written + conv.weights) * self.value
         macs = self.values(conv.weights, arriving if conv.transposed else leaving)
         what = f"{name}: {'transposed ' if conv.transposed else ''}convolution{number}"
-        kind = "transposed" if conv.transposed else "convolution"
+        kind = "transposed convolution" if conv.transposed else "convolution"
         self.done.append(Pass(what, kind, macs, moved))
         for gradient in ("weights",) if image else ("weights", "input"):
             self.back(f"backward of {what}: {gradient}", kind, macs, moved)

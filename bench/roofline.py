@@ -54,8 +54,16 @@ def bound(case: Case, device: Device) -> Bound:
 
     ValueError where the size leaves a map without a pixel, or the device has no rate for the case's precision.
     """
-    mac_s = FLOP_PER_MAC / device.rate(case.precision)
-    byte_s = 1 / device.bandwidth_bytes_per_s
+    return _bound(case, device.rate(case.precision), device.bandwidth_bytes_per_s)
+
+
+def stored_bound(case: Case, result: Result) -> Bound:
+    """The same with the limits that a stored `roofline_s` was worked out with: nothing is looked up or probed again."""
+    return _bound(case, result.detail["flop_per_s"], result.detail["bandwidth_bytes_per_s"])
+
+
+def _bound(case: Case, flop_per_s: float, bandwidth_bytes_per_s: float) -> Bound:
+    mac_s, byte_s = FLOP_PER_MAC / flop_per_s, 1 / bandwidth_bytes_per_s
     layers, total = [], 0.0
     for each in passes(case):
         compute, traffic = each.macs * mac_s, each.bytes * byte_s

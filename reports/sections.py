@@ -22,6 +22,7 @@ from skipcost.reports.grid import Cell, Grid, whole, words
 from skipcost.reports.kernels import kernels_context
 from skipcost.reports.networks import networks_context
 from skipcost.reports.provenance import provenance_context
+from skipcost.reports.roofline import roofline_context
 from skipcost.reports.table import rows_context
 from skipcost.unet_models import SKIPS, VARIANTS
 
@@ -143,6 +144,7 @@ SECTIONS: tuple[Section, ...] = (
     Section("scaling", "How cost grows", "Scaling", scaling_context),
     Section("tradeoffs", "What is traded for what", "Trade-offs", tradeoff_context),
     Section("networks", "Where in the network the cost is", "Networks", networks_context),
+    Section("roofline", "How far from the limits of the device", "Limits", roofline_context),
     Section("kernels", "What fused kernels can win", "Kernels", kernels_context),
     Section("accuracy", "How far predicted GPU memory is off", "Accuracy", accuracy_context),
     Section("rows", "All rows", "All rows", rows_context),

@@ -89,7 +89,7 @@ def test_inference_is_the_operators_that_torch_dispatches(label: str, precision:
 
 def _kind_by_name(kind: str, operator: str) -> str:
     """A gate's own sum, ReLU, sigmoid and product are kinds of it; a transposed convolution is one to torch."""
-    return FORWARD[operator] if kind in ("gate", "transposed") else kind
+    return FORWARD[operator] if kind in ("gate", "transposed convolution") else kind
 
 
 @pytest.mark.parametrize("label", CELLS)
