@@ -68,6 +68,22 @@ def predicted_peaks(case: Case) -> tuple[int, int, dict[str, Any]]:
     return peaks[0], peaks[-1], {"parameter_bytes": weights} | ({"note": note} if note else {})
 
 
+def traced_peaks(case: Case) -> list[Result]:
+    """Give the two predicted peaks where arithmetic has no answer: a user's own model, and other backends than eager.
+
+    A trace runs the operators one by one, whatever the backend: the note says so.
+    """
+    first, steady, detail = predicted_peaks(case)
+    notes = [detail.pop("note", "")]
+    if case.backend != "eager":
+        notes.append(f"traced on the reference operators, one by one: what backend={case.backend} saves is not in it")
+    note = "; ".join(each for each in notes if each)
+    return [
+        Result("peak_memory_predicted_bytes", samples=(steady,), note=note, detail=detail),
+        Result("peak_memory_predicted_first_bytes", samples=(first,), note=note, detail=detail),
+    ]
+
+
 def _peaks(subject: Subject, steps: int) -> list[int]:
     return trace_peaks(subject.step, subject.tensors, steps)
 

@@ -7,107 +7,13 @@ torch/csrc/autograd/FunctionsManual.cpp; lists of casts of torch.autocast, aten/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from collections.abc import Callable
+from typing import cast
 
-from skipcost.bench.schedule import CHANNELS, GROUPS, MAP, ONE, WEIGHTS, Call, ConvDetail
+from skipcost.bench.forward import BOOL, LONG, Forward, Given, cast_parameter, cast_to
+from skipcost.bench.normalising import NORMS
+from skipcost.bench.schedule import MAP, Call, ConvDetail
 from skipcost.bench.tape import Size, Tape, Value
-
-FLOAT, HALF, LONG, BOOL = 4, 2, 8, 1  # bytes an element, standing for the element type
-Given = Sequence[Value | None]
-
-
-class Setting(NamedTuple):
-    """What of a case, besides its network, decides which operators run."""
-
-    training: bool
-    item: int  # of parameters and inputs
-    autocast: bool
-    device: str
-    loss: str
-    optimizer: str
-    scaled: bool  # a gradient scaler is at work
-    channels_last: bool
-    solid: bool  # a map's share of a concatenation is one block of memory: one image, channel by channel
-
-
-@dataclass(slots=True)
-class Weights:
-    """The parameters of a convolution and its norm; None where there is none."""
-
-    weight: Value
-    bias: Value | None
-    scale: Value | None
-    shift: Value | None
-    place: tuple[int, int, int]
-
-    def present(self) -> list[Value]:
-        """All there are, in the order in which they are registered."""
-        return [value for value in (self.weight, self.bias, self.scale, self.shift) if value]
-
-
-@dataclass(slots=True)
-class Forward:
-    """A forward pass under way: the tape, the weights by their call, and the results of the calls so far."""
-
-    tape: Tape
-    setting: Setting
-    weights: dict[int, Weights]
-    values: list[Value] = field(default_factory=list)
-    cached: list[Value] = field(default_factory=list)  # autocast's copies of the parameters
-
-    @property
-    def compute_item(self) -> int:
-        """Bytes of what a convolution returns."""
-        return HALF if self.setting.autocast else self.setting.item
-
-
-def cast_to(tape: Tape, value: Value, item: int, kind: str = "map") -> Value:
-    """Return the value in another type; itself where it has it."""
-    if value.item == item:
-        return value
-    copy = tape.result(value.size.typed(item), (value,), f"{tape.names[value.storage]}, cast", kind)
-
-    def backward(tape: Tape, gradient: Value) -> Given:
-        return (tape.result(value.size, (gradient,), kind="map gradient"),)
-
-    return tape.differentiate(copy, (value,), backward)
-
-
-def cast_parameter(run: Forward, value: Value) -> Value:
-    """Return the parameter as autocast hands it to an operator; while training, a copy is kept until autocast ends."""
-    if not run.setting.autocast:
-        return value
-    copy = cast_to(run.tape, value, HALF, "temporary")
-    if run.setting.training:
-        run.cached.append(copy)
-    return copy
-
-
-def make_weights(tape: Tape, setting: Setting, row: int, call: Call) -> tuple[Weights, list[Value]]:
-    """Make the parameters of a `conv` call, and the buffers of its norm."""
-    detail = cast("ConvDetail", call.detail)
-
-    def parameter(column: int, name: str) -> Value:
-        made = tape.make(Size(row, column, setting.item, per_image=False), f"{call.where}: {name}", "parameter")
-        made.parameter = True
-        return made
-
-    weight = parameter(WEIGHTS, "weight")
-    bias = parameter(CHANNELS, "bias") if detail.bias else None
-    normed = detail.norm != "none"
-    scale, shift = (parameter(CHANNELS, "scale"), parameter(CHANNELS, "shift")) if normed else (None, None)
-    buffers = []
-    if detail.norm == "batch":
-        for name, column, item in (
-            ("mean", CHANNELS, setting.item),
-            ("variance", CHANNELS, setting.item),
-            ("", ONE, LONG),
-        ):
-            size = Size(row, column, item, per_image=False)
-            buffers.append(tape.make(size, f"{call.where}: running {name or 'count'}", "buffer"))
-    return Weights(weight, bias, scale, shift, detail.place), buffers
 
 
 def conv(run: Forward, row: int, call: Call, x: Value) -> Value:
@@ -128,96 +34,6 @@ def conv(run: Forward, row: int, call: Call, x: Value) -> Value:
     if detail.norm != "none":
         result = NORMS[detail.norm](run, row, call, result)
     return relu(run, row, call, result, viewed=detail.norm == "instance") if detail.act else result
-
-
-def _statistics_item(run: Forward, x: Value, *, grouped: bool = False) -> int:
-    """Bytes of a mean: 32 bits on a GPU, and on a CPU where parameters are of another type than the map.
-
-    Group norm on a GPU takes the map's type. On the meta device PyTorch answers as a GPU does, except for fake CPU
-    tensors, which follow the map.
-    """
-    fake = run.tape.traced and run.tape.replays_views
-    if run.tape.traced or run.setting.device == "cuda":
-        return x.item if grouped or fake else FLOAT
-    return FLOAT if run.setting.autocast else x.item
-
-
-def batch_norm(run: Forward, row: int, call: Call, x: Value) -> Value:
-    """Batch norm; at inference it makes no statistics."""
-    tape, weights, item = run.tape, run.weights[row], _statistics_item(run, x)
-    result = tape.make(x.size, call.where, "map")
-    size = Size(row, CHANNELS, item, per_image=False)
-    if not run.setting.training:
-        unused = [tape.make(size) for _ in range(2)] if tape.traced and not tape.replays_views else []
-        tape.run((result, *unused), (x,))
-        return result
-    return _normalise(run, call, (result, x, weights.scale, weights.shift), size)
-
-
-def group_norm(run: Forward, row: int, call: Call, x: Value) -> Value:
-    """Group norm; on a GPU autocast runs it, and so what follows, in 32 bits."""
-    tape, weights = run.tape, run.weights[row]
-    if run.setting.autocast and run.setting.device == "cuda" and not tape.traced:
-        x = cast_to(tape, x, FLOAT)
-    size = Size(row, GROUPS, _statistics_item(run, x, grouped=True), per_image=True)
-    return _normalise(run, call, (tape.make(x.size, call.where, "map"), x, weights.scale, weights.shift), size)
-
-
-def instance_norm(run: Forward, row: int, call: Call, x: Value) -> Value:
-    """Instance norm: a batch norm over one image of batch x channels, its scale and shift repeated for each image."""
-    tape, weights = run.tape, run.weights[row]
-    each = Size(row, CHANNELS, run.setting.item, per_image=True)
-
-    def repeat(value: Value) -> Value:
-        def backward(tape: Tape, gradient: Value) -> Given:
-            return (tape.result(value.size, (gradient,), kind="map gradient"),)
-
-        return tape.differentiate(tape.result(each, (value,), f"{call.where}: repeated", "map"), (value,), backward)
-
-    scale, shift = repeat(cast("Value", weights.scale)), repeat(cast("Value", weights.shift))
-    flat = _one_after_another(run, call, x)
-    size = each.typed(_statistics_item(run, x))
-    result = _normalise(run, call, (tape.make(x.size, call.where, "map"), flat, scale, shift), size)
-    tape.hold(x, flat, shift)
-    return result
-
-
-def _one_after_another(run: Forward, call: Call, x: Value) -> Value:
-    """Return the map channel by channel: a copy where it lies pixel by pixel (channels-last) and the two differ.
-
-    On the meta device convolutions answer channel by channel whatever the layout, so that a trace sees no copy.
-    """
-    if not run.setting.channels_last or run.tape.traced or cast("ConvDetail", call.detail).flat:
-        return x
-    copy = run.tape.result(x.size, (x,), f"{call.where}: channel by channel", "map")
-
-    def backward(_tape: Tape, gradient: Value) -> Given:
-        return (gradient,)
-
-    return run.tape.differentiate(copy, (x,), backward)
-
-
-def _normalise(run: Forward, call: Call, values: tuple[Value, Value, Value | None, Value | None], size: Size) -> Value:
-    """One normalisation: `values` are result, input, scale and shift; `size` is that of its mean and its deviation.
-
-    A gradient that comes in another type than the input's is cast to it by autograd.
-    """
-    result, x, scale, shift = values
-    scale, shift = cast("Value", scale), cast("Value", shift)
-    tape = run.tape
-    mean, deviation = (tape.make(size, f"{call.where}: {name}", "map") for name in ("mean", "deviation"))
-    tape.run((result, mean, deviation), (x, scale, shift))
-    wide = scale.item if tape.traced and size.column == GROUPS and scale.item > x.item else 0
-
-    def backward(tape: Tape, gradient: Value) -> Given:
-        sizes = x.size.typed(wide or x.item), scale.size, shift.size
-        made = [tape.make(each, call.where, "map gradient") for each in sizes]
-        tape.run(made, (gradient, x, mean, deviation))
-        if wide:
-            made[0] = tape.result(x.size, (made[0],), call.where, "map gradient")
-        return made
-
-    return tape.differentiate(result, (x, scale, shift), backward, (x, scale, mean, deviation))
 
 
 def relu(run: Forward, _row: int, _call: Call, x: Value, *, viewed: bool = False) -> Value:
@@ -385,7 +201,6 @@ def present(run: Forward, row: int, call: Call, scores: Value, logits: Value) ->
     return run.tape.result(size, (above,), call.where, "map")
 
 
-NORMS = {"batch": batch_norm, "instance": instance_norm, "group": group_norm}
 OPERATORS: dict[str, Callable[..., Value]] = {
     "conv": conv,
     "cat": cat,
@@ -405,7 +220,7 @@ OPERATORS: dict[str, Callable[..., Value]] = {
 
 def run_forward(run: Forward, calls: tuple[Call, ...], image: Value) -> None:
     """Run the calls; their results, one a call, are in `run.values` after it."""
-    run.values.append(image)
+    run.values, run.cached = [image], []
     for row, call in enumerate(calls[1:], 1):
         reads = [run.values[index] for index in call.reads]
         run.tape.where = call.where or run.tape.where

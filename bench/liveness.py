@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from skipcost.bench import step
 from skipcost.bench.cases import Case
-from skipcost.bench.derivatives import FLOAT, HALF, Setting
-from skipcost.bench.schedule import Call, Schedule, schedule
+from skipcost.bench.forward import FLOAT, HALF, Setting
+from skipcost.bench.schedule import schedule
 from skipcost.bench.tape import KINDS
 
 __all__ = [
@@ -117,13 +117,8 @@ class _Compiled:
 
 
 @lru_cache(maxsize=512)
-def _compiled(
-    calls: tuple[Call, ...],
-    heads: tuple[tuple[int, ...], int | None, bool],
-    setting: Setting,
-    traced: bool,  # noqa: FBT001 - a key
-) -> _Compiled:
-    program = step.write(calls, heads, setting, traced=traced)
+def _compiled(structure: step.Structure, *, traced: bool) -> _Compiled:
+    program = step.write(structure, traced=traced)
     rows, columns, items, per_image = zip(*program.sizes, strict=True)
     events = np.array(program.events, dtype=np.int64)
     row, column, item = (np.array(each, dtype=np.int64) for each in (rows, columns, items))
@@ -142,7 +137,7 @@ def _setting(case: Case) -> Setting:
         loss=case.loss,
         optimizer=case.optimizer,
         scaled=training and case.precision == "amp-fp16",
-        channels_last=case.layout == "channels_last" and case.spec.norm == "instance",
+        channels_last=case.layout == "channels_last",
         solid=training and case.batch == 1 and case.layout == "contiguous",
     )
 
@@ -153,10 +148,10 @@ def _resolve(case: Case, *, traced: bool) -> tuple[_Compiled, Whole]:
         message = f"backend={case.backend} cannot be predicted by arithmetic, which follows eager; use backend=eager"
         raise ValueError(message)
     graph = case.graph()
-    planned: Schedule = schedule(graph, case.height, case.width, training=case.mode == "training")
-    heads = planned.logits, planned.class_logits, case.spec.classes == 1
-    compiled = _compiled(planned.calls, heads, _setting(case), traced)
-    return compiled, np.array(planned.numbers, dtype=np.int64)
+    planned = schedule(graph, case.height, case.width, training=case.mode == "training")
+    one_class = graph.heads[0].conv.out_channels == 1
+    structure = step.Structure(planned.calls, planned.logits, planned.class_logits, one_class, _setting(case))
+    return _compiled(structure, traced=traced), np.array(planned.numbers, dtype=np.int64)
 
 
 def peak_bytes(case: Case, *, traced: bool = False) -> tuple[int, int]:
@@ -178,6 +173,14 @@ def timeline(case: Case) -> Timeline:
     program, total = compiled.program, fixed + case.batch * per_image
     storages = tuple(map(Storage, program.names, program.kinds, total.tolist()))
     return Timeline(storages, program.events, program.moments, program.steady_from)
+
+
+def peaks_of(line: Timeline) -> tuple[int, int]:
+    """Peak of live bytes in the first step and in the steady one; at inference they are the same."""
+    live = np.cumsum([line.storages[abs(event) - 1].bytes * (1 if event > 0 else -1) for event in line.events])
+    steady = int(live[line.steady_from - 1 :].max())
+    trained = any(each.kind == "gradient" for each in line.storages)
+    return int(live[: line.steady_from].max()) if trained else steady, steady
 
 
 def tracks(line: Timeline) -> tuple[Track, ...]:

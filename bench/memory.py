@@ -15,6 +15,22 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd  # noqa: SLF001 - has no public name
+
+
+def _is_composite(func: Any) -> bool:
+    """Whether an operator is made of others, whose results it may drop (max-pooling its indices).
+
+    Below autograd only its parts arrive here; in inference mode it arrives whole.
+    """
+    has = torch._C._dispatch_has_kernel_for_dispatch_key  # noqa: SLF001 - has no public name
+    return func.namespace == "aten" and bool(has(func.name(), _COMPOSITE))
+
+
+def _makes_no_statistics(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether this is a batch norm at inference: on the meta device alone it returns a mean and a deviation too."""
+    return func is torch.ops.aten.native_batch_norm.default and not args[5]
+
 
 class LiveBytes(TorchDispatchMode):
     """Count the bytes of all storages alive; `peak` is the most there ever were since it was last set."""
@@ -42,13 +58,17 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: Callable[..., Any],
+        func: Any,
         types: object,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for each in tree_iter(result):
+        kwargs = kwargs or {}
+        if _is_composite(func):
+            with self:
+                return func._op_dk(_COMPOSITE, *args, **kwargs)  # noqa: SLF001 - the operator as its parts
+        result = func(*args, **kwargs)
+        for each in tree_iter(result[:1] if _makes_no_statistics(func, args) else result):
             if isinstance(each, torch.Tensor):
                 self._follow(each)
         return result

@@ -88,14 +88,13 @@ def _fvcore_flops(case: Case, _budget: Budget) -> list[Result]:
 
 
 def _predicted(case: Case, _budget: Budget) -> list[Result]:
-    from skipcost.bench.counting import predicted_peaks  # noqa: PLC0415 - imports torch
+    if case.factory or case.backend != "eager":
+        from skipcost.bench.counting import traced_peaks  # noqa: PLC0415 - imports torch
 
-    first, steady, detail = predicted_peaks(case)
-    note = detail.pop("note", "")
-    return [
-        Result("peak_memory_predicted_bytes", samples=(steady,), note=note, detail=detail),
-        Result("peak_memory_predicted_first_bytes", samples=(first,), note=note, detail=detail),
-    ]
+        return traced_peaks(case)
+    from skipcost.bench.lifetimes import predicted  # noqa: PLC0415 - imports the cases, which few metrics need
+
+    return predicted(case)
 
 
 def _roofline(case: Case, _budget: Budget) -> list[Result]:
@@ -235,7 +234,7 @@ METRICS: dict[str, Metric] = {
         title="predicted peak memory",
         unit="bytes",
         origin=PREDICTED,
-        how="peak of live tensor bytes in a steady step, traced on the meta device; workspaces and rounding excluded",
+        how="peak of live tensor bytes in a steady step: arithmetic, exact but for workspaces and rounding",
         measure=_predicted,
     ),
     "peak_memory_predicted_first_bytes": Metric(

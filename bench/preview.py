@@ -12,6 +12,7 @@ from rich.table import Table
 
 from skipcost.bench import figures
 from skipcost.bench.driver import Server, request_for
+from skipcost.bench.liveness import peak_bytes
 from skipcost.bench.plan import Plan, PlannedCase
 from skipcost.bench.tables import value_of
 from skipcost.bench.worker import refusal_of
@@ -63,11 +64,13 @@ def _preview_case(plan: Plan, planned: PlannedCase, server: Server, limit: int |
         return facts
     if planned.case.factory is None:
         facts["note"] = size_note(planned.case.graph(), planned.case.height, planned.case.width)
-    asked = replace(planned, metrics=MEMORY if planned.case.mode == "training" else MEMORY[:1])
-    results = list(server.run(request_for(plan, asked, server.environment)))
-    facts["note"] = facts["note"] or results[0].note
-    peaks = [value_of(result) for result in results]
-    known = [peak for peak in peaks if peak is not None]
+    if planned.case.factory is None and planned.case.backend == "eager":
+        known: list[float] = [max(peak_bytes(planned.case))]
+    else:
+        asked = replace(planned, metrics=MEMORY if planned.case.mode == "training" else MEMORY[:1])
+        results = list(server.run(request_for(plan, asked, server.environment)))
+        facts["note"] = facts["note"] or results[0].note
+        known = [peak for peak in map(value_of, results) if peak is not None]
     if known:
         facts |= {"predicted_bytes": int(max(known)), "will_not_fit": limit is not None and max(known) > limit}
     return facts

@@ -178,8 +178,8 @@ class Tape:
             return first
         return self.result(first.size, (first, second), self.names[second.storage], "map gradient")
 
-    def lives(self) -> list[list[int]]:
-        """For each line the storages that end after it; those never read again after being made end at once."""
+    def ends(self) -> list[list[int]]:
+        """For each line the storages that end after it; one that is never read ends with the line that makes it."""
         last = {storage: index for index, line in enumerate(self.lines) for storage in (*line.makes, *line.reads)}
         ends: list[list[int]] = [[] for _ in self.lines]
         for storage, index in last.items():
