@@ -5,19 +5,43 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from skipcost.bench import figures
+from skipcost.bench.devices import device_named
+from skipcost.bench.errors import BenchError
+from skipcost.bench.probe import probed_cpu
 
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
 def examine(environment: dict[str, Any]) -> dict[str, Any]:
-    """The environment, what can be measured in it, and the doubts, as JSON values."""
-    return {"environment": environment, "can": _abilities(environment), "doubts": _doubts(environment)}
+    """The environment, what can be measured in it, the limits of its devices, and the doubts, as JSON values."""
+    return {
+        "environment": environment,
+        "can": _abilities(environment),
+        "limits": _limits(environment),
+        "doubts": _doubts(environment),
+    }
+
+
+def _limits(environment: dict[str, Any]) -> dict[str, dict[str, Any] | str]:
+    """What reference lines go by: the CPU's figures by a probe, each GPU's by the table, or why there are none."""
+    limits: dict[str, dict[str, Any] | str] = {}
+    looked_up = {gpu["name"]: partial(device_named, gpu["name"]) for gpu in environment["gpus"]}
+    for name, look_up in {environment["cpu"]: partial(probed_cpu, environment["cpus"]), **looked_up}.items():
+        try:
+            device = look_up()
+        except BenchError as error:
+            limits[name] = f"unknown: {error}"
+        else:
+            figures_of = {name: getattr(device, name) for name in ("bandwidth_bytes_per_s", "flop_per_s")}
+            limits[name] = figures_of | {"source": device.sources["bandwidth_bytes_per_s"]}
+    return limits
 
 
 def _abilities(environment: dict[str, Any]) -> dict[str, str]:
@@ -74,6 +98,14 @@ def print_findings(facts: dict[str, Any], console: Console) -> None:
     console.print("\n[bold]can be measured here[/bold]")
     for name, answer in facts["can"].items():
         console.print(f"  {name}: {answer}", highlight=False)
+    console.print("\n[bold]limits that reference lines go by[/bold]")
+    for name, found in facts["limits"].items():
+        console.print(f"  {name}: {found if isinstance(found, str) else _words(found)}", highlight=False)
     console.print("\n[bold]what makes numbers doubtful here[/bold]")
     for doubt in facts["doubts"] or ["nothing was found"]:
         console.print(f"  {doubt}", highlight=False)
+
+
+def _words(found: dict[str, Any]) -> str:
+    rates = ", ".join(f"{name} {rate / 1e9:.4g} GFLOP/s" for name, rate in found["flop_per_s"].items())
+    return f"memory {figures.text(found['bandwidth_bytes_per_s'], 'bytes')}/s, {rates} ({found['source']})"

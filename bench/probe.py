@@ -22,11 +22,10 @@ from skipcost.kernels.timing import Budget, cpu_clock, sample
 
 COPIED_BYTES = 2**28  # per copy, of fp32: more than a core's own caches, as many maps are
 SIDE = 1024  # of the matrices that are multiplied
-SMALL_SIDE = 256  # of those that tell whether the large ones would take too long: without instructions for it
-SLOW_FLOP_PER_S = 5e9  # 16-bit products can be 86 times slower than fp32
-BUDGET = Budget(seconds=0.15, noise=0.02, least=5, warmup_seconds=0.3)
+SMALL_SIDE = 256  # of those that tell whether the large ones would take too long
+SLOW = 1 / 16  # of fp32's rate: without instructions for them, 16-bit products can be 86 times slower
+BUDGET = Budget(seconds=0.15, noise=0.02, least=10, warmup_seconds=0.3)
 TIME_LIMIT_S = 120.0
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def probe(threads: int) -> dict[str, Any]:
@@ -40,7 +39,8 @@ def probe(threads: int) -> dict[str, Any]:
     source = torch.ones(COPIED_BYTES // 4)
     target = torch.empty_like(source)
     copy_s = _quickest(lambda: target.copy_(source))
-    rates = {name: _rate(getattr(torch, dtype)) for name, dtype in DTYPES.items()}
+    fp32 = _product(SIDE, torch.float32)
+    rates = {"fp32": fp32, "bf16": _rate(torch.bfloat16, fp32), "fp16": _rate(torch.float16, fp32)}
     return {"bandwidth_bytes_per_s": 2 * COPIED_BYTES / copy_s, "flop_per_s": rates}
 
 
@@ -48,17 +48,17 @@ def _quickest(call: Any) -> float:
     return min(sample(call, cpu_clock, BUDGET).seconds)
 
 
-def _rate(dtype: Any) -> float:
-    """FLOP/s of a square product; of a small one where that is slow."""
+def _rate(dtype: Any, fp32: float) -> float:
+    """FLOP/s of a square product; of a small one where that shows 16-bit operands to be far slower than fp32's."""
+    small = _product(SMALL_SIDE, dtype)
+    return small if small < SLOW * fp32 else max(small, _product(SIDE, dtype))
+
+
+def _product(side: int, dtype: Any) -> float:
     import torch  # noqa: PLC0415 - see above
 
-    rate = 0.0
-    for side in (SMALL_SIDE, SIDE):
-        if side == SIDE and rate < SLOW_FLOP_PER_S:
-            break
-        left, right = (torch.ones(side, side, dtype=dtype) for _ in range(2))
-        rate = max(rate, 2 * side**3 / _quickest(lambda left=left, right=right: left @ right))
-    return rate
+    left, right = (torch.ones(side, side, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / _quickest(lambda: left @ right)
 
 
 @cache  # once per process: a server asks ahead of its forks, which inherit the answer
@@ -71,7 +71,8 @@ def probed_cpu(threads: int) -> Device:
         message = f"the CPU could not be probed ({error}); run `{' '.join(command)}` to see why"
         raise MachineError(message) from None
     figures = json.loads(done.stdout)
-    what = f"measured by a probe on {threads} thread{'s' if threads > 1 else ''}"
+    load = os.getloadavg()[0]
+    what = f"measured by a probe on {threads} thread{'s' if threads > 1 else ''}, the load was {load:.1f}"
     return Device(
         name=f"{cpu_name()}, {threads} thread{'s' if threads > 1 else ''}",
         architecture="cpu",
