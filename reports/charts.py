@@ -115,6 +115,9 @@ def _panel(axes: Axes, rows: pd.DataFrame, axis: str, skips: list[str]) -> None:
         odd = doubtful[doubtful["skip"] == skip]
         axes.plot(odd[axis], odd["value"], SKIP_SHAPES[skip], markersize=4, fillstyle="none", color=SKIP_COLOURS[skip],
                   markeredgewidth=0.8)  # fmt: skip
+    axes.set(xlabel="", ylabel="", title="")
+    if sound.empty:
+        return
     sns.lineplot(
         sound, x=axis, y="value", hue="skip", style="skip", hue_order=skips, style_order=skips, palette=SKIP_COLOURS,
         markers=SKIP_SHAPES, dashes=SKIP_DASHES, markersize=5, markeredgewidth=0, linewidth=1.4, errorbar=None,
@@ -163,6 +166,7 @@ def scatter(
 ) -> Markup:
     """A panel per axis of `across`, sharing `up`; colour is the variant, shape the skip scheme, hollow is doubtful.
 
+    Rows without a variant are models that are not of the suite: stars, with their names.
     `best` draws the front of low cost and high `up`. Columns `low` and `high`, if there, are the range of `up`.
     """
     variants = [v for v in VARIANTS if (rows["variant"] == v).any()]
@@ -173,6 +177,7 @@ def scatter(
         )
         for axes, axis in zip(grid[0], across, strict=True):
             _points(axes, rows, axis, up, variants)
+            _stars(axes, rows[rows["variant"].isna()], axis, up)
             if best:
                 _front_line(axes, rows, axis, up)
             axes.set(title="", xlabel=axis.label, ylabel="")
@@ -183,6 +188,7 @@ def scatter(
             (VARIANTS[v].title, VARIANT_COLOURS[v], "o", None) for v in variants
         ]
         entries += [(skip, INK, SKIP_SHAPES[skip], None) for skip in skips]
+        entries += [("not of the suite", INK, "*", None)] if rows["variant"].isna().any() else []
         _legend(grid[0][0], [*entries, *([("front", INK, "", (2, 1.5))] if best else [])], 1.04)
         return to_svg(drawing, name, *words)
 
@@ -200,6 +206,15 @@ def _points(axes: Axes, rows: pd.DataFrame, axis: Axis, up: Axis, variants: list
     )  # fmt: skip
     if axis.log:
         set_log(axes, "x", (rows[axis.column].min(), rows[axis.column].max()), axis.unit, 4)
+
+
+def _stars(axes: Axes, rows: pd.DataFrame, axis: Axis, up: Axis) -> None:
+    for row in rows.to_dict("records"):
+        at = (row[axis.column], row[up.column])
+        style = "none" if row["doubtful"] else "full"
+        axes.plot(*at, "*", markersize=8, fillstyle=style, color=INK, markeredgewidth=0.7, zorder=3)
+        name = str(row["label"]).partition("(")[0].rpartition(":")[2]
+        axes.annotate(name, at, xytext=(4, 4), textcoords="offset points", fontsize=6.5, color=INK)
 
 
 def _front_line(axes: Axes, rows: pd.DataFrame, axis: Axis, up: Axis) -> None:

@@ -105,22 +105,21 @@ _LATENCY = Axis("latency_s", "latency (measured)", "seconds")
 
 
 def _rows(data: Data, axes: tuple[Axis, ...]) -> pd.DataFrame:
-    """Networks of the main inference setting (or training's) that have every one of the axes."""
-    cells = data.networks(None)
-    rows = cells.dropna(subset=[axis.column for axis in axes])
+    """Networks of the main inference setting (or training's) that have every one of the axes, own models too."""
+    rows = data.points(None).dropna(subset=[axis.column for axis in axes])
     timed = _LATENCY in axes
     return rows.assign(doubtful=data.doubtful(rows, "latency_s") if timed else False)
 
 
 def _cost_against_cost(data: Data) -> Plot | None:
-    present = [axis for axis in (*_KNOWN, _LATENCY) if data.networks(None)[axis.column].notna().any()]
+    present = [axis for axis in (*_KNOWN, _LATENCY) if data.points(None)[axis.column].notna().any()]
     if len(present) < 2:  # noqa: PLR2004 - a plot has two sides
         return None
     up, across = present[-1], present[:-1]
     rows = _rows(data, tuple(present))
     if len(rows) < 3:  # noqa: PLR2004 - fewer points are read better in the table
         return None
-    sound = rows[~rows["doubtful"]]
+    sound = rows[~rows["doubtful"] & rows["variant"].notna()]
     ranks = [
         f"{rank_correlation(sound[axis.column], sound[up.column]):.2f} for {METRICS[axis.column].title}"
         for axis in across
@@ -134,16 +133,23 @@ def _cost_against_cost(data: Data) -> Plot | None:
         f"over {len(sound)} points: {', '.join(ranks) or 'too few'}. Lower left is better in every panel, so no front "
         "is drawn."
     )
-    if len(sound) < len(rows):
+    if rows["doubtful"].any():
         caption += " Hollow points carry a doubt and are left out of the correlation."
+    caption += _own_words(rows)
     described = f"{len(rows)} networks, colour is the variant, shape is the skip scheme"
     svg = scatter(rows, across, up, "cost-cost", (title, described), best=False)
     return Plot("cost-cost", title, svg, caption, _point_table(rows, present))
 
 
+def _own_words(rows: pd.DataFrame) -> str:
+    if rows["variant"].notna().all():
+        return ""
+    return " Stars are models that are not of the suite; the correlation leaves them out."
+
+
 def _receptive(data: Data) -> Plot | None:
     reach = Axis("receptive_field", "receptive field, pixels (counted)", "pixels", log=False)
-    present = [axis for axis in (_LATENCY, _KNOWN[2], _KNOWN[1]) if data.networks(None)[axis.column].notna().any()]
+    present = [axis for axis in (_LATENCY, _KNOWN[2], _KNOWN[1]) if data.points(None)[axis.column].notna().any()]
     if data.networks(None)["receptive_field"].nunique() < 2 or not present:  # noqa: PLR2004 - a front takes two heights
         return None
     rows = _rows(data, (*present, reach))
@@ -166,10 +172,13 @@ def _scores(data: Data) -> Plot | None:
     if not data.quality or not data.quality.scores:
         return None
     scores = data.quality.scores
-    present = [axis for axis in (_LATENCY, _KNOWN[2], _KNOWN[1]) if data.networks(None)[axis.column].notna().any()]
-    cells = data.cells(None).dropna(subset=[axis.column for axis in present])
+    present = [axis for axis in (_LATENCY, _KNOWN[2], _KNOWN[1]) if data.points(None)[axis.column].notna().any()]
+    if not present:
+        return None
+    both = [rows for rows in (data.cells(None), data.own_models(None)) if len(rows)]
+    cells = pd.concat(both, ignore_index=True).dropna(subset=[axis.column for axis in present])
     rows = cells[cells["label"].isin(scores)]
-    if rows.empty or not present:
+    if rows.empty:
         return None
     named = rows["label"]
     rows = rows.assign(

@@ -11,18 +11,20 @@ from typing import Any
 
 import pandas as pd
 
-from skipcost.bench.cases import CASE_KEYS, CHOICES, FLAT_NAMES, SPEC_KEYS, Case
+from skipcost.bench.cases import CASE_KEYS, CHOICES, FACTORY_KEYS, FLAT_NAMES, SPEC_KEYS, Case
+from skipcost.bench.custom import Factory
 from skipcost.bench.errors import StoreError
 from skipcost.bench.metrics import METRICS
 from skipcost.bench.records import Result
 from skipcost.bench.store import Run, open_store
-from skipcost.bench.tables import newest_environment, results_by_case, wide_table
+from skipcost.bench.tables import COLUMNS, newest_environment, results_by_case, wide_table
 from skipcost.reports.quality import Quality, read_quality
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 
 AXES = ("variant", "depth", "width", "skip")
 BASE = next(iter(VARIANTS))  # the variant that the others are compared with
 REFERENCE_SKIP = next(iter(SKIPS))  # the papers' own
+ADDED = ("case_id", "latency_q1", "latency_q3", "same_as", "setting")  # to the wide table's columns
 SHOWN_FIELDS = ("image_height", "image_width", "batch", "mode", "precision")
 
 
@@ -65,6 +67,8 @@ class Data:
     units, with `setting`: everything but variant, depth, width and skip, in words. `latency_q1` and `latency_q3` are
     the quartiles of the raw samples. `sound` is the frame without the numbers that carry a doubt. `settings` are, by
     mode, those that most networks were measured under, `costs` those of COSTS that any of their rows has.
+    `own` has the same columns for models of users' own: they have no variant, depth, width or skip, so that nothing
+    which compares along these axes sees them.
     """
 
     store_name: str
@@ -74,6 +78,7 @@ class Data:
     cases: dict[str, tuple[Case, list[str]]]
     results: dict[str, dict[str, Result]]
     frame: pd.DataFrame
+    own: pd.DataFrame
     sound: pd.DataFrame
     settings: dict[str, str]
     costs: tuple[Cost, ...]
@@ -84,6 +89,20 @@ class Data:
         frame = self.sound if sound else self.frame
         return frame[frame["setting"] == _setting_of(self.settings, mode)]
 
+    def everything(self) -> pd.DataFrame:
+        """Every measured network and model, each once."""
+        rows = [rows[rows["same_as"] == ""] for rows in (self.frame, self.own) if len(rows)]
+        return pd.concat([each.astype(object) for each in rows], ignore_index=True)
+
+    def own_models(self, mode: str | None) -> pd.DataFrame:
+        """Models of users' own that were measured under the mode's main setting."""
+        return self.own[(self.own["setting"] == _setting_of(self.settings, mode)) & (self.own["same_as"] == "")]
+
+    def points(self, mode: str | None) -> pd.DataFrame:
+        """Networks of the mode's main setting and the own models beside them."""
+        both = [rows for rows in (self.networks(mode), self.own_models(mode)) if len(rows)]
+        return pd.concat(both, ignore_index=True) if len(both) > 1 else (both or [self.networks(mode)])[0]
+
     def networks(self, mode: str | None, *, sound: bool = False) -> pd.DataFrame:
         """The same without aliases: one row per network."""
         cells = self.cells(mode, sound=sound)
@@ -91,7 +110,8 @@ class Data:
 
     def doubtful(self, cells: pd.DataFrame, metric: str) -> pd.Series[bool]:
         """Which of the cells have a number of this metric that carries a doubt."""
-        return pd.Series(cells[metric].notna() & self.sound.loc[cells.index, metric].isna(), dtype=bool)
+        odd = [_carries_doubt(self.results[case_id].get(metric)) for case_id in cells["case_id"]]
+        return cells[metric].notna() & pd.Series(odd, index=cells.index, dtype=bool)
 
     def doubts(self) -> list[tuple[str, Result]]:
         """(case_id, result) of every number that carries a note."""
@@ -102,7 +122,7 @@ class Data:
         return [(case_id, each) for case_id, each in self._listed() if each.outcome != "ok"]
 
     def _listed(self) -> list[tuple[str, Result]]:
-        order = dict.fromkeys(self.frame["case_id"])
+        order = dict.fromkeys([*self.frame["case_id"], *self.own["case_id"]])
         return [(case_id, result) for case_id in order for result in self.results[case_id].values()]
 
 
@@ -131,15 +151,17 @@ def load(path: Path, scores: Path | None = None) -> Data:
             )
             raise StoreError(message)
         cases = {case_id: found for case_id, found in store.cases().items() if case_id in results}
-        frame = _one_row_per_label(wide_table(store, run.fingerprint), cases, results)
+        rows = _one_row_per_label(wide_table(store, run.fingerprint), cases, results)
         runs = tuple(store.runs())
-    settings = {mode: found for mode in CHOICES["mode"] if (found := _main_setting(frame, mode))}
+    frame, own = _ordered([row for row in rows if row["variant"]]), _framed([row for row in rows if not row["variant"]])
+    main = {mode: _main_setting(frame, mode) or _main_setting(own, mode) for mode in CHOICES["mode"]}
+    settings = {mode: found for mode, found in main.items() if found}
     modes: list[str | None] = [None, *settings]
-    held = {mode: frame[frame["setting"] == _setting_of(settings, mode)] for mode in modes}
-    costs = tuple(cost for cost in COSTS if cost.mode in held and held[cost.mode][cost.metric].notna().any())
-    quality = read_quality(scores, set(frame["label"])) if scores else None
+    held = {mode: [each[each["setting"] == _setting_of(settings, mode)] for each in (frame, own)] for mode in modes}
+    costs = tuple(cost for cost in COSTS if any(rows[cost.metric].notna().any() for rows in held.get(cost.mode, ())))
+    quality = read_quality(scores, {*frame["label"], *own["label"]}) if scores else None
     sound = _without_doubts(frame, results)
-    return Data(path.name, run, runs, other_rows, cases, results, frame, sound, settings, costs, quality)
+    return Data(path.name, run, runs, other_rows, cases, results, frame, own, sound, settings, costs, quality)
 
 
 def _main_setting(frame: pd.DataFrame, mode: str) -> str:
@@ -148,32 +170,45 @@ def _main_setting(frame: pd.DataFrame, mode: str) -> str:
     return min((str(name) for name in counts.index[counts == counts.max()]), default="")
 
 
+def _carries_doubt(result: Result | None) -> bool:
+    return result is not None and result.outcome + result.note != "ok"
+
+
 def _without_doubts(frame: pd.DataFrame, results: dict[str, dict[str, Result]]) -> pd.DataFrame:
     kept = frame.copy()
     for metric in METRICS:
-        odd = {
-            case_id for case_id, by in results.items() if metric in by and by[metric].outcome + by[metric].note != "ok"
-        }
+        odd = {case_id for case_id, by in results.items() if _carries_doubt(by.get(metric))}
         kept.loc[kept["case_id"].isin(odd), metric] = float("nan")
     return kept
 
 
 def _one_row_per_label(
     wide: pd.DataFrame, cases: dict[str, tuple[Case, list[str]]], results: dict[str, dict[str, Result]]
-) -> pd.DataFrame:
+) -> list[dict[str, Any]]:
+    """The rows of the wide table, those of aliases beside them; `variant` is None in those of users' own models."""
     rows = []
     for values in records(wide.reset_index()):
         case, aliases = cases[values["case_id"]]
         low, high = quartiles(results[values["case_id"]].get("latency_s"))
         shared = {**values, "latency_q1": low, "latency_q3": high}
         for label in (case.spec.label, *sorted(aliases)):
-            spec = ModelSpec.parse(label)
-            own = {name: getattr(spec, name) for name in SPEC_KEYS}
+            spec = case.factory or ModelSpec.parse(label)
+            fields_of = {name: getattr(spec, name, None) for name in SPEC_KEYS}
             same_as = "" if label == case.spec.label else case.spec.label
-            rows.append({**shared, **own, "label": label, "same_as": same_as, "setting": _setting(case, spec)})
-    frame = pd.DataFrame(rows)
+            rows.append({**shared, **fields_of, "label": label, "same_as": same_as, "setting": _setting(case, spec)})
+    return rows
+
+
+def _framed(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    frame = pd.DataFrame(rows, columns=None if rows else [*COLUMNS, *ADDED])
     for name in METRICS:
         frame[name] = frame[name].astype("Float64").to_numpy(float, na_value=float("nan"))  # NA and None alike
+    return frame
+
+
+def _ordered(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """The suite's networks in the order of their axes."""
+    frame = _framed(rows)
     frame["setting"] = _with_cap(frame)
     by = [frame["variant"].map(list(VARIANTS).index), frame["skip"].map(list(SKIPS).index)]
     frame["variant_order"], frame["skip_order"] = by
@@ -207,8 +242,11 @@ def quartiles(result: Result | None) -> tuple[float, float]:
     return low, high
 
 
-def _setting(case: Case, spec: ModelSpec) -> str:
-    """Everything but the four axes, in words: what is always said, then what is not at its default."""
+def _setting(case: Case, spec: ModelSpec | Factory) -> str:
+    """Everything but the four axes, in words: what is always said, then what is not at its default.
+
+    A user's own model that reads and returns what a network does has the network's setting: they stand side by side.
+    """
     words = [f"{case.height}x{case.width} pixels", f"batch {case.batch}", case.mode, case.precision]
     defaults: dict[str, Any] = {FLAT_NAMES.get(each.name, each.name): each.default for each in fields(Case)}
     flat = case.flat()
@@ -217,6 +255,11 @@ def _setting(case: Case, spec: ModelSpec) -> str:
         for name in CASE_KEYS
         if name not in SHOWN_FIELDS and name != "outputs" and flat[name] != defaults[name]
     ]
+    if isinstance(spec, Factory):
+        usual = ModelSpec()
+        return ", ".join(words + [
+            f"{name}={getattr(spec, name)}" for name in FACTORY_KEYS if getattr(spec, name) != getattr(usual, name)
+        ])  # fmt: skip
     words += [part for part in spec.label.split("/")[4:] if not part.startswith("max_width=")]
     if spec.head != "single" and case.mode == "inference":
         words.append(f"outputs={case.outputs}")

@@ -15,16 +15,16 @@ def header_context(data: Data) -> dict[str, Any]:
     """What was measured, where, when, from which code, and what is doubtful about it."""
     facts = data.run.environment
     runs = [run for run in data.runs if run.fingerprint == data.run.fingerprint]
-    networks = data.frame.loc[data.frame["same_as"] == "", "label"].nunique()
+    networks = data.everything()["label"].nunique()
     torch = facts.get("versions", {}).get("torch", "unknown")
     return {
         "networks": networks,
-        "labels": data.frame["label"].nunique(),
+        "labels": len({*data.frame["label"], *data.own["label"]}),
         "cases": len(data.results),
         "results": sum(len(results) for results in data.results.values()),
         "sweeps": ", ".join(sorted({run.sweep for run in runs})),
         "settings": list(data.settings.values()),
-        "others": len(set(data.frame["setting"])) - len(data.settings),
+        "others": len({*data.frame["setting"], *data.own["setting"]}) - len(data.settings),
         "machine": machine(facts),
         "software": f"torch {torch}, Python {facts.get('python', 'unknown')}, {facts.get('system', 'unknown system')}",
         "first": _day(runs[0].started),

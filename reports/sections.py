@@ -21,6 +21,7 @@ from skipcost.reports.findings import find
 from skipcost.reports.grid import Cell, Grid, whole, words
 from skipcost.reports.kernels import kernels_context
 from skipcost.reports.networks import networks_context
+from skipcost.reports.others import others_context
 from skipcost.reports.provenance import provenance_context
 from skipcost.reports.roofline import roofline_context
 from skipcost.reports.table import rows_context
@@ -147,6 +148,7 @@ SECTIONS: tuple[Section, ...] = (
     Section("roofline", "How far from the limits of the device", "Limits", roofline_context),
     Section("kernels", "What fused kernels can win", "Kernels", kernels_context),
     Section("accuracy", "How far predicted GPU memory is off", "Accuracy", accuracy_context),
+    Section("others", "Models that are not of the suite", "Other models", others_context),
     Section("rows", "All rows", "All rows", rows_context),
     Section("failures", "Failures and doubts", "Failures", failures_context),
     Section("metrics", "How each number was made", "Metrics", metrics_context),

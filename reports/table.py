@@ -12,7 +12,7 @@ from skipcost.reports.grid import Cell, Grid, number, whole, words
 
 def rows_context(data: Data) -> dict[str, Any]:
     """Every case with its metrics in readable units, sorted by their base values."""
-    own = data.frame[data.frame["same_as"] == ""]
+    own = data.everything()
     first = dict.fromkeys(cost.metric for cost in data.costs)  # what decisions are made by, then the rest
     metrics = [name for name in (first | dict.fromkeys(METRICS)) if own[name].notna().any()]
     extra = [name for name in CASE_KEYS if name not in SHOWN_FIELDS and own[name].nunique() > 1]

@@ -1,0 +1,92 @@
+"""The context of the section on models that are not of the suite: each beside the networks of the same setting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from skipcost.bench import figures
+from skipcost.bench.metrics import METRICS
+from skipcost.reports.compare import times
+from skipcost.reports.data import Data, records
+from skipcost.reports.grid import Cell, Grid, number, words
+
+SHOWN = (
+    "params",
+    "conv_macs",
+    "activations",
+    "peak_memory_predicted_bytes",
+    "peak_memory_allocated_bytes",
+    "latency_s",
+)
+NEARBY = 6  # networks of the suite that are shown above and below a model's MACs
+
+
+def others_context(data: Data) -> dict[str, Any]:
+    """What they are, then for each setting their costs among the networks' nearest in MACs, and the ratio to those."""
+    own = data.own[data.own["same_as"] == ""]
+    facts = [_facts(data, row) for row in records(own.drop_duplicates("label"))]
+    return {
+        "models": Grid(("model", "how it is made", "code", "it printed"), tuple(facts)),
+        "settings": [_setting(data, str(name)) for name in dict.fromkeys(own["setting"])],
+    }
+
+
+def _facts(data: Data, row: dict[str, Any]) -> tuple[Cell, ...]:
+    factory = data.cases[row["case_id"]][0].factory
+    assert factory is not None
+    printed = [each.detail["printed"] for each in data.results[row["case_id"]].values() if "printed" in each.detail]
+    return words(row["label"]), words(factory.call), words(factory.code or "not found"), words("".join(printed[:1]))
+
+
+def _setting(data: Data, name: str) -> dict[str, Any]:
+    """One setting: its models among the networks of the suite that were measured under it, by their MACs."""
+    own, ours = (rows[(rows["setting"] == name) & (rows["same_as"] == "")] for rows in (data.own, data.frame))
+    ours = ours.dropna(subset=["conv_macs"])
+    near = {index for macs in own["conv_macs"].dropna() for index in _around(ours["conv_macs"], macs)}
+    parts = [rows.astype(object) for rows in (own, ours.loc[sorted(near)]) if len(rows)]
+    together = pd.concat(parts, ignore_index=True).sort_values("conv_macs", kind="stable")
+    shown = [metric for metric in SHOWN if together[metric].notna().any()]
+    rows = tuple(_row(data, row, shown) for row in records(together))
+    return {
+        "name": name,
+        "table": Grid(("network", *(_head(metric) for metric in shown), "outcome"), rows),
+        "beside": [sentence for row in records(own) if (sentence := _beside(row, ours, shown))],
+        "left_out": len(ours) - len(near),
+    }
+
+
+def _head(metric: str) -> str:
+    return f"{METRICS[metric].title}, {METRICS[metric].origin.split()[0]}"
+
+
+def _around(macs: pd.Series[float], value: float) -> list[Any]:
+    """The rows just below and just above a value."""
+    order = macs.sort_values(kind="stable")
+    below, above = order[order <= value], order[order > value]
+    return [*below.index[-NEARBY:], *above.index[:NEARBY]]
+
+
+def _row(data: Data, row: dict[str, Any], shown: list[str]) -> tuple[Cell, ...]:
+    results = data.results[row["case_id"]]
+    doubtful = {name for name in shown if name in results and results[name].note}
+    note = "" if row["variant"] else "not of the suite"
+    cells = (number(row[name], METRICS[name].unit, doubtful=name in doubtful) for name in shown)
+    return Cell(row["label"], note=note), *cells, words(row["outcome"])
+
+
+def _beside(row: dict[str, Any], ours: pd.DataFrame, shown: list[str]) -> str:
+    """A model over the network of the suite that is nearest in MACs."""
+    if not row["conv_macs"] > 0 or ours.empty:
+        return ""
+    off = (ours["conv_macs"] / row["conv_macs"]).map(lambda ratio: max(ratio, 1 / ratio))
+    near = records(ours.loc[[off.idxmin()]])[0]
+    ratios = [
+        f"{times(row[name] / near[name])} its {METRICS[name].title} ({METRICS[name].origin.split()[0]})"
+        for name in shown
+        if row[name] > 0 and near[name] > 0
+    ]
+    macs = figures.text(near["conv_macs"], "macs")
+    beside = f"{row['label']} beside {near['label']}, of the suite's networks here the nearest in MACs ({macs})"
+    return f"{beside}: {', '.join(ratios)}."
