@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from skipcost.unet_models import (
     REFERENCE,
+    SKIPS,
     VARIANTS,
     Edge,
     ModelSpec,
@@ -30,7 +31,7 @@ from skipcost.unet_models import (
 )
 from skipcost.unet_models.ops import ConvNormAct
 
-JOINED = ("merge_conv", "conv_pool")  # several steps in one op, which the reference does one by one
+JOINED = ("merge_conv", "up_concat_conv", "conv_pool")  # several steps in one op, which the reference does one by one
 STEPS = [field.name for field in fields(Ops) if field.name not in (*JOINED, "around")]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -247,13 +248,20 @@ class _Joined:
 
     def __init__(self) -> None:
         self.calls = dict.fromkeys(JOINED, 0)
-        self.ops = replace(REFERENCE, merge_conv=self.merge_conv, conv_pool=self.conv_pool)
+        self.ops = replace(REFERENCE, **{name: getattr(self, name) for name in JOINED})
 
     def merge_conv(self, layer: ConvNormAct, maps: list[Tensor], how: str, up: nn.ConvTranspose2d | None) -> Tensor:
         self.calls["merge_conv"] += 1
         if up is not None:
             maps.append(REFERENCE.up_conv(up, maps.pop()))
         merged = [REFERENCE.merge(maps, how)]
+        maps.clear()
+        return REFERENCE.conv_norm_act(layer, merged.pop())
+
+    def up_concat_conv(self, layer: ConvNormAct, maps: list[Tensor], factor: int, mode: str) -> Tensor:
+        self.calls["up_concat_conv"] += 1
+        maps.append(REFERENCE.up_sample(maps.pop(), factor, mode))
+        merged = [REFERENCE.merge(maps, "concat")]
         maps.clear()
         return REFERENCE.conv_norm_act(layer, merged.pop())
 
@@ -267,10 +275,11 @@ class _Joined:
     [
         *cells((2,)),
         *(ModelSpec(variant, 3, 2, skip, padding="valid") for variant, skip in (("unet", "concat"), ("unet++", "sum"))),
+        *(ModelSpec(name, 2, 2, skip, upsample="bilinear") for name in ("unet", "unet++") for skip in SKIPS),
     ]
 )
 def test_joined_ops_do_what_their_steps_do(spec: ModelSpec) -> None:
-    """Every node enters through one, every pooled encoder map leaves through the other, and no bit changes."""
+    """Every node enters through one of two, every pooled encoder map leaves through the third, and no bit changes."""
     joined = _Joined()
     net, reference = build(spec, joined.ops).eval(), build(spec).eval()
     reference.load_state_dict(net.state_dict())
@@ -279,14 +288,18 @@ def test_joined_ops_do_what_their_steps_do(spec: ModelSpec) -> None:
     outputs = outputs_of(net(image))
 
     network = graph(spec)
-    assert joined.calls == {"merge_conv": len(network.nodes), "conv_pool": network.depth}
+    free = spec.variant != "unet3+" and spec.upsample == "bilinear" and spec.skip not in ("sum", "gated")
+    interpolated = sum(node.deeper is not None for node in network.nodes) if free else 0
+    nodes = len(network.nodes) - interpolated
+    assert joined.calls == {"merge_conv": nodes, "up_concat_conv": interpolated, "conv_pool": network.depth}
     assert all(map(torch.equal, outputs, outputs_of(reference(image))))
 
 
+@pytest.mark.parametrize("upsample", [None, "bilinear"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_joined_ops_hold_no_map_longer(variant: str) -> None:
+def test_joined_ops_hold_no_map_longer(variant: str, upsample: str | None) -> None:
     """The peak of memory is not above that of the steps: lists are emptied, and pooled maps dropped by their reader."""
-    spec = ModelSpec(variant, 3, 4)
+    spec = ModelSpec(variant, 3, 4, upsample=upsample)
 
     assert _peak_bytes(build(spec, _Joined().ops), 32, 32) <= 1.01 * _peak_bytes(build(spec), 32, 32)
 

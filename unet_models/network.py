@@ -93,11 +93,14 @@ class SkipNet(nn.Module):
 
     def _enter(self, node: Node, layer: ConvNormAct, maps: dict[str, Tensor], unread: Counter[str]) -> Tensor:
         """Merge the node's inputs and run its first convolution, in one op where there is one."""
+        edge = node.inputs[-1]
+        plain = edge is node.deeper and not edge.conv and not edge.project and not any(e.gate for e in node.inputs)
+        if self.ops.up_concat_conv and plain and not edge.up and node.merge == "concat":
+            arrivals = self._arrivals(node, maps, unread, raw=True)
+            return self.ops.up_concat_conv(layer, arrivals, 1 << edge.shift, cast("str", edge.mode))
         if self.ops.merge_conv is None:
             held = [self.ops.merge(self._arrivals(node, maps, unread), node.merge)]
             return self.ops.conv_norm_act(layer, held.pop())
-        edge = node.inputs[-1]
-        plain = edge is node.deeper and not edge.conv and not edge.project and not any(e.gate for e in node.inputs)
         up = cast("nn.ConvTranspose2d", self._layers(edge).up) if edge.up and plain else None
         return self.ops.merge_conv(layer, self._arrivals(node, maps, unread, raw=up is not None), node.merge, up)
 

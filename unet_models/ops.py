@@ -124,10 +124,12 @@ def gate(layer: AttentionGate, x: Tensor, signal: Tensor) -> Tensor:
 class Ops:
     """The functions through which the executor does all of its arithmetic on maps.
 
-    merge_conv and conv_pool join steps that other rows do one by one; where they are None, as in the reference, those
-    rows run.
+    merge_conv, up_concat_conv and conv_pool join steps that other rows do one by one; where they are None, as in the
+    reference, those rows run.
     merge_conv(layer, maps, how, up): merge the maps, the last of them up-sampled by `up` first where that is given, and
     run a node's first convolution. It may empty the list, so that no map outlives its use.
+    up_concat_conv(layer, maps, factor, mode): up-sample the last of the maps as up_sample does, concatenate, and run a
+    node's first convolution. It may empty the list as well.
     conv_pool(layer, x): run a node's last convolution; return the map and its 2x2 max-pool, floored.
     around: makes the context in which one forward pass runs.
     """
@@ -140,6 +142,7 @@ class Ops:
     merge: Callable[[list[Tensor], str], Tensor]
     gate: Callable[[AttentionGate, Tensor, Tensor], Tensor]
     merge_conv: Callable[[ConvNormAct, list[Tensor], str, nn.ConvTranspose2d | None], Tensor] | None = None
+    up_concat_conv: Callable[[ConvNormAct, list[Tensor], int, str], Tensor] | None = None
     conv_pool: Callable[[ConvNormAct, Tensor], tuple[Tensor, Tensor]] | None = None
     around: Callable[[], AbstractContextManager[object]] = nullcontext
 

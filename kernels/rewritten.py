@@ -1,0 +1,98 @@
+"""`backend=rewritten`: the executor's ops, with convolutions over up-sampled maps computed at low resolution.
+
+Two rows of the reference are replaced: an edge's up-sampling and convolution (`tap_first`), and a node's convolution
+over a concatenation with an up-sampled map (`split_concat`). Every call counts both forms and takes the cheaper
+(`tap_choice`). The functions are the reference's but for rounding, in inference and training; weights stay as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from skipcost.kernels.launch import tf32_allowed
+from skipcost.kernels.split_concat import seen_of, split_concat
+from skipcost.kernels.tap_choice import Choice, choose
+from skipcost.kernels.tap_first import axes, tap_first
+from skipcost.unet_models.ops import REFERENCE, ConvNormAct, Ops
+
+AUTOCAST = ("cpu", "cuda")  # PyTorch refuses the question for others
+
+
+def up_sample_conv(layer: ConvNormAct, x: Tensor, factor: int, mode: str) -> Tensor:
+    """Take the place of `Ops.up_sample_conv`."""
+    window = (0, 0, int(x.shape[2]) * factor, int(x.shape[3]) * factor)
+    if not _chosen(layer, x, factor, mode, window).taken:
+        return REFERENCE.up_sample_conv(layer, x, factor, mode)
+    x, weight, bias = _cast(layer, x)
+    held = [tap_first(x, weight, bias, factor=factor, mode=mode, padding=_padding(layer))]
+    return _norm_act(layer, held)
+
+
+def up_concat_conv(layer: ConvNormAct, maps: list[Tensor], factor: int, mode: str) -> Tensor:
+    """Take the place of up-sampling the last of the maps, concatenating, and convolving."""
+    x = maps.pop()
+    window = seen_of((x.shape[2], x.shape[3]), factor, [(each.shape[2], each.shape[3]) for each in maps])
+    if not _chosen(layer, x, factor, mode, window).taken:
+        maps.append(REFERENCE.up_sample(x, factor, mode))
+        merged = [REFERENCE.merge(maps, "concat")]
+        maps.clear()
+        return REFERENCE.conv_norm_act(layer, merged.pop())
+    x, weight, bias = _cast(layer, x)
+    others = [each.to(x.dtype) for each in maps]
+    maps.clear()
+    held = [split_concat(others, x, weight, bias, factor=factor, mode=mode, padding=_padding(layer))]
+    del x, others
+    return _norm_act(layer, held)
+
+
+def rewritten_ops() -> Ops:
+    """Return the table to build a network on."""
+    return replace(REFERENCE, up_sample_conv=up_sample_conv, up_concat_conv=up_concat_conv)
+
+
+def _chosen(layer: ConvNormAct, x: Tensor, factor: int, mode: str, window: tuple[int, int, int, int]) -> Choice:
+    batch, in_channels, height, width = (int(size) for size in x.shape)
+    device = "cuda" if x.is_cuda else "cpu"  # a trace without data counts as the CPU does
+    kind = "16 bits" if _computing(x).itemsize == 2 else "tf32" if tf32_allowed() else "fp32"  # noqa: PLR2004 - bytes
+    settings = (factor, mode, False, _padding(layer), tuple(int(each) for each in window))
+    channels = in_channels, layer.conv.out_channels
+    return _choice((height, width), layer.conv.kernel_size, settings, channels, batch, kind, device)
+
+
+@lru_cache(maxsize=1024)  # the same few in every step
+def _choice(
+    size: tuple[int, ...], kernel: tuple[int, ...], settings: tuple[int, str, bool, int, tuple[int, ...]],
+    channels: tuple[int, int], batch: int, kind: str, device: str,
+) -> Choice:  # fmt: skip
+    return choose(*axes(size, kernel, *settings), channels, batch, kind=kind, device=device)
+
+
+def _padding(layer: ConvNormAct) -> int:
+    return int(layer.conv.padding[0])
+
+
+def _computing(x: Tensor) -> torch.dtype:
+    """Return the type that convolutions of a map compute in: autocast's, where it is on."""
+    device = x.device.type
+    if device in AUTOCAST and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _cast(layer: ConvNormAct, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Bring a map, the weight and the bias to the type that PyTorch's convolution would bring them to."""
+    dtype, bias = _computing(x), layer.conv.bias
+    return x.to(dtype), layer.conv.weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _norm_act(layer: ConvNormAct, held: list[Tensor]) -> Tensor:
+    """Do what `conv_norm_act` does behind its convolution; out of a list, so that only this frame has the map."""
+    x = held.pop()
+    if layer.norm is not None:
+        x = layer.norm(x)
+    return functional.relu(x, inplace=True) if layer.act else x
