@@ -72,7 +72,7 @@ def read_plan(path: Path) -> Plan:
         height, width = (int(side) for side in settings["patch_size"])
         batch = int(settings["batch_size"])
         return _plan(path, content, stages, (batch, height, width))
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
         message = f"the 2d configuration of {path} is not one that nnU-Net v2 writes: {type(error).__name__} {error}"
         raise BenchError(message) from None
     except ValueError as error:
@@ -192,7 +192,10 @@ def _channels_and_classes(path: Path, content: dict[str, Any]) -> tuple[int, int
         channels = len(content.get("foreground_intensity_properties_per_channel", {})) or 1
         return channels, 2, [CLASSES_UNKNOWN]
     dataset = _read_json(beside)
-    names = dataset.get("channel_names", dataset.get("modality", {}))
-    labels = {name: value for name, value in dataset["labels"].items() if name != "ignore"}
+    names, labels = dataset.get("channel_names", dataset.get("modality")), dataset.get("labels")
+    if not isinstance(names, dict) or not isinstance(labels, dict):
+        message = f"{beside} is no dataset.json of nnU-Net: it has no channel_names or no labels"
+        raise BenchError(message)
+    labels = {name: value for name, value in labels.items() if name != "ignore"}
     regions = any(isinstance(value, list) for value in labels.values())
-    return len(names) or 1, len(labels) - regions, []  # regions overlap: each is a map of its own, background is none
+    return len(names), len(labels) - regions, []  # regions overlap: each is a map of its own, background is none

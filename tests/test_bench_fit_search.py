@@ -93,6 +93,20 @@ def test_the_ranking_is_that_of_looking_at_every_network(most: dict[str, float],
     assert [row.here.case.spec.label for row in rows] == list(dict.fromkeys(labels))
 
 
+@pytest.mark.parametrize("limit", [3e6, 6e6, 2e7])
+def test_a_figure_that_falls_with_the_width_somewhere_is_not_bisected(limit: float) -> None:
+    """An allocator's segments may make a wider network fit where a narrower one does not: the widest is found."""
+
+    def jagged(case: Case) -> float:
+        return memory(case) * (1 if case.suite_spec.width % 24 == 0 else 1.6)
+
+    limits = Limits({"memory": limit}, replace(GAUGE, measures=dict(GAUGE.measures) | {"memory": jagged}, even=False))
+
+    rows = found(limits)
+
+    assert [row.here.case.spec.label for row in rows] == [label for label, _ in by_looking_at_all(limits, AXES)]
+
+
 @pytest.mark.parametrize("most", LOW_AND_HIGH, ids="+".join)
 def test_what_lies_inside_fits_and_what_lies_outside_does_not(most: dict[str, float]) -> None:
     """Of each row the network itself and the one inside keep every limit; the next wider and the next batch do not."""
