@@ -142,6 +142,23 @@ def test_what_cannot_be_compared_is_counted_by_its_reason(
     assert found.left_out == {reason: 1}
 
 
+def test_a_network_counts_once_however_often_it_was_measured(tmp_path: Path) -> None:
+    """Two batches of one network are two rows and one network; what failed in two environments failed twice."""
+    path = fill(tmp_path / "x.sqlite", {8: pair(METRIC, 100, 100), 16: (Result(METRIC, "crash"),)})
+    fill(path, {16: (Result(METRIC, "crash"),)}, "other")
+    with create_store(path) as store:
+        run = store.add_run("2026-01-03T00:00:00+00:00", "memory", 0, {"fingerprint": "gpu", "gpus": [{"name": CARD}]})
+        twice = Case(spec=ModelSpec(width=8), device="cuda", batch=2)
+        store.add_case(twice, [])
+        for result in pair(METRIC, 100, 100):
+            store.add_result(run, twice.case_id, result)
+
+    found = read(path)
+
+    assert [(each.rows, each.networks) for each in found.summaries()] == [(2, 1)]
+    assert found.left_out == {"measured: crash": 2}
+
+
 def test_nothing_is_compared_across_environments(tmp_path: Path) -> None:
     """A prediction made on one machine says nothing of a measurement on another; each card has its own rows."""
     predicted, measured = pair(METRIC, 100, 50)
