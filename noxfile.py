@@ -25,6 +25,8 @@ RELAXED = (  # tests build values from tables, bad ones included, and look into 
     *(f"--disable-error-code={code}" for code in ("arg-type", "operator", "index", "union-attr", "redundant-cast")),
 )
 TRITONS = {"3.6.0": ("numpy==2.3.5",), "3.9.0": ()}  # Triton 3.6's interpreter fails on numpy 2.4
+OTHER_COUNTERS = ("torchinfo==1.8.0", "thop==0.1.1.post2209072238", "ptflops==0.7.5")
+MONAI = ("monai==1.6.1",)
 FOLDERS = ("unet_models", "kernels", "bench", "reports")
 
 nox.options.default_venv_backend = "none"
@@ -47,6 +49,15 @@ def _install(session: nox.Session, *groups: str) -> None:
     """Install the project itself, editable, with its extras, and the named dependency groups."""
     tools = nox.project.dependency_groups(GROUPS, *groups) if groups else ()
     _pip(session, "-e", ".[fvcore,gpu]", *tools)
+
+
+def _beside(session: nox.Session, name: str, *what: str) -> str:
+    """Install exact packages, without what they depend on, into a folder to put on the path; return the folder."""
+    folder = ROOT / ".nox" / name
+    if not folder.exists():
+        command = (_tool("python"), "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps")
+        session.run(*command, "--target", str(folder), *what, external=True)
+    return str(folder)
 
 
 def _link_sources() -> str:
@@ -158,13 +169,34 @@ def tritons(session: nox.Session) -> None:
     """
     _install(session, "test")
     for version, others in TRITONS.items():
-        folder = ROOT / ".nox" / f"triton-{version}"
-        if not folder.exists():
-            command = (_tool("python"), "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps")
-            session.run(*command, "--target", str(folder), f"triton=={version}", *others, external=True)
+        folder = _beside(session, f"triton-{version}", f"triton=={version}", *others)
         kernels = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_kernels_*.py"))]
         tests = session.posargs or kernels
-        session.run(_tool("python"), "-m", "pytest", *tests, env={"PYTHONPATH": str(folder)}, external=True)
+        session.run(_tool("python"), "-m", "pytest", *tests, env={"PYTHONPATH": folder}, external=True)
+
+
+@nox.session
+def counters(session: nox.Session) -> None:
+    """Hear the counters that the suite does not install: torchinfo, thop and ptflops, at the versions pinned here."""
+    _install(session, "test")
+    path = {"PYTHONPATH": _beside(session, "counters", *OTHER_COUNTERS)}
+    session.run(
+        _tool("python"), "-m", "pytest", "tests/optional/test_counters.py", *session.posargs, env=path, external=True
+    )
+    session.run(_tool("skipcost"), "counters", "unet/d4/w32/concat/in_channels=3", env=path, external=True)
+
+
+@nox.session
+def monai(session: nox.Session) -> None:
+    """Measure MONAI's U-Nets beside the suite's, and write the report; MONAI comes without what it depends on."""
+    _install(session, "test")
+    path = {"PYTHONPATH": _beside(session, "monai", *MONAI)}
+    session.run(
+        _tool("python"), "-m", "pytest", "tests/optional/test_monai.py", *session.posargs, env=path, external=True
+    )
+    store = RESULTS / "monai.sqlite"
+    session.run(_tool("skipcost"), "sweep", "monai", "-o", str(store), env=path, external=True)
+    session.run(_tool("skipcost"), "report", str(store), "-o", str(RESULTS / "monai.html"), external=True)
 
 
 @nox.session

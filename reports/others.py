@@ -51,14 +51,17 @@ def _setting(data: Data, name: str) -> dict[str, Any]:
     rows = tuple(_row(data, row, shown) for row in records(together))
     return {
         "name": name,
-        "table": Grid(("network", *(_head(metric) for metric in shown), "outcome"), rows),
+        "table": Grid(("network", *(_head(metric) for metric in shown), "remarks"), rows),
+        "alone": ours.empty,
         "beside": [sentence for row in records(own) if (sentence := _beside(row, ours, shown))],
         "left_out": len(ours) - len(near),
     }
 
 
 def _head(metric: str) -> str:
-    return f"{METRICS[metric].title}, {METRICS[metric].origin.split()[0]}"
+    """A metric's title with where the number comes from, unless it says so itself."""
+    title, origin = METRICS[metric].title, METRICS[metric].origin.split()[0]
+    return title if origin in title else f"{title}, {origin}"
 
 
 def _around(macs: pd.Series[float], value: float) -> list[Any]:
@@ -69,11 +72,12 @@ def _around(macs: pd.Series[float], value: float) -> list[Any]:
 
 
 def _row(data: Data, row: dict[str, Any], shown: list[str]) -> tuple[Cell, ...]:
-    results = data.results[row["case_id"]]
-    doubtful = {name for name in shown if name in results and results[name].note}
-    note = "" if row["variant"] else "not of the suite"
+    results = {name: result for name, result in data.results[row["case_id"]].items() if name in SHOWN}
+    doubtful = {name for name, result in results.items() if result.note}
+    remarks = {result.note: "" if result.outcome == "ok" else f"{result.outcome}: " for result in results.values()}
+    said = "; ".join(f"{outcome}{note}" for note, outcome in remarks.items() if note)
     cells = (number(row[name], METRICS[name].unit, doubtful=name in doubtful) for name in shown)
-    return Cell(row["label"], note=note), *cells, words(row["outcome"])
+    return Cell(row["label"], note="" if row["variant"] else "not of the suite"), *cells, words(said)
 
 
 def _beside(row: dict[str, Any], ours: pd.DataFrame, shown: list[str]) -> str:
