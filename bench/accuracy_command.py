@@ -111,6 +111,7 @@ def print_accuracy(found: Accuracy, console: Console) -> None:
     for device in dict.fromkeys(device for device, _ in table_rows(found)):
         console.print(device, highlight=False)
         _print_table(HEADS, (cells for name, cells in table_rows(found) if name == device), console)
+    console.print()
     _print_table(WORST_HEADS, worst_rows(found), console)
     for line in (*left_out(found), AIM):
         console.print(line, highlight=False, soft_wrap=True)
