@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.nn import functional
 
 from skipcost.kernels.launch import tf32_allowed
 from skipcost.kernels.split_concat import seen_of, split_concat
-from skipcost.kernels.tap_choice import Choice, choose
+from skipcost.kernels.tap_choice import choose
 from skipcost.kernels.tap_first import axes, tap_first
 from skipcost.unet_models.ops import REFERENCE, ConvNormAct, Ops
 
@@ -26,7 +27,7 @@ AUTOCAST = ("cpu", "cuda")  # PyTorch refuses the question for others
 def up_sample_conv(layer: ConvNormAct, x: Tensor, factor: int, mode: str) -> Tensor:
     """Take the place of `Ops.up_sample_conv`."""
     window = (0, 0, int(x.shape[2]) * factor, int(x.shape[3]) * factor)
-    if not _chosen(layer, x, factor, mode, window).taken:
+    if not _takes(layer, x, factor, mode, window):
         return REFERENCE.up_sample_conv(layer, x, factor, mode)
     x, weight, bias = _cast(layer, x)
     held = [tap_first(x, weight, bias, factor=factor, mode=mode, padding=_padding(layer))]
@@ -37,13 +38,14 @@ def up_concat_conv(layer: ConvNormAct, maps: list[Tensor], factor: int, mode: st
     """Take the place of up-sampling the last of the maps, concatenating, and convolving."""
     x = maps.pop()
     window = seen_of((x.shape[2], x.shape[3]), factor, [(each.shape[2], each.shape[3]) for each in maps])
-    if not _chosen(layer, x, factor, mode, window).taken:
+    if not _takes(layer, x, factor, mode, window):
         maps.append(REFERENCE.up_sample(x, factor, mode))
         merged = [REFERENCE.merge(maps, "concat")]
         maps.clear()
         return REFERENCE.conv_norm_act(layer, merged.pop())
     x, weight, bias = _cast(layer, x)
-    others = [each.to(x.dtype) for each in maps]
+    dtype = x.dtype
+    others = [each.to(dtype) for each in maps]
     maps.clear()
     held = [split_concat(others, x, weight, bias, factor=factor, mode=mode, padding=_padding(layer))]
     del x, others
@@ -55,21 +57,28 @@ def rewritten_ops() -> Ops:
     return replace(REFERENCE, up_sample_conv=up_sample_conv, up_concat_conv=up_concat_conv)
 
 
-def _chosen(layer: ConvNormAct, x: Tensor, factor: int, mode: str, window: tuple[int, int, int, int]) -> Choice:
+def _takes(layer: ConvNormAct, x: Tensor, factor: int, mode: str, window: tuple[int, int, int, int]) -> bool:
+    """Whether tap-first is counted as the cheaper form of a call."""
     batch, in_channels, height, width = (int(size) for size in x.shape)
     device = "cuda" if x.is_cuda else "cpu"  # a trace without data counts as the CPU does
     kind = "16 bits" if _computing(x).itemsize == 2 else "tf32" if tf32_allowed() else "fp32"  # noqa: PLR2004 - bytes
     settings = (factor, mode, False, _padding(layer), tuple(int(each) for each in window))
     channels = in_channels, layer.conv.out_channels
-    return _choice((height, width), layer.conv.kernel_size, settings, channels, batch, kind, device)
+    taken: bool = _taken((height, width), layer.conv.kernel_size, settings, channels, batch, kind, device)
+    return taken
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # sizes are constants to a compiler here
+def _taken(*call: Any) -> bool:
+    return _counted(*call)
 
 
 @lru_cache(maxsize=1024)  # the same few in every step
-def _choice(
+def _counted(
     size: tuple[int, ...], kernel: tuple[int, ...], settings: tuple[int, str, bool, int, tuple[int, ...]],
     channels: tuple[int, int], batch: int, kind: str, device: str,
-) -> Choice:  # fmt: skip
-    return choose(*axes(size, kernel, *settings), channels, batch, kind=kind, device=device)
+) -> bool:  # fmt: skip
+    return choose(*axes(size, kernel, *settings), channels, batch, kind=kind, device=device).taken
 
 
 def _padding(layer: ConvNormAct) -> int:

@@ -47,10 +47,10 @@ def tap_first(
     """Return conv2d(interpolate(x, scale_factor=factor, mode=mode), weight, bias, padding=padding).
 
     x: (N, C, h, w); weight: (O, C, kh, kw) and bias: (O,) of x's type and device: fp32, fp64, or fp16 and bf16, which
-    are multiplied and added in fp32. mode: bilinear or nearest. padding: less than each side of the kernel. window:
-    (top, left, height, width) of the up-sampled map, to which it is cropped before it is padded and convolved; all of
-    it where None. The result, (N, O, height + 2 * padding - kh + 1, ...), is channels_last where x or the weight is.
-    Differentiable once in x, weight and bias. ValueError with the reason for what this does not do.
+    are multiplied and added in fp32, also under autocast. mode: bilinear or nearest. padding: less than each side of
+    the kernel. window: (top, left, height, width) of the up-sampled map, to which it is cropped before it is padded and
+    convolved; all of it where None. The result, (N, O, height + 2 * padding - kh + 1, ...), is channels_last where x or
+    the weight is. Differentiable once in x, weight and bias. ValueError with the reason for what this does not do.
     """
     _check(x, weight, bias)
     height, width = x.shape[2] * factor, x.shape[3] * factor
@@ -211,7 +211,8 @@ def _tap_first(
 ) -> Tensor:  # fmt: skip
     made = axes(x.shape[2:], weight.shape[2:], factor, mode, align_corners, padding, window)
     out = _empty(x, weight, *made)
-    _fill(out, x, weight, bias, made)
+    with torch.autocast(x.device.type, enabled=False):  # it would take the products in fp32 apart
+        _fill(out, x, weight, bias, made)
     return out
 
 
@@ -221,7 +222,8 @@ def _tap_first_backward(
     window: Sequence[int], of_map: bool, of_weight: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     made = axes(x.shape[2:], weight.shape[2:], factor, mode, align_corners, padding, window)
-    return _gradients(grad, x, weight, made, (of_map, of_weight))
+    with torch.autocast(x.device.type, enabled=False):
+        return _gradients(grad, x, weight, made, (of_map, of_weight))
 
 
 @_tap_first.register_fake

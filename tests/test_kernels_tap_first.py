@@ -44,6 +44,11 @@ class Problem:
         cast[0] = cast[0].contiguous(memory_format=self.layout)
         return [(each.abs() if positive else each).requires_grad_() for each in cast]
 
+    @property
+    def rounded(self) -> bool:
+        """Whether weights of the interpolation are no binary fractions."""
+        return self.settings["mode"] == "bilinear" and (self.settings["align_corners"] or self.settings["factor"] == 3)
+
     def run(self, tensors: list[Tensor]) -> Tensor:
         """Call the op."""
         return tap_first(*tensors, **self.settings)
@@ -90,13 +95,16 @@ def problem_strategy(draw: Any) -> Problem:
     )
 
 
-def _assert_within(actual: Tensor, wanted: Tensor, absolute: Tensor, terms: int) -> None:
+def _assert_within(actual: Tensor, wanted: Tensor, absolute: Tensor, terms: int, *, rounded: bool) -> None:
     """Both are sums of at most `terms` products, each of a few roundings: |error| <= gamma of the sum of |products|.
 
-    Higham (2002), sec. 3.1; 32 more stand for coefficients of the interpolation and the two banded sums.
+    Higham (2002), sec. 3.1; 32 more stand for coefficients of the interpolation and the two banded sums. Where those
+    coefficients are `rounded`, by up to a rounding of the coordinate, 1e-12 of the largest sum stands for that.
     """
     unit = torch.finfo(actual.dtype).eps / 2
     bound = 2 * (terms + 32) * unit * absolute
+    if rounded and actual.numel():
+        bound = bound + 1e-12 * absolute.max()
     assert actual.shape == wanted.shape
     assert ((actual - wanted).abs() <= bound).all()
 
@@ -108,7 +116,8 @@ def test_op_is_the_convolution_of_the_up_sampled_map(call: Problem) -> None:
 
     actual = call.run(tensors)
 
-    _assert_within(actual, call.reference(tensors), call.reference(call.tensors(positive=True)), terms)
+    absolute = call.reference(call.tensors(positive=True))
+    _assert_within(actual, call.reference(tensors), absolute, terms, rounded=call.rounded)
 
 
 @given(problem_strategy())
@@ -124,7 +133,8 @@ def test_gradients_are_the_references(call: Problem) -> None:
     wanted = torch.autograd.grad(out, tensors, grad)
     absolute = torch.autograd.grad(call.reference(positive), positive, grad.abs())
     for each in zip(actual, wanted, absolute, strict=True):
-        _assert_within(*each, terms=max(per_pixel, out.shape[0] * out.shape[2] * out.shape[3]))
+        terms = max(per_pixel, out.shape[0] * out.shape[2] * out.shape[3])
+        _assert_within(*each, terms, rounded=call.rounded)
 
 
 @pytest.mark.parametrize("side", [3, BLOCK + 1])
@@ -314,6 +324,20 @@ def test_compiled_function_is_the_op() -> None:
     assert torch.equal(result, call.run(tensors))
     grads = zip(*(torch.autograd.grad(each.sum(), tensors) for each in (result, call.run(tensors))), strict=True)
     assert all(torch.equal(*pair) for pair in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
+    """The op does its own arithmetic: the caller casts, and sums stay in fp32."""
+    call = problem()
+    tensors = call.tensors(dtype)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        result = call.run(tensors)
+        grads = torch.autograd.grad(result.sum(), tensors)
+
+    assert torch.equal(result, call.run(tensors))
+    assert all(map(torch.equal, grads, torch.autograd.grad(call.run(tensors).sum(), tensors)))
 
 
 def test_runs_on_meta_tensors() -> None:
