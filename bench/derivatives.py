@@ -75,8 +75,7 @@ def cat(run: Forward, row: int, call: Call, *maps: Value) -> Value:
     result = run.tape.result(Size(row, MAP, item, per_image=True), cast_maps, call.where, "map")
 
     def backward(_tape: Tape, gradient: Value) -> Given:
-        solid = gradient.dense and run.setting.solid
-        return [Value(gradient.storage, each.size, dense=solid) for each in cast_maps]
+        return [Value(gradient.storage, each.size, whole=False) for each in cast_maps]
 
     return run.tape.differentiate(result, cast_maps, backward)
 
@@ -131,7 +130,7 @@ def pool(run: Forward, row: int, call: Call, x: Value) -> Value:
 
 def slice_(run: Forward, row: int, call: Call, x: Value) -> Value:
     """Take part of the rows or columns, a view; its gradient is a whole map with zeros around."""
-    part = Value(x.storage, Size(row, MAP, x.item, per_image=True), dense=False)
+    part = Value(x.storage, Size(row, MAP, x.item, per_image=True), whole=False)
 
     def backward(tape: Tape, gradient: Value) -> Given:
         return (tape.result(x.size, (gradient,), call.where, "map gradient"),)

@@ -27,7 +27,7 @@ class Setting(NamedTuple):
     optimizer: str
     scaled: bool  # a gradient scaler is at work
     channels_last: bool
-    solid: bool  # a map's share of a concatenation is one block of memory: one image, channel by channel
+    one_image: bool
 
 
 @dataclass(slots=True)

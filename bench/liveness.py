@@ -72,25 +72,19 @@ class Track(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """The peak as a function of the batch: the largest of `fixed + batch * per_image` over `lines`.
-
-    `single` is the peak of one image where that is less: its shares of a concatenation's gradient are blocks of
-    memory, into which gradients can be added.
-    """
+    """The peak as a function of the batch: the largest of `fixed + batch * per_image` over `lines`."""
 
     lines: tuple[tuple[int, int], ...]
-    single: int
 
     def peak(self, batch: int) -> int:
         """Bytes with `batch` images."""
-        return self.single if batch == 1 else max(fixed + batch * each for fixed, each in self.lines)
+        return max(fixed + batch * each for fixed, each in self.lines)
 
     def largest_batch(self, limit_bytes: int) -> int:
         """The most images whose peak is within the limit; 0 where not even one is."""
-        batch = min((limit_bytes - fixed) // each for fixed, each in self.lines if each)
-        if batch > 1 and all(fixed <= limit_bytes for fixed, _ in self.lines):
-            return batch
-        return int(self.single <= limit_bytes)
+        if any(fixed > limit_bytes for fixed, _ in self.lines):
+            return 0
+        return min((limit_bytes - fixed) // each for fixed, each in self.lines if each)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +132,7 @@ def _setting(case: Case) -> Setting:
         optimizer=case.optimizer,
         scaled=training and case.precision == "amp-fp16",
         channels_last=case.layout == "channels_last",
-        solid=training and case.batch == 1 and case.layout == "contiguous",
+        one_image=case.batch == 1,
     )
 
 
@@ -214,7 +208,7 @@ def envelope(case: Case) -> Envelope:
     """The peak over all batches, of the first or a steady step, whichever is larger; `case.batch` does not matter."""
     compiled, numbers = _resolve(replace(case, batch=2), traced=False)
     fixed, per_image = compiled.live(numbers)
-    return Envelope(_upper(fixed, per_image), max(peak_bytes(replace(case, batch=1))))
+    return Envelope(_upper(fixed, per_image))
 
 
 def _upper(fixed: Whole, per_image: Whole) -> tuple[tuple[int, int], ...]:

@@ -85,7 +85,7 @@ def _sum(tape: Tape, x: Value) -> Value:
     total = scalar(tape, x)
 
     def backward(_tape: Tape, gradient: Value) -> Given:
-        return (Value(gradient.storage, x.size, dense=False),)
+        return (Value(gradient.storage, x.size, whole=False),)
 
     return tape.differentiate(total, (x,), backward)
 
@@ -183,7 +183,7 @@ def loss_of_logits(tape: Tape, setting: Setting, outputs: list[Value], target: V
     stacked = tape.result(Size(0, ONE, FLOAT * len(losses), per_image=False), losses)
 
     def unbound(_tape: Tape, gradient: Value) -> Given:
-        return [Value(gradient.storage, SCALAR, dense=False) for _ in losses]
+        return [Value(gradient.storage, SCALAR, whole=False) for _ in losses]
 
     total = _sum(tape, tape.differentiate(stacked, losses, unbound))
     tape.hold(*losses)

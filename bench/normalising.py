@@ -53,6 +53,8 @@ def instance_norm(run: Forward, row: int, call: Call, x: Value) -> Value:
 
     def repeat(value: Value) -> Value:
         def backward(tape: Tape, gradient: Value) -> Given:
+            if run.setting.one_image:  # repeated once: nothing to sum
+                return (gradient,)
             return (tape.result(value.size, (gradient,), kind="map gradient"),)
 
         return tape.differentiate(tape.result(each, (value,), f"{call.where}: repeated", "map"), (value,), backward)

@@ -47,11 +47,11 @@ class Size(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Value:
-    """A tensor: a view of a storage. `dense` is false where its elements are not the whole of one block of memory."""
+    """A tensor on a storage. `whole` is false for a view, which holds on to the tensor that it is a view of."""
 
     storage: int
     size: Size
-    dense: bool = True
+    whole: bool = True
     node: Node | None = None  # what made it, where it needs a gradient
     parameter: bool = False
 
@@ -140,7 +140,7 @@ class Tape:
                 self.kinds[value.storage] = "saved"
         node = Node(self.where, tuple(inputs), tuple(saved), backward)
         self.nodes.append(node)
-        return Value(result.storage, result.size, result.dense, node)
+        return Value(result.storage, result.size, result.whole, node)
 
     def run_backward(self, loss: Value) -> None:
         """Run the nodes, the last made first; what a node saved is dropped once it has run."""
@@ -171,9 +171,9 @@ class Tape:
             value.node.gradient = self._sum(value.node.gradient, gradient)
 
     def _sum(self, first: Value, second: Value) -> Value:
-        """Add two gradients of one tensor; in place if nobody else refers to the first and it is one block."""
+        """Add two gradients of one tensor; in place if nobody else refers to the first and it is no view."""
         holders = sum(node.gradient is not None and node.gradient.storage == first.storage for node in self.nodes)
-        if not self.traced and first.dense and holders == 1:
+        if not self.traced and first.whole and holders == 1:
             self.hold(first, second)
             return first
         return self.result(first.size, (first, second), self.names[second.storage], "map gradient")
