@@ -125,9 +125,8 @@ class Limits:
         names = [name for name in LIMITS if name in self.gauge.measures and name not in skipped]
         known = {name: self.gauge.measures[name](case) for name in names}
         middle = {name: self.gauge.middle[name](case) for name in names if name in self.gauge.middle}
-        return Standing(
-            case, known, middle, tuple(name for name in names if known[name] > self.most.get(name, math.inf))
-        )
+        broken = tuple(name for name in names if known[name] > self.most.get(name, math.inf))
+        return Standing(case, known, middle, broken, self.gauge.remark(case))
 
 
 def counted() -> dict[str, Callable[[Case], float]]:
