@@ -151,8 +151,11 @@ def _macs(amounts: dict[str, float]) -> float:
     return sum(amounts[name] for name in MAC_FEATURES.values())
 
 
-def fit_models(rows: Iterable[Row]) -> tuple[Model, ...]:
-    """A model for every setting with enough rows. BenchError in one sentence where none has."""
+def fit_models(rows: Iterable[Row], doubtful: int = 0) -> tuple[Model, ...]:
+    """A model for every setting with enough rows. BenchError in one sentence where none has.
+
+    doubtful: how many rows were left out before, for that sentence.
+    """
     by_setting: dict[tuple[tuple[str, Any], ...], list[Row]] = defaultdict(list)
     for case, seconds in rows:
         by_setting[tuple(setting_of(case).items())].append((case, seconds))
@@ -166,9 +169,10 @@ def fit_models(rows: Iterable[Row]) -> tuple[Model, ...]:
             models.append(fit_model(found))
     if not models:
         what = "; ".join(refusals) or "none with a latency and no doubt"
+        left_out = f"; {_count(doubtful, 'row')} with a doubt left out" if doubtful else ""
         message = (
-            f"too few measured rows to calibrate ({what}): it takes {LEAST_ROWS} rows of {LEAST_NETWORKS} networks "
-            "under one setting; `skipcost sweep quick` measures enough"
+            f"too few measured rows to calibrate ({what}{left_out}): it takes {LEAST_ROWS} rows of "
+            f"{LEAST_NETWORKS} networks under one setting; `skipcost sweep quick` measures enough"
         )
         raise BenchError(message)
     return tuple(models)
@@ -222,13 +226,14 @@ def calibrate(store: Store, name: str, device: str) -> Calibration:
     ours = [(cases[key][0], result) for key, result in found.items() if cases[key][0].device == device]
     usable = [(case, result) for case, result in ours if result.samples and case.factory is None]
     sound = [(case, value_of(result) or 0.0) for case, result in usable if result.outcome == "ok" and not result.note]
+    doubtful = len(usable) - len(sound)
     return Calibration(
         device=device_name(run.environment, device),
         fingerprint=run.fingerprint,
         store=name,
         measured=run.started,
-        doubtful=len(usable) - len(sound),
-        models=fit_models(sound),
+        doubtful=doubtful,
+        models=fit_models(sound, doubtful),
     )
 
 

@@ -367,6 +367,19 @@ def test_a_gpus_rows_come_first_and_are_never_mixed_with_a_cpus(store: Path) -> 
         assert calibrate(opened, store.name, "cpu").device == "A CPU"
 
 
+def test_doubtful_rows_are_counted_where_too_few_are_left(tmp_path: Path) -> None:
+    """A machine that was too noisy is told apart from a store that is too small."""
+    path = tmp_path / "x.sqlite"
+    with create_store(path) as opened:
+        number = opened.add_run("2026-01-01T00:00:00+00:00", "test", 0, ENVIRONMENT)
+        for case, seconds in ROWS[:25]:
+            opened.add_case(case, [])
+            opened.add_result(number, case.case_id, Result("latency_s", samples=(seconds,), note="noisy"))
+
+    with open_store(path) as opened, pytest.raises(BenchError, match="no doubt; 25 rows with a doubt left out"):
+        calibrate(opened, path.name, "cpu")
+
+
 def test_the_command_fits_writes_and_tells(store: Path, tmp_path: Path) -> None:
     """For people: the errors held out and the costs. The file is the one that fit reads."""
     path = tmp_path / "made.json"
