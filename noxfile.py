@@ -115,6 +115,16 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session(tags=["check"])
+def gate(session: nox.Session) -> None:
+    """Compare what the networks cost, exactly, with the reviewed baseline; `nox -s gate -- --against main` with that."""
+    _install(session)
+    store = RESULTS / "ci.sqlite"
+    session.run(_tool("skipcost"), "sweep", "ci", "-o", str(store), external=True)
+    compared = session.posargs or ["--baseline", "bench/baselines/ci.jsonl"]
+    session.run(_tool("skipcost"), "gate", str(store), *compared, external=True)
+
+
+@nox.session(tags=["check"])
 def package(session: nox.Session) -> None:
     """Build the wheel and test it in a clean environment, beside Hugging Face's `kernels`, away from the sources."""
     _install(session, "build")

@@ -39,7 +39,7 @@ class Metric:
     more_is_better: bool = False
     modes: tuple[str, ...] = ("inference", "training")
     devices: tuple[str, ...] = ("cpu", "cuda")
-    backends: tuple[str, ...] = ("eager", "compile", "fused")
+    backends: tuple[str, ...] = ("eager", "compile", "fused", "rewritten")
 
     @property
     def exact(self) -> bool:
@@ -71,6 +71,19 @@ def _convolutions(case: Case, _budget: Budget) -> list[Result]:
     ]
 
 
+def _executed_macs(case: Case, _budget: Budget) -> list[Result]:
+    if case.factory:
+        return [
+            Result("executed_macs", "unsupported", note="counted for networks of the suite; conv_macs has a model's")
+        ]
+    if case.backend != "rewritten":
+        return _ok("executed_macs", case.batch * case.graph().conv_macs(case.height, case.width))
+    from skipcost.kernels.tap_choice import executed_macs  # noqa: PLC0415 - numpy, for this row alone
+
+    where = {"precision": case.precision, "device": case.device}
+    return _ok("executed_macs", executed_macs(case.graph(), case.height, case.width, batch=case.batch, **where))
+
+
 def _receptive_field(case: Case, _budget: Budget) -> list[Result]:
     return _ok("receptive_field", case.graph().receptive_field())
 
@@ -95,6 +108,13 @@ def _predicted(case: Case, _budget: Budget) -> list[Result]:
     from skipcost.bench.lifetimes import predicted  # noqa: PLC0415 - imports the cases, which few metrics need
 
     return predicted(case)
+
+
+def _traced(case: Case, _budget: Budget) -> list[Result]:
+    from skipcost.bench.counting import predicted_peaks  # noqa: PLC0415 - imports torch
+
+    _, steady, detail = predicted_peaks(case)
+    return [Result("peak_memory_traced_bytes", samples=(steady,), note=detail.pop("note", ""), detail=detail)]
 
 
 def _roofline(case: Case, _budget: Budget) -> list[Result]:
@@ -203,6 +223,15 @@ METRICS: dict[str, Metric] = {
         how="elements of all convolution outputs, whole batch; fvcore's definition",
         measure=_convolutions,
     ),
+    "executed_macs": Metric(
+        title="executed MACs",
+        unit="macs",
+        origin=COUNTED,
+        how="what the backend runs forwards, whole batch: with rewritten, products at low resolution and in bands for the "
+        "convolutions that they replace; equal to torch's FlopCounterMode / 2",
+        measure=_executed_macs,
+        backends=("rewritten",),
+    ),
     "receptive_field": Metric(
         title="receptive field",
         unit="pixels",
@@ -244,6 +273,16 @@ METRICS: dict[str, Metric] = {
         how="the same for the first training step, in which the optimizer makes its state",
         measure=_predicted,
         modes=("training",),
+    ),
+    "peak_memory_traced_bytes": Metric(
+        title="traced peak memory",
+        unit="bytes",
+        origin=PREDICTED,
+        how="peak of live tensor bytes in a steady step, every tensor of the program followed on the meta device",
+        measure=_traced,
+        rests_on=("torch",),
+        modes=(),  # by name alone: what a gate watches the executor with
+        backends=("eager", "rewritten"),
     ),
     **_memory_metrics(),
     "roofline_s": Metric(

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from skipcost.bench import cli
+from skipcost.bench import cli, gate_command
 from skipcost.bench.baseline import FORMAT, SCHEMA, Baseline, baseline_of, read_baseline
 from skipcost.bench.cases import Case
-from skipcost.bench.environment import code_hash
 from skipcost.bench.errors import BenchError
 from skipcost.bench.gate import judge
 from skipcost.bench.metrics import METRICS
@@ -25,12 +24,13 @@ from skipcost.unet_models import ModelSpec
 
 CASES = tuple(Case(spec=ModelSpec(width=width), threads=1) for width in (8, 16))
 EXACT = tuple(name for name, metric in METRICS.items() if metric.exact)
+CODE = "this code"
 VERSIONS = {"torch": "2.13.0+cpu", "fvcore": "0.1.5"}
 
 
 def fill(path: Path, value: float = 100, **changes: Result) -> Path:
     """A store in which every exact metric of two cases is `value`; `changes` replaces results of the first case."""
-    facts = {"fingerprint": "here", "code": code_hash(), "versions": VERSIONS}
+    facts = {"fingerprint": "here", "code": CODE, "versions": VERSIONS}
     with create_store(path) as store:
         run = store.add_run("2026-01-01T00:00:00+00:00", "ci", 0, facts)
         for case in CASES:
@@ -39,6 +39,12 @@ def fill(path: Path, value: float = 100, **changes: Result) -> Path:
                 result = changes.get(name) if case is CASES[0] else None
                 store.add_result(run, case.case_id, result or Result(name, samples=(value,)))
     return path
+
+
+@pytest.fixture(autouse=True)
+def _code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the gate take the stores of these tests for its own code's."""
+    monkeypatch.setattr(gate_command, "code_hash", lambda: CODE)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -27,12 +28,13 @@ def plan_of(tmp_path: Path, text: str, **settings: list[str]) -> Plan:
 @pytest.mark.parametrize("device", CHOICES["device"])
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_sweep_can_be_planned(name: str, device: str) -> None:
-    """Each shipped sweep gives cases on either device, none of which arithmetic alone refuses."""
+    """Each shipped sweep gives cases on either device, or on the one that it names, none refused by arithmetic."""
     plan = load_plan(name, {}, device, 2)
 
+    named = set(re.findall(r'^device = "(\w+)"', find_sweep(name).read_text(), re.MULTILINE))
     assert plan.description
-    assert len(plan.cases) > 10
-    assert {each.case.device for each in plan.cases} == {device}
+    assert len(plan.cases) > 5
+    assert {each.case.device for each in plan.cases} == (named or {device})
     assert [each.case.name for each in plan.cases if refusal_of(each.case)] == []
 
 
