@@ -54,17 +54,28 @@ class Target:
 
 def target_named(text: str | None, gpus: Callable[[], list[dict[str, object]]] = describe_gpus) -> Target:
     """Find the device: cpu, a GPU's name in `devices.toml`, or, without a text, this machine's GPU, else its CPU."""
-    if text is not None and text.casefold() == "cpu":
-        return Target(None, here=True)
     own = [str(gpu["name"]) for gpu in gpus()]
     if text is None:
-        return Target(device_named(own[0]), here=True) if own else Target(None, here=True)
+        return _own_target(own)
+    if text.casefold() == "cpu":
+        return Target(None, here=True)
     try:
         device = device_named(text)
     except BenchError as error:
         message = f"{error}, cpu"
         raise BenchError(message) from None
     return Target(device, here=bool(own) and own[0] in device.driver_names)
+
+
+def _own_target(own: list[str]) -> Target:
+    """This machine's first GPU, else its CPU."""
+    if not own:
+        return Target(None, here=True)
+    try:
+        return Target(device_named(own[0]), here=True)
+    except BenchError:
+        message = f"this machine's GPU, {own[0]!r}, is not in the table of devices: name one with --device, or cpu"
+        raise BenchError(message) from None
 
 
 def precision_on(target: Target, mode: str, asked: str | None) -> str:

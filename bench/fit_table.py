@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,9 +27,14 @@ def case_facts(case: Case) -> dict[str, Any]:
 def standing_facts(standing: Standing) -> dict[str, Any]:
     """A network with its figures, in base units, and the limits that it breaks."""
     facts: dict[str, Any] = {"label": standing.case.spec.label, "batch": standing.case.batch}
-    facts |= {LIMITS[name].key: value for name, value in standing.figures.items()}
-    facts |= {f"{LIMITS[name].key}_middle": value for name, value in standing.middle.items()}
+    facts |= {LIMITS[name].key: _known(value) for name, value in standing.figures.items()}
+    facts |= {f"{LIMITS[name].key}_middle": _known(value) for name, value in standing.middle.items()}
     return facts | {"breaks": list(standing.broken), "remark": standing.remark}
+
+
+def _known(value: float) -> float | None:
+    """None for a figure that nobody can tell: JSON has no infinity."""
+    return None if math.isinf(value) else value
 
 
 def row_facts(found: Found) -> dict[str, Any]:
@@ -112,8 +118,8 @@ def cells(row: dict[str, Any], columns: Sequence[Limit]) -> list[str]:
     """Label, batch, and each figure in words; where there is a middle figure, the checked one follows in brackets."""
     cells = [row["label"], str(row["batch"])]
     for limit in columns:
-        value, middle = row.get(limit.key), row.get(f"{limit.key}_middle")
-        text = "not run" if value is None else limit.text(value)
+        value, middle = row.get(limit.key, math.nan), row.get(f"{limit.key}_middle")
+        text = "unknown" if value is None else "not run" if math.isnan(value) else limit.text(value)
         cells.append(text if middle is None else f"{limit.text(middle)} ({text})")
     return cells
 

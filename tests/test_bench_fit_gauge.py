@@ -19,6 +19,7 @@ from skipcost.bench.fit_limits import LIMITS
 from skipcost.bench.fit_measure import Stopwatch, measured_gauge, percentile
 from skipcost.bench.liveness import peak_bytes
 from skipcost.bench.records import Result
+from skipcost.bench.workspaces import context
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 
 WIDTHS = (*range(1, 18), 24, 31, 32, 33, 64, 128)
@@ -77,8 +78,8 @@ def test_what_a_process_takes_holds_the_live_bytes_and_the_context() -> None:
 
         taken = process_bytes(case, device_named("h100"))
 
-        assert taken.low >= max(peak_bytes(case)) + fit_gauge.context().low
-        assert taken.high >= max(peak_bytes(case)) + fit_gauge.context().high
+        assert taken.low >= max(peak_bytes(case)) + context().low
+        assert taken.high >= max(peak_bytes(case)) + context().high
 
 
 @pytest.mark.parametrize("name", devices())
@@ -104,6 +105,12 @@ def test_an_unknown_device_gets_the_names(text: str, sentence: str) -> None:
     """The accepted names, the CPU among them."""
     with pytest.raises(BenchError, match=sentence):
         target_named(text, list)
+
+
+def test_a_gpu_that_the_table_does_not_have_is_not_guessed_at() -> None:
+    """Its owner is told to name a device."""
+    with pytest.raises(BenchError, match="this machine's GPU, 'Card 9000', is not in the table of devices: name one"):
+        target_named(None, lambda: [{"name": "Card 9000"}])
 
 
 def test_the_usual_precision_is_one_that_the_card_has() -> None:
@@ -189,7 +196,8 @@ class Bench:
 
 def test_each_network_is_timed_once_and_judged_by_its_slow_end() -> None:
     """One request per case, under the machine's memory and a time that a case within the limit has ended in."""
-    bench, told = Bench(Result("latency_s", samples=(1e-3, 2e-3, 9e-3), note="noisy")), []
+    bench = Bench(Result("latency_s", samples=(1e-3, 2e-3, 9e-3), note="noisy"))
+    told: list[str] = []
     gauge = measured_gauge(live_gauge(), Target(None, here=True), bench, 0.5, told.append)
     case = Case(ModelSpec(depth=1, width=8), height=32, width=32)
 
