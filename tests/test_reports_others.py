@@ -15,7 +15,6 @@ from skipcost.bench.store import create_store
 from skipcost.reports.curves import scaling_context, tradeoff_context
 from skipcost.reports.data import Data, load
 from skipcost.reports.findings import find
-from skipcost.reports.grid import Cell
 from skipcost.reports.others import others_context
 from skipcost.reports.page import write_report
 from skipcost.reports.provenance import header_context
@@ -129,7 +128,7 @@ def test_a_model_stands_among_its_nearest_in_macs(both: tuple[Data, Data], like:
 
     (setting,) = context["settings"]
     labels = [row[0].text for row in setting["table"].rows]
-    macs = [row[2].order for row in setting["table"].rows if isinstance(row[2], Cell) and row[2].order != float("inf")]
+    macs = [row[2].order or 0.0 for row in setting["table"].rows if row[2].order != float("inf")]
     assert macs == sorted(macs)
     assert labels.index("Mine") - labels.index(like.spec.label) in (1, 2)
     nearest = f"beside {like.spec.label}, of the suite's networks here the nearest in MACs"

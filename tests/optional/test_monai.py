@@ -53,8 +53,8 @@ def test_parameters_and_macs_are_the_models(case: Case) -> None:
 
     params, (conv_macs, activations) = count_params(case), count_convolutions(case)
 
-    assert params.samples == (sum(each.numel() for each in network.parameters()),)
-    assert conv_macs.samples == (sum(macs),)
+    assert params.samples[0] == sum(each.numel() for each in network.parameters())
+    assert conv_macs.samples[0] == sum(macs)
     assert activations.samples[0] > 0
     assert {conv_macs.note, activations.note} == {""}
 
