@@ -116,7 +116,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(tags=["check"])
 def gate(session: nox.Session) -> None:
-    """Compare what the networks cost, exactly, with the reviewed baseline; `nox -s gate -- --against main` with that."""
+    """Compare exactly what the networks cost with the reviewed baseline; `nox -s gate -- --against main` with main."""
     _install(session)
     store = RESULTS / "ci.sqlite"
     session.run(_tool("skipcost"), "sweep", "ci", "-o", str(store), external=True)
@@ -154,6 +154,13 @@ def perf(session: nox.Session) -> None:
     store.parent.mkdir(exist_ok=True)
     options = ("--benchmark-only", f"--benchmark-json={store}", "-s")
     session.run(_tool("python"), "-m", "pytest", "tests/perf", *options, *session.posargs, external=True)
+
+
+@nox.session
+def ab(session: nox.Session) -> None:
+    """Time this tree against another revision in turns: `nox -s ab -- origin/main --junit ab.xml`."""
+    _install(session)
+    session.run(_tool("skipcost"), "ab", *(session.posargs or ["HEAD"]), external=True)
 
 
 @nox.session
