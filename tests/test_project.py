@@ -49,13 +49,13 @@ def test_ci_runs_the_readmes_test_command() -> None:
 
 @pytest.mark.sources
 def test_every_check_is_behind_the_test_command() -> None:
-    """Lint, types, tests and package all carry the tag that the command asks for."""
+    """Lint, types, tests, the exact gate and package all carry the tag that the command asks for."""
     listed = subprocess.run(
         [sys.executable, "-m", "nox", "-l", "-t", "check"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
 
     chosen = re.findall(r"^\* (\w+) \[check\] -> \S", listed, re.MULTILINE)
-    assert chosen == ["lint", "types", "tests", "package"]
+    assert chosen == ["lint", "types", "tests", "gate", "package"]
 
 
 @pytest.mark.sources
@@ -158,7 +158,8 @@ def test_the_workflow_runs_every_python_that_is_promised() -> None:
     workflow = read(".github/workflows/ci.yml")
     promised = re.findall(r"Python :: (3\.\d+)", read("pyproject.toml"))
 
-    assert re.findall(r'"(3\.\d+)"', workflow) == promised
+    (matrix,) = re.findall(r"python: \[(.+)\]", workflow)
+    assert re.findall(r'"(3\.\d+)"', matrix) == promised
     assert all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v[\d.]+", each) for each in re.findall(r"uses: (.+)", workflow))
 
 
