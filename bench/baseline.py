@@ -64,7 +64,7 @@ def baseline_of(store: Store) -> Baseline:
         exact = {name: _exact(results[name]) for name in METRICS if name in results and METRICS[name].exact}
         noisy = {name: _rounded(results[name]) for name in METRICS if name in results and not METRICS[name].exact}
         kept = {name: value for name, value in exact.items() if value is not None}
-        entries[case.to_json()] = Entry(names[case_id], kept, {name: v for name, v in noisy.items() if v is not None})
+        entries[case.key] = Entry(names[case_id], kept, {name: v for name, v in noisy.items() if v is not None})
     rests_on = sorted({package for metric in METRICS.values() for package in metric.rests_on})
     versions = run.environment.get("versions", {})
     public = {name: versions.get(name, "unknown").partition("+")[0] for name in rests_on}  # builds count alike
@@ -74,7 +74,7 @@ def baseline_of(store: Store) -> Baseline:
 def names_of(cases: dict[str, Case]) -> dict[str, str]:
     """A name for people for each case, by the same keys; the whole definition where two would be called the same."""
     often = Counter(case.name for case in cases.values())
-    return {key: case.name if often[case.name] == 1 else case.to_json() for key, case in cases.items()}
+    return {key: case.name if often[case.name] == 1 else case.key for key, case in cases.items()}
 
 
 def failures_of(store: Store) -> list[tuple[Case, Result]]:

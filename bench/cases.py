@@ -114,6 +114,12 @@ class Case:
         return hashlib.sha256(unnamed.to_json().encode()).hexdigest()[:16]
 
     @property
+    def key(self) -> str:
+        """What a comparison of two versions of the code knows the case by: its JSON without the code of a factory."""
+        unversioned = replace(self, spec=replace(self.spec, code="")) if isinstance(self.spec, Factory) else self
+        return unversioned.to_json()
+
+    @property
     def name(self) -> str:
         """A line for people: label, size, mode, precision and what else is not usual."""
         extra = [f"{self.height}x{self.width}", f"batch {self.batch}", self.mode, self.precision]

@@ -125,7 +125,7 @@ def _check_fresh(store: Store, path: Path) -> None:
 def _reasons(store: Store) -> dict[tuple[str, str], str]:
     """Why there is no number, for the metrics that were tried."""
     failed = failures_of(store)
-    return {(case.to_json(), result.metric): f"{result.outcome}: {result.note}".strip(": ") for case, result in failed}
+    return {(case.key, result.metric): f"{result.outcome}: {result.note}".strip(": ") for case, result in failed}
 
 
 def _against_revision(path: Path, name: str) -> list[Verdict]:
@@ -162,7 +162,7 @@ def _side(path: Path, revision: Revision | None) -> tuple[Baseline, dict[tuple[s
     """Numbers, and results by (canonical JSON, metric), of one side."""
     try:
         with open_store(path) as opened:
-            keys = {case_id: case.to_json() for case_id, (case, _) in opened.cases().items()}
+            keys = {case_id: case.key for case_id, (case, _) in opened.cases().items()}
             found = results_by_case(opened, newest_environment(opened).fingerprint)
             numbers = baseline_of(opened)
     except ValueError as error:

@@ -44,7 +44,7 @@ def trace(case: Case, use: Callable[[Subject], T]) -> tuple[T, str]:
         if case.factory is None:
             raise
         reason = f"{type(error).__name__}: {shorten(str(error))}"
-    found = use(make_subject(replace(case, backend="eager", device="cpu"), "cpu"))
+    found = use(make_subject(replace(case, backend="eager"), "cpu"))
     return found, f"counted in a run on the CPU with random data, because it cannot be traced without ({reason})"
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from custom_models import Tiny
 
+from skipcost.bench.baseline import baseline_of
 from skipcost.bench.cases import CASE_KEYS, SPEC_KEYS, Case
 from skipcost.bench.counting import fvcore_count, predicted_peaks
 from skipcost.bench.custom import Factory, UnsupportedError, code_of, make
@@ -129,6 +130,21 @@ def test_what_changes_the_number_is_the_identity() -> None:
 
     assert len(ids) == 6
     assert case.with_spec(replace(factory, name="Mine")).case_id == case.case_id
+
+
+def test_an_edited_model_is_held_against_its_former_self(tmp_path: Path) -> None:
+    """Its measurements are new ones, but the gate knows it by the same key, and takes the newest code's numbers."""
+    with create_store(tmp_path / "s.sqlite") as store:
+        for code, params in (("f00", 7), ("0ba", 9)):
+            case = case_of("Tiny").with_spec(replace(case_of("Tiny").spec, code=code))
+            store.add_case(case, [])
+            run = store.add_run("now", "s", 0, {"fingerprint": "f"})
+            store.add_result(run, case.case_id, Result("params", samples=(params,)))
+
+        baseline = baseline_of(store)
+
+    assert {key: entry.exact for key, entry in baseline.entries.items()} == {case_of("Tiny").key: {"params": 9}}
+    assert Case().key == Case().to_json()
 
 
 def test_classes_belong_to_training() -> None:
