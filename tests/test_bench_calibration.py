@@ -234,6 +234,18 @@ def test_the_interval_holds_networks_that_it_never_saw() -> None:
     assert 0.85 <= hits / total <= 0.98
 
 
+def test_the_interval_leans_to_the_side_on_which_times_scatter() -> None:
+    """Times that are now and then longer, never shorter, reach farther up than down, and most stay inside."""
+    skewed = SECONDS * np.exp(np.random.default_rng(5).exponential(0.15, len(CASES)))
+
+    model = fit_models(zip(CASES, map(float, skewed), strict=True))[0]
+
+    low, typical, high = model.ratios
+    ratios = skewed / held_out_predictions(AMOUNTS, skewed, NAMES)
+    assert high / typical > typical / low
+    assert ((low <= ratios) & (ratios <= high)).mean() >= COVERAGE
+
+
 def test_what_is_held_out_has_no_say_in_its_own_prediction() -> None:
     """A network measured a hundred times slower, at both of its sizes, is predicted as before; others are not."""
     names = [name for name in NAMES for _ in range(2)]
