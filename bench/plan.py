@@ -169,7 +169,6 @@ def _axes(grid: dict[str, Any]) -> dict[str, list[Any]]:
 
 def _model_axes(customs: list[dict[str, Any]], settings: dict[str, list[str]]) -> list[dict[str, list[Any]]]:
     """The same of each [[custom]] table, its factory first; settings of a spec do not concern it."""
-    own = {key: value for key, value in settings.items() if key in AXIS_KEYS}
     for table in customs:
         _known_keys("a [[custom]]", table, (*MODEL_KEYS, *AXIS_KEYS))
     found: list[dict[str, list[Any]]] = []
@@ -180,7 +179,7 @@ def _model_axes(customs: list[dict[str, Any]], settings: dict[str, list[str]]) -
         )
         codes[factory.path] = codes.get(factory.path) or code_of(factory.path)
         factory = replace(factory, code=codes[factory.path])
-        axes = _axes({key: value for key, value in (table | own).items() if key in AXIS_KEYS})
+        axes = _axes({key: value for key, value in (table | settings).items() if key in AXIS_KEYS})
         found.append({"factory": [factory], **axes})
     return found
 
