@@ -130,6 +130,16 @@ def test_costs_come_back_from_exact_times(seed: int) -> None:
     assert (found[~occurs] == 0).all()
 
 
+@pytest.mark.parametrize("spread", [0.1, 0.5])
+def test_one_cost_is_the_geometric_mean(spread: float) -> None:
+    """Least squares on the logarithm: too slow by a factor weighs as much as too quick by it."""
+    seconds = noise(50, 11, spread)
+
+    found = regression.fit_costs(np.ones((50, 1)), seconds)
+
+    assert found[0] == pytest.approx(np.exp(np.log(seconds).mean()))
+
+
 def test_a_slow_network_weighs_no_more_than_a_quick_one() -> None:
     """The fit is of ratios: in another unit of time, or with one row scaled, it is the same up to that scale."""
     amounts = AMOUNTS[:, [0, -1]]
