@@ -19,7 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "mode": ("inference", "training"),
     "precision": ("fp32", "tf32", "bf16", "fp16", "amp-bf16", "amp-fp16"),
     "layout": ("contiguous", "channels_last"),
-    "backend": ("eager", "compile", "fused"),
+    "backend": ("eager", "compile", "fused", "rewritten"),
     "outputs": ("final", "all"),
     "optimizer": ("adamw", "sgd"),
     "loss": ("cross-entropy", "dice"),

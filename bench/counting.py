@@ -71,11 +71,13 @@ def predicted_peaks(case: Case) -> tuple[int, int, dict[str, Any]]:
 def traced_peaks(case: Case) -> list[Result]:
     """Give the two predicted peaks where arithmetic has no answer: a user's own model, and other backends than eager.
 
-    A trace runs the operators one by one, whatever the backend: the note says so.
+    A trace runs the reference's operators one by one, or the rewritten ones, whatever the backend: the note says so.
     """
     first, steady, detail = predicted_peaks(case)
     notes = [detail.pop("note", "")]
-    if case.backend != "eager":
+    if case.backend == "rewritten":
+        notes.append("traced on the rewritten operators; blocks inside of one, used again row by row, are not in it")
+    elif case.backend != "eager":
         notes.append(f"traced on the reference operators, one by one: what backend={case.backend} saves is not in it")
     note = "; ".join(each for each in notes if each)
     return [

@@ -227,8 +227,8 @@ METRICS: dict[str, Metric] = {
         title="executed MACs",
         unit="macs",
         origin=COUNTED,
-        how="what the backend runs forwards, whole batch: with rewritten, products at low resolution and in bands for the "
-        "convolutions that they replace; equal to torch's FlopCounterMode / 2",
+        how="what the backend runs forwards, whole batch: with rewritten, products at low resolution and in bands for "
+        "the convolutions that they replace; equal to torch's FlopCounterMode / 2",
         measure=_executed_macs,
         backends=("rewritten",),
     ),

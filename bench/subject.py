@@ -15,6 +15,7 @@ from torch.nn import functional
 from skipcost.bench.cases import Case
 from skipcost.bench.custom import Factory, UnsupportedError, make
 from skipcost.kernels import BACKENDS
+from skipcost.kernels.rewritten import RewrittenOps
 from skipcost.unet_models import build
 
 SEED = 0
@@ -38,14 +39,15 @@ Score = Callable[[Any], Tensor]  # from what a network returns to its loss
 def make_subject(case: Case, device: str, *, traced: bool = False) -> Subject:
     """Build the network with seeded weights and inputs on `device`; `traced` puts it on the reference ops, eagerly."""
     torch.manual_seed(SEED)
-    backend = BACKENDS["eager" if traced else case.backend]
+    rewritten = case.backend == "rewritten"  # PyTorch's operators like the reference's: a trace shows what they keep
+    backend = BACKENDS["eager" if traced and not rewritten else case.backend]
     layout = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
     dtype = DTYPES.get(case.precision, torch.float32)
     with torch.device(device):
         network = (
             make(case.spec, device)[0]
             if isinstance(case.spec, Factory)
-            else build(case.spec, backend.ops(), case.outputs)
+            else build(case.spec, RewrittenOps(case.device).ops() if rewritten else backend.ops(), case.outputs)
         )
         if not (traced and case.precision in AUTOCAST):  # fake tensors cannot be converted in place; bytes stay equal
             network = network.to(dtype=dtype, memory_format=layout)  # type: ignore[call-overload]  # not in torch's stub

@@ -119,6 +119,8 @@ def _why_not(case: Case) -> str:
         return "precision=tf32 exists on NVIDIA GPUs only; use fp32 on a CPU"
     if case.factory and case.backend == "fused":
         return "backend=fused builds networks of the suite; have the factory return skipcost.kernels.fuse(model)[0]"
+    if case.factory and case.backend == "rewritten":
+        return "backend=rewritten builds networks of the suite: use backend=eager for a model of your own"
     reason: str = BACKENDS[case.backend].why_not(case.device)
     return reason
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from skipcost.kernels.fused import FusedOps
+from skipcost.kernels.rewritten import RewrittenOps
 from skipcost.kernels.ways import FusedNetwork
 from skipcost.unet_models.network import SkipNet
 from skipcost.unet_models.ops import REFERENCE, Ops
@@ -103,4 +104,10 @@ BACKENDS: dict[str, Backend] = {
     "eager": Backend("the PyTorch reference, op by op", _reference_ops, _as_it_is, _no_device),
     "compile": Backend("the reference under torch.compile", _reference_ops, _compiled, _no_inductor),
     "fused": Backend("the suite's kernels where they win, else what does", _fused_ops, _fused, _no_kernels),
+    "rewritten": Backend(
+        "the reference, convolutions over up-sampled maps at low resolution where fewer MACs do",
+        RewrittenOps().ops,
+        _as_it_is,
+        _no_device,
+    ),
 }

@@ -7,7 +7,7 @@ over a concatenation with an up-sampled map (`split_concat`). Every call counts 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -24,48 +24,56 @@ from skipcost.unet_models.ops import REFERENCE, ConvNormAct, Ops
 AUTOCAST = ("cpu", "cuda")  # PyTorch refuses the question for others
 
 
-def up_sample_conv(layer: ConvNormAct, x: Tensor, factor: int, mode: str) -> Tensor:
-    """Take the place of `Ops.up_sample_conv`."""
-    window = (0, 0, int(x.shape[2]) * factor, int(x.shape[3]) * factor)
-    if not _takes(layer, x, factor, mode, window):
-        return REFERENCE.up_sample_conv(layer, x, factor, mode)
-    x, weight, bias = _cast(layer, x)
-    held = [tap_first(x, weight, bias, factor=factor, mode=mode, padding=_padding(layer))]
-    return _norm_act(layer, held)
+@dataclass(frozen=True, slots=True)
+class RewrittenOps:
+    """The ops of a network. device: whose rates the choice is counted with, "cpu" or "cuda"; None: where the maps are.
 
+    A trace without data names the device that it stands for; without one it counts as on a CPU.
+    """
 
-def up_concat_conv(layer: ConvNormAct, maps: list[Tensor], factor: int, mode: str) -> Tensor:
-    """Take the place of up-sampling the last of the maps, concatenating, and convolving."""
-    x = maps.pop()
-    window = seen_of((x.shape[2], x.shape[3]), factor, [(each.shape[2], each.shape[3]) for each in maps])
-    if not _takes(layer, x, factor, mode, window):
-        maps.append(REFERENCE.up_sample(x, factor, mode))
-        merged = [REFERENCE.merge(maps, "concat")]
+    device: str | None = None
+
+    def ops(self) -> Ops:
+        """Return the table to build a network on."""
+        return replace(REFERENCE, up_sample_conv=self.up_sample_conv, up_concat_conv=self.up_concat_conv)
+
+    def up_sample_conv(self, layer: ConvNormAct, x: Tensor, factor: int, mode: str) -> Tensor:
+        """Take the place of `Ops.up_sample_conv`."""
+        window = (0, 0, int(x.shape[2]) * factor, int(x.shape[3]) * factor)
+        if not self._takes(layer, x, factor, mode, window):
+            return REFERENCE.up_sample_conv(layer, x, factor, mode)
+        x, weight, bias = _cast(layer, x)
+        held = [tap_first(x, weight, bias, factor=factor, mode=mode, padding=_padding(layer))]
+        return _norm_act(layer, held)
+
+    def up_concat_conv(self, layer: ConvNormAct, maps: list[Tensor], factor: int, mode: str) -> Tensor:
+        """Take the place of up-sampling the last of the maps, concatenating, and convolving."""
+        x = maps.pop()
+        window = seen_of((x.shape[2], x.shape[3]), factor, [(each.shape[2], each.shape[3]) for each in maps])
+        if not self._takes(layer, x, factor, mode, window):
+            maps.append(REFERENCE.up_sample(x, factor, mode))
+            merged = [REFERENCE.merge(maps, "concat")]
+            maps.clear()
+            return REFERENCE.conv_norm_act(layer, merged.pop())
+        x, weight, bias = _cast(layer, x)
+        dtype = x.dtype
+        others = [each.to(dtype) for each in maps]
         maps.clear()
-        return REFERENCE.conv_norm_act(layer, merged.pop())
-    x, weight, bias = _cast(layer, x)
-    dtype = x.dtype
-    others = [each.to(dtype) for each in maps]
-    maps.clear()
-    held = [split_concat(others, x, weight, bias, factor=factor, mode=mode, padding=_padding(layer))]
-    del x, others
-    return _norm_act(layer, held)
+        held = [split_concat(others, x, weight, bias, factor=factor, mode=mode, padding=_padding(layer))]
+        del others
+        return _norm_act(layer, held)
 
-
-def rewritten_ops() -> Ops:
-    """Return the table to build a network on."""
-    return replace(REFERENCE, up_sample_conv=up_sample_conv, up_concat_conv=up_concat_conv)
-
-
-def _takes(layer: ConvNormAct, x: Tensor, factor: int, mode: str, window: tuple[int, int, int, int]) -> bool:
-    """Whether tap-first is counted as the cheaper form of a call."""
-    batch, in_channels, height, width = (int(size) for size in x.shape)
-    device = "cuda" if x.is_cuda else "cpu"  # a trace without data counts as the CPU does
-    kind = "16 bits" if _computing(x).itemsize == 2 else "tf32" if tf32_allowed() else "fp32"  # noqa: PLR2004 - bytes
-    settings = (factor, mode, False, _padding(layer), tuple(int(each) for each in window))
-    channels = in_channels, layer.conv.out_channels
-    taken: bool = _taken((height, width), layer.conv.kernel_size, settings, channels, batch, kind, device)
-    return taken
+    def _takes(
+        self, layer: ConvNormAct, x: Tensor, factor: int, mode: str, window: tuple[int, int, int, int]
+    ) -> bool:  # fmt: skip
+        """Whether tap-first is counted as the cheaper form of a call."""
+        batch, in_channels, height, width = (int(size) for size in x.shape)
+        device = self.device or ("cuda" if x.is_cuda else "cpu")
+        kind = "16 bits" if _computing(x).itemsize == 2 else "tf32" if tf32_allowed() else "fp32"  # noqa: PLR2004 - bytes
+        settings = (factor, mode, False, _padding(layer), tuple(int(each) for each in window))
+        channels = in_channels, layer.conv.out_channels
+        taken: bool = _taken((height, width), layer.conv.kernel_size, settings, channels, batch, kind, device)
+        return taken
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # sizes are constants to a compiler here

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from skipcost.kernels import rewritten, tap_choice
-from skipcost.kernels.rewritten import rewritten_ops
+from skipcost.kernels.rewritten import RewrittenOps
 from skipcost.kernels.tap_axis import Axis
 from skipcost.kernels.tap_choice import choose, executed_macs, rewritings
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec, SkipNet, build
@@ -46,7 +47,7 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _pair(spec: ModelSpec) -> tuple[SkipNet, SkipNet]:
     torch.manual_seed(0)
-    reference, network = build(spec).double(), build(spec, rewritten_ops()).double()
+    reference, network = build(spec).double(), build(spec, RewrittenOps().ops()).double()
     for name, buffer in reference.named_buffers():  # statistics as after training
         if name.endswith("running_mean"):
             buffer.normal_()
@@ -144,7 +145,7 @@ def test_executed_macs_are_what_torch_counts(spec: ModelSpec, size: tuple[int, i
     """FlopCounterMode / 2 on the meta device, banded products included, as an integer; left alone, it is conv_macs."""
     graph = spec.graph()
     with torch.device("meta"):
-        network, image = build(spec, rewritten_ops()).eval(), torch.empty(3, 1, *size)
+        network, image = build(spec, RewrittenOps().ops()).eval(), torch.empty(3, 1, *size)
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(image)
@@ -202,6 +203,26 @@ def test_tap_first_never_holds_or_moves_more() -> None:
     assert choice.direct_bytes - choice.tap_bytes == 2 * up
 
 
-def test_networks_can_be_copied_and_pickled() -> None:
-    """The table holds functions of a module, nothing of its own."""
-    assert rewritten_ops() == rewritten_ops()
+def test_networks_can_be_pickled() -> None:
+    """The table holds methods of a value: nothing that a copy would not have."""
+    network = build(ModelSpec("unet3+", 1, 4), RewrittenOps("cuda").ops()).eval()
+    image = torch.randn(1, 1, 8, 8)
+
+    copied = pickle.loads(pickle.dumps(network))  # noqa: S301 - its own
+
+    assert copied.ops == network.ops
+    assert torch.equal(copied(image), network(image))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_trace_chooses_as_the_device_that_it_stands_for(device: str) -> None:
+    """On meta tensors, in 16 bits, where a GPU's products in fp32 are far slower than the direct form's."""
+    spec = ModelSpec("unet3+", 2, 64)
+    with torch.device("meta"):
+        network = build(spec, RewrittenOps(device).ops()).eval().bfloat16()
+        image = torch.empty(1, 1, 32, 32, dtype=torch.bfloat16)
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(image)
+
+    assert counter.get_total_flops() == 2 * executed_macs(spec.graph(), 32, 32, precision="bf16", device=device)
