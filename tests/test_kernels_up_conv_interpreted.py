@@ -8,111 +8,27 @@ its name. By hand, with the usual options of pytest:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kernel_checks import LAYOUTS, amid, assert_same, far_apart, maps_amid_nan, run_checks
-from torch import Tensor
+from kernel_checks import assert_same, far_apart, run_checks
 from torch.nn import functional
+from up_conv_cases import DTYPES, TILES, Case, cases, error, no_tf32  # noqa: F401 - a fixture, named below
 
 from skipcost.kernels import up_conv as module
-from skipcost.kernels import validate
-from skipcost.kernels.canaries import CHANNELS_ADJACENT, DATA, blank, unwritten, written_beside
+from skipcost.kernels.canaries import CHANNELS_ADJACENT, blank, unwritten, written_beside
 from skipcost.kernels.launch import Launch, run
 from skipcost.kernels.tiles import Tile
 from skipcost.kernels.up_conv import launches, pack_weight, up_conv, up_conv_concat, up_conv_into
 from skipcost.unet_models import REFERENCE
-from skipcost.unet_models.ops import crop
+
+pytestmark = pytest.mark.usefixtures("no_tf32")
+
 
 NAN = float("nan")
-DTYPES = {
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp64": torch.float64,
-}
-TILES = (  # at the sizes below, several programs along either axis, several steps of depth, ragged edges of each
-    Tile("pointer", 16, 64, 16),
-    Tile("pointer", 32, 32, 16),
-    Tile("pointer", 64, 16, 32),
-)
-CHANNELS = (1, 2, 3, 5, 16, 24, 33)  # below, at, between and beyond the multiples of 16 that tiles are made of
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_tf32() -> Iterator[None]:
-    """Operands of fp32 stay fp32 where a check does not say otherwise; PyTorch's own default lets them be cut."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """What a check up-samples, and what beside it; `beyond` is by how much the other maps are larger."""
-
-    batch: int
-    size: tuple[int, int, int]  # C, H, W of x
-    outputs: int
-    precision: str
-    layouts: tuple[str, str] = ("channels_last", "contiguous")  # of x and of the weight
-    data: str = "normal"
-    bias: bool = True
-    beyond: tuple[tuple[int, int, int], ...] = ()  # channels, rows, columns of each other map
-    tile: Tile = TILES[0]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return DTYPES[self.precision]
-
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x, weight and bias, each amid NaN."""
-        channels, *size = self.size
-        shapes = ((self.batch, channels, *size), (channels, self.outputs, 2, 2), (self.outputs,))
-        values = [DATA[self.data](shape, self.dtype, seed) for seed, shape in enumerate(shapes)]
-        x, weight = (amid(*each) for each in zip(values, self.layouts, strict=False))
-        return x, weight, amid(values[2], "contiguous") if self.bias else None
-
-    def maps(self) -> list[Tensor]:
-        """The other maps, amid NaN."""
-        _, height, width = self.size
-        sizes = [(channels, 2 * height + y, 2 * width + x) for channels, y, x in self.beyond]
-        return maps_amid_nan(self.batch, sizes, self.dtype, layouts=LAYOUTS)
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    """Maps from one pixel on, and crops of odd and even remainders, of the other maps and of the up-sampled one."""
-    beyond = st.tuples(st.sampled_from((1, 3, 16)), st.integers(0, 9), st.integers(0, 9))
-    return Case(
-        batch=draw(st.integers(0, 2)),
-        size=(draw(st.sampled_from(CHANNELS)), draw(st.integers(1, 5)), draw(st.integers(1, 7))),
-        outputs=draw(st.sampled_from(CHANNELS)),
-        precision=draw(st.sampled_from(tuple(DTYPES))),
-        layouts=(draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from(LAYOUTS))),
-        data=draw(st.sampled_from(("normal", "positive"))),
-        bias=draw(st.booleans()),
-        beyond=tuple(draw(st.lists(beyond, max_size=3))),
-        tile=draw(st.sampled_from(TILES)),
-    )
-
-
-def error(actual: Tensor, case: Case, inputs: Sequence[Tensor | None]) -> float:
-    """Worst error of a centre-cropped up-sampled map over the allowed one."""
-    x, weight, bias = inputs
-    assert x is not None
-    assert weight is not None
-    exact = validate.up_conv(x, weight, bias)
-    value, magnitude = (crop(each, *actual.shape[2:]) for each in (exact.value, exact.magnitude))
-    seen = replace(exact, value=value, magnitude=magnitude)
-    return validate.worst(actual, value, validate.allowed(seen, actual.dtype, tf32=case.precision == "tf32"))
 
 
 @settings(max_examples=60)
@@ -294,57 +210,6 @@ def check_offsets_beyond_31_bits(axis: int, far: str) -> None:
 
     assert launch.constants["wide"]
     assert torch.equal(out, near)
-
-
-@pytest.mark.parametrize("beyond", [(), ((2, 1, 3),), ((2, 0, 1), (1, 3, 0))], ids=str)
-def check_gradcheck_passes_in_float64(beyond: tuple[tuple[int, int, int], ...]) -> None:
-    """The gradients agree with finite differences of the kernels themselves, cropped or not."""
-    case = Case(1, (2, 2, 3), 3, "fp64", beyond=beyond)
-    inputs = [each.detach().requires_grad_() for each in (*case.maps(), *case.inputs()) if each is not None]
-
-    def function(*inputs: Tensor) -> Tensor:
-        return up_conv_concat(inputs[:-3], *inputs[-3:])
-
-    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
-
-
-@settings(max_examples=30)
-@given(cases().filter(lambda case: case.batch > 0 and case.precision != "tf32"))
-@example(Case(2, (5, 3, 4), 3, "bf16", beyond=((3, 1, 0), (1, 2, 2))))
-def check_the_gradients_are_within_the_bound(case: Case) -> None:
-    """Any sizes, strides and types: the gradients are those of the reference in float64, to their own rounding."""
-    given = [each for each in (*case.maps(), *case.inputs()) if each is not None]
-    leaves = [each.detach().requires_grad_() for each in given]
-    count = len(case.beyond)
-
-    def reference(*inputs: Tensor) -> Tensor:
-        x, weight, *bias = inputs[count:]
-        up = functional.conv_transpose2d(x, weight, bias[0] if bias else None, stride=2)
-        return REFERENCE.merge([*inputs[:count], up], "concat")
-
-    result = up_conv_concat(leaves[:count], *leaves[count:])
-    grad = torch.randn(result.shape).to(result.dtype)
-
-    for actual, exact in zip(
-        torch.autograd.grad(result, leaves, grad), validate.gradients(reference, given, grad), strict=True
-    ):
-        assert validate.worst(actual, exact.value, validate.allowed(exact, actual.dtype)) <= 1
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own, torch 2.15
-@pytest.mark.parametrize("gradients", [False, True])
-def check_opcheck_passes(gradients: bool) -> None:  # noqa: FBT001 - a parameter of the check
-    """Schema, fake tensors, autograd and tracing of the ops are sound where the kernels run."""
-    case = Case(2, (3, 2, 3), 2, "fp32", beyond=((3, 1, 0), (1, 2, 2)))
-    maps, inputs = case.maps(), case.inputs()
-    maps = [each.clone().requires_grad_(gradients) for each in maps]
-    x, weight, bias = (each.clone().requires_grad_(gradients) for each in inputs if each is not None)
-    buffer = torch.zeros(2, 4, 4, 6).contiguous(memory_format=torch.channels_last)
-
-    torch.library.opcheck(torch.ops.skipcost.up_conv.default, (x, weight, bias, False))
-    torch.library.opcheck(torch.ops.skipcost.up_conv_concat.default, (maps, x, weight, bias, False))
-    if not gradients:
-        torch.library.opcheck(torch.ops.skipcost.up_conv_into.default, (x, weight, bias, buffer, 1, False))
 
 
 @pytest.fixture(scope="module")
