@@ -72,7 +72,8 @@ def _binary_cross_entropy_with_logits(tape: Tape, logits: Value, target: Value) 
 
 
 def _binary_cross_entropy(tape: Tape, probability: Value, target: Value) -> Value:
-    loss = scalar(tape, probability, target)
+    """The mean of the elements' losses; it stays in their storage, which the meta device does not know."""
+    loss = tape.result(SCALAR if tape.traced else probability.size, (probability, target))
 
     def backward(tape: Tape, gradient: Value) -> Given:
         return (tape.result(probability.size, (gradient, probability, target), kind="map gradient"),)

@@ -70,9 +70,10 @@ def instance_norm(run: Forward, row: int, call: Call, x: Value) -> Value:
 def _one_after_another(run: Forward, call: Call, x: Value) -> Value:
     """Return the map channel by channel: a copy where it lies pixel by pixel (channels-last) and the two differ.
 
-    On the meta device convolutions answer channel by channel whatever the layout, so that a trace sees no copy.
+    On the meta device a convolution answers in its input's layout, so that after a first copy a trace sees no other.
     """
-    if not run.setting.channels_last or run.tape.traced or cast("ConvDetail", call.detail).flat:
+    detail = cast("ConvDetail", call.detail)
+    if not run.setting.channels_last or detail.flat or (run.tape.traced and not detail.first):
         return x
     copy = run.tape.result(x.size, (x,), f"{call.where}: channel by channel", "map")
 

@@ -32,6 +32,7 @@ class ConvDetail(NamedTuple):
     norm: str
     act: bool
     flat: bool  # one channel or one position: all layouts are the same
+    first: bool  # reads the image, and that has several channels
     place: Place
 
 
@@ -84,7 +85,7 @@ class _Walk:
         grown = conv.kernel if conv.transposed else 1
         shape = conv.out_channels, (height - lost) * grown, (width - lost) * grown
         flat = shape[0] == 1 or shape[1] * shape[2] == 1
-        detail = ConvDetail(conv.bias, conv.norm, conv.act, flat, place)
+        detail = ConvDetail(conv.bias, conv.norm, conv.act, flat, x == self.image and self.shapes[x][0] > 1, place)
         groups = conv.norm_groups if conv.norm == "group" else 0
         return self.call("conv", where, (x,), shape, detail, conv.weights, groups)
 
