@@ -1,0 +1,63 @@
+"""Cases on which live bytes are checked: drawn over all of the project's tables, and enough to cover every pair."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from itertools import combinations
+from typing import Any
+
+from skipcost.bench.cases import CHOICES, Case
+from skipcost.bench.worker import refusal_of
+from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
+from skipcost.unet_models.spec import CHOICES as SPEC_CHOICES
+
+SIDES = (16, 17, 19, 22, 24)  # odd ones are cropped
+
+
+def _spec(draw: random.Random) -> ModelSpec:
+    variant = draw.choice(list(VARIANTS))
+    row = VARIANTS[variant]
+    head, width = draw.choice(row.heads), draw.choice((1, 2, 3, 4))
+    depth = draw.choice((1, 1, 1, 1, 2, 2))
+    return ModelSpec(
+        variant=variant,
+        depth=depth,
+        width=width,
+        skip=draw.choice(list(SKIPS)),
+        in_channels=draw.choice((1, 3)),
+        classes=1 if head == "guided" else draw.choice((1, 2, 5)),
+        padding=draw.choice(SPEC_CHOICES["padding"]),
+        norm=draw.choice(SPEC_CHOICES["norm"]),
+        bias=draw.choice((True, False)),
+        upsample=draw.choice(row.upsamples),
+        head=head,
+        max_width=draw.choice((None, 2 * width)),
+        pruned_to=draw.randint(1, depth) if row.prunable and head == "single" and draw.random() < 0.3 else None,
+    )
+
+
+def cells(seed: int) -> Iterator[Case]:
+    """Yield cases without end, the same ones for the same seed: each can run, on small maps."""
+    draw = random.Random(seed)  # noqa: S311 - nothing secret
+    while True:
+        named: dict[str, Any] = {
+            name: draw.choice(values) for name, values in CHOICES.items() if name not in {"backend", "outputs"}
+        }
+        size = {"height": draw.choice(SIDES), "width": draw.choice((*SIDES, 48))}
+        if draw.random() < 0.2:
+            size = {"height": 60, "width": 66}  # large enough for valid convolutions at depth 2
+        outputs = draw.choice(CHOICES["outputs"])
+        try:
+            case = Case(spec=_spec(draw), batch=draw.choice((1, 2, 3)), outputs=outputs, **size, **named)
+            if not refusal_of(case):
+                yield case
+        except ValueError:
+            continue  # a combination that a spec refuses
+
+
+def pairs(case: Case) -> set[frozenset[tuple[str, Any]]]:
+    """Every pair of values that a case has among those of the project's tables."""
+    flat = case.flat()
+    names = [*CHOICES, *SPEC_CHOICES, "bias"]
+    return {frozenset(pair) for pair in combinations([(name, flat[name]) for name in names if name != "backend"], 2)}
