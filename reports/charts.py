@@ -200,10 +200,12 @@ def _points(axes: Axes, rows: pd.DataFrame, axis: Axis, up: Axis, variants: list
     for (variant, skip), odd in rows[rows["doubtful"]].groupby(["variant", "skip"], sort=True):
         axes.plot(odd[axis.column], odd[up.column], SKIP_SHAPES[str(skip)], markersize=4, fillstyle="none",
                   color=VARIANT_COLOURS[str(variant)], markeredgewidth=0.7)  # fmt: skip
-    sns.scatterplot(
-        rows[~rows["doubtful"]], x=axis.column, y=up.column, hue="variant", style="skip", hue_order=variants,
-        style_order=skips, palette=VARIANT_COLOURS, markers=SKIP_SHAPES, s=26, linewidth=0, legend=False, ax=axes,
-    )  # fmt: skip
+    sound = rows[~rows["doubtful"] & rows["variant"].notna()]
+    if len(sound):
+        sns.scatterplot(
+            sound, x=axis.column, y=up.column, hue="variant", style="skip", hue_order=variants, style_order=skips,
+            palette=VARIANT_COLOURS, markers=SKIP_SHAPES, s=26, linewidth=0, legend=False, ax=axes,
+        )  # fmt: skip
     if axis.log:
         set_log(axes, "x", (rows[axis.column].min(), rows[axis.column].max()), axis.unit, 4)
 

@@ -53,7 +53,7 @@ def _setting(data: Data, name: str) -> dict[str, Any]:
         "name": name,
         "table": Grid(("network", *(_head(metric) for metric in shown), "remarks"), rows),
         "alone": ours.empty,
-        "beside": [sentence for row in records(own) if (sentence := _beside(row, ours, shown))],
+        "beside": [sentence for row in records(own) if (sentence := _beside(data, row, ours, shown))],
         "left_out": len(ours) - len(near),
     }
 
@@ -80,17 +80,19 @@ def _row(data: Data, row: dict[str, Any], shown: list[str]) -> tuple[Cell, ...]:
     return Cell(row["label"], note="" if row["variant"] else "not of the suite"), *cells, words(said)
 
 
-def _beside(row: dict[str, Any], ours: pd.DataFrame, shown: list[str]) -> str:
-    """A model over the network of the suite that is nearest in MACs."""
+def _beside(data: Data, row: dict[str, Any], ours: pd.DataFrame, shown: list[str]) -> str:
+    """A model over the network of the suite that is nearest in MACs, in every number of which neither is doubtful."""
     if not row["conv_macs"] > 0 or ours.empty:
         return ""
     off = (ours["conv_macs"] / row["conv_macs"]).map(lambda ratio: max(ratio, 1 / ratio))
     near = records(ours.loc[[off.idxmin()]])[0]
+    pair = [data.results[each["case_id"]] for each in (row, near)]
+    sound = [name for name in shown if all(name in by and by[name].outcome + by[name].note == "ok" for by in pair)]
     ratios = [
         f"{times(row[name] / near[name])} its {METRICS[name].title} ({METRICS[name].origin.split()[0]})"
-        for name in shown
+        for name in sound
         if row[name] > 0 and near[name] > 0
     ]
     macs = figures.text(near["conv_macs"], "macs")
     beside = f"{row['label']} beside {near['label']}, of the suite's networks here the nearest in MACs ({macs})"
-    return f"{beside}: {', '.join(ratios)}."
+    return f"{beside}: {', '.join(ratios)}." if ratios else ""
