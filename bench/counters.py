@@ -160,7 +160,7 @@ def _flop_counter_mode(network: nn.Module, image: Tensor) -> Count:
 
 def _profiler(network: nn.Module, image: Tensor) -> Count:
     """Count with torch.profiler, which knows a handful of operators by name and says nothing of layers."""
-    with torch.no_grad(), profile(with_flops=True, use_kineto=False) as profiled:
+    with torch.no_grad(), profile(with_flops=True) as profiled:
         network(image)
     kinds: Tally[str] = Tally()
     for event in profiled.key_averages():
