@@ -27,7 +27,6 @@ SPECS = [
 @pytest.mark.parametrize("mode", CHOICES["mode"])
 def test_cases_per_second(benchmark: BenchmarkFixture, ask: Callable[[Case], object], mode: str) -> None:
     """Depth-4 networks of every variant and skip scheme, graphs made anew each time; aim: 1,000 a second."""
-
     spent = []
 
     def ask_all() -> None:
