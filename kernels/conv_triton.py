@@ -57,16 +57,20 @@ def conv(
     first = 0
     for source in tl.static_range(len(sources)):
         count = source_channels[source]
+        pixel = offsets(n, y, x, source_strides[source])
         blocks = tl.cdiv(count, tile_depth)
         for step in range(side * side * blocks):
             tap = step // blocks
             c = (step - tap * blocks) * tile_depth + tl.arange(0, tile_depth)  # [tile_depth]
             in_c = c < count
-            sy = y + tap // side - padding
-            sx = x + tap % side - padding
+            down = tap // side - padding
+            right = tap % side - padding
+            sy = y + down
+            sx = x + right
             in_map = inside & (sy >= 0) & (sy < height) & (sx >= 0) & (sx < width)
-            pixel = offsets(n, sy, sx, source_strides[source])
-            a = tl.load(sources[source] + pixel[:, None] + c[None, :], mask=in_map[:, None] & in_c[None, :], other=0.0)
+            away = down * source_strides[source][1] + right * source_strides[source][2]
+            place = (pixel + away)[:, None] + c[None, :]
+            a = tl.load(sources[source] + place, mask=in_map[:, None] & in_c[None, :], other=0.0)
             row = o * (side * side * in_channels) + tap * in_channels + first
             b = tl.load(weight + row[None, :] + c[:, None], mask=in_o[None, :] & in_c[:, None], other=0.0)
             total = tl.dot(a, b, total, input_precision=precision, out_dtype=total.dtype)
