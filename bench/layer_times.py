@@ -73,11 +73,22 @@ def _is_pass(func: Any, args: object, result: object) -> bool:
     return any(each.dim() == MAP_DIMENSIONS for each in tensors)
 
 
+def _why_not(case: Case) -> str:
+    """Say why the operators of a case are not the passes one for one; empty where they are."""
+    if case.mode == "training":
+        return "a backward pass joins two convolutions in one operator; layers are timed with mode=inference"
+    if case.backend != "eager":
+        return f"backend={case.backend} joins passes; layers are timed with backend=eager"
+    if case.precision.startswith("amp-"):
+        return "autocast adds an operator for every cast; layers are timed with precision=bf16 or fp16"
+    return ""
+
+
 def layer_times(case: Case, budget: Budget) -> Result:
     """The metric `layers_s`: a sample is the sum over a step's passes, the detail has the median of each by name."""
     expected = passes(case)
-    if case.precision.startswith("amp-"):
-        return Result("layers_s", "unsupported", note="autocast adds an operator for every cast; use bf16 or fp16")
+    if reason := _why_not(case):
+        return Result("layers_s", "unsupported", note=reason)
     step = make_subject(case, case.device).step
     steps: list[list[float]] = []
 

@@ -180,9 +180,20 @@ def test_every_layer_of_a_step_has_a_time(label: str) -> None:
     assert len(result.samples) >= timing_layers.LEAST
 
 
-def test_layers_that_cannot_be_told_apart_have_no_times() -> None:
-    """Autocast runs operators of its own between the passes."""
-    result = timing_layers.layer_times(replace(CASE, precision="amp-bf16"), Budget(seconds=0.01))
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"precision": "amp-bf16"}, "autocast adds an operator for every cast"),
+        ({"mode": "training"}, "a backward pass joins two convolutions in one operator"),
+        ({"backend": "compile"}, "backend=compile joins passes"),
+        ({"backend": "fused"}, "backend=fused joins passes"),
+    ],
+    ids=str,
+)
+def test_layers_that_cannot_be_told_apart_have_no_times(change: dict[str, str], why: str) -> None:
+    """Where operators are not the passes one for one, the row says why and what to use."""
+    result = timing_layers.layer_times(replace(CASE, **change), Budget(seconds=0.01))
 
     assert result.outcome == "unsupported"
-    assert "autocast adds an operator for every cast" in result.note
+    assert why in result.note
+    assert "layers are timed with" in result.note
