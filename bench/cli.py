@@ -18,7 +18,14 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from skipcost.bench import ab_command, accuracy_command, calibrate_command, counters_command, gate_command
+from skipcost.bench import (
+    ab_command,
+    accuracy_command,
+    calibrate_command,
+    counters_command,
+    gate_command,
+    rewritings_command,
+)
 from skipcost.bench import doctor as doctoring
 from skipcost.bench import explain as explaining
 from skipcost.bench import fit as fitting
@@ -194,6 +201,7 @@ app.command()(ab_command.ab)
 app.command()(accuracy_command.accuracy)
 app.command("calibrate")(calibrate_command.calibrate_command)
 app.command()(counters_command.counters)
+app.command("rewritings")(rewritings_command.rewritings_command)
 app.command()(fitting.fit)
 
 
