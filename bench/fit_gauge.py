@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from skipcost.bench.calibration import Calibration, load_calibration, setting_of
 from skipcost.bench.cases import Case, usual_values
@@ -31,6 +32,7 @@ PROCESS = (
 CALIBRATED = (
     "predicted: middle (upper end) of a step, of which the upper end is checked; {device} calibrated from {store}"
 )
+REMEMBERED = 1024  # predictions: a replay takes some ten milliseconds, and a row asks for each of its own several times
 COUNTED = "counted (exact)"
 
 
@@ -141,9 +143,10 @@ def live_gauge() -> Gauge:
 
 
 def _gpu_gauge(device: Device) -> Gauge:
+    taken = lru_cache(REMEMBERED)(lambda case: process_bytes(case, device))
     return Gauge(
-        measures=counted() | {"memory": lambda case: process_bytes(case, device).high},
-        middle={"memory": lambda case: process_bytes(case, device).likely},
+        measures=counted() | {"memory": lambda case: taken(case).high},
+        middle={"memory": lambda case: taken(case).likely},
         origins={"params": COUNTED, "macs": COUNTED, "memory": PROCESS},
         floor=lambda case: Raised(envelope(case), context().low),
         even=False,

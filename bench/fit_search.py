@@ -135,18 +135,29 @@ def ranked(
                 seen.add(identity)
                 yield found
             continue
-        looked_at += not entry.stage
-        if kept := _tested(entry, limits):
-            key = _key(candidate, fields[index], kept[-1], index)
-            heapq.heappush(queue, following := _Entry(key, candidate, kept, entry.stage + 1))
+        looked_at += not entry.stage and entry.widths == candidate.widths
+        if following := _tested(entry, fields[index], limits):
+            heapq.heappush(queue, following)
             best = min(best, following) if following.stage == len(limits.tests) else best
         tell(looked_at, best.candidate.line.at(best.widths[-1]).spec.label if best.widths else "")
 
 
-def _tested(entry: _Entry, limits: Limits) -> tuple[int, ...]:
-    """The entry's widths up to the widest that passes the next test."""
+def _tested(entry: _Entry, receptive_field: int, limits: Limits) -> _Entry | None:
+    """The entry after a step of its next test; None where no width is left.
+
+    Where a line has to be walked, a step is one width: another line may lead the ranking before this one's end.
+    """
+    candidate, index = entry.candidate, int(entry.key[-1])
     test, order = limits.tests[entry.stage]
-    return entry.widths[: widest(entry.candidate.line, entry.widths, test, order) + 1]
+    if candidate.line.uneven or order == "walk":
+        passed = test(candidate.line.at(entry.widths[-1]))
+        kept = entry.widths if passed else entry.widths[:-1]
+    else:
+        passed = True
+        kept = entry.widths[: widest(candidate.line, entry.widths, test, order) + 1]
+    if not kept:
+        return None
+    return _Entry(_key(candidate, receptive_field, kept[-1], index), candidate, kept, entry.stage + passed)
 
 
 def _key(candidate: Candidate, receptive_field: int, width: int, index: int) -> tuple[float, ...]:
