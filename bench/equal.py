@@ -7,6 +7,8 @@ an allocator adds does not grow evenly with the width.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,15 +46,15 @@ class Match:
     aliases: tuple[str, ...]
 
 
-def match(line: Line, name: str, wanted: float, gauge: Gauge) -> Match:
-    """The network of a line whose figure `name` is nearest to the one wanted; of two as near the narrower one."""
+def match(line: Line, measure: Callable[[Case], float], wanted: float, gauge: Gauge) -> Match:
+    """The network of a line whose figure is nearest to the one wanted; of two as near the narrower one."""
 
     def off(width: int) -> float:
-        return gauge.measures[name](line.at(width)) / wanted - 1
+        return measure(line.at(width)) / wanted - 1
 
     near = line.widths
     if not line.uneven:
-        below = widest(line, line.widths, lambda case: gauge.measures[name](case) <= wanted)
+        below = widest(line, line.widths, lambda case: measure(case) <= wanted)
         near = line.widths[max(below, 0) : below + 2]
     width = min(near, key=lambda each: abs(off(each)))
     return Match(Limits({}, gauge).standing(line.at(width)), off(width), line.labels(width))
@@ -61,18 +63,35 @@ def match(line: Line, name: str, wanted: float, gauge: Gauge) -> Match:
 def equal_facts(
     name: str, given: Case, fixed: dict[str, Any], settings: dict[str, list[str]], gauge: Gauge
 ) -> dict[str, Any]:
-    """Everything that `fit --equal` shows, as JSON values: `given` and its matches in the figure `name` of LIMITS."""
+    """Everything that `fit --equal` shows, as JSON values: `given` and its matches in the figure `name` of LIMITS.
+
+    ValueError where nobody can tell the figure of `given`.
+    """
     wanted = gauge.measures[name](given)
+    if math.isinf(wanted):
+        raise ValueError(gauge.remark(given))
     choice = lattice(_axes(given.suite_spec, settings), fixed, given.batch)
-    matches = [match(line, name, wanted, gauge) for line in choice.lines]
+    matches = [match(line, _growing(name, given, gauge), wanted, gauge) for line in choice.lines]
+    unknown = [each.standing for each in matches if math.isinf(each.standing.figures[name])]
     return {
         "case": case_facts(given),
         **limit_facts(Limits({}, gauge)),
         "equal": LIMITS[name].key,
         "given": _facts(Match(Limits({}, gauge).standing(given), 0.0, ())),
-        "left_out": choice.left_out,
-        "rows": [_facts(each) for each in matches],
+        "left_out": choice.left_out | {each.case.spec.label: each.remark for each in unknown},
+        "rows": [_facts(each) for each in matches if each.standing not in unknown],
     }
+
+
+def _growing(name: str, given: Case, gauge: Gauge) -> Callable[[Case], float]:
+    """The figure, made to grow with the width where it is unknown at both ends, as a calibrated latency is."""
+    measure, macs = gauge.measures[name], gauge.measures["macs"]
+
+    def figure(case: Case) -> float:
+        value = measure(case)
+        return 0.0 if math.isinf(value) and macs(case) < macs(given) else value
+
+    return figure
 
 
 def given_case(label: str, fixed: dict[str, Any]) -> Case:

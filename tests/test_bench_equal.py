@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -80,7 +81,7 @@ def test_the_smallest_network_is_the_nearest_to_one_below_it() -> None:
     """Where even one channel costs more than what is wanted, that is what is shown, with what it is over."""
     line = Line(Case(ModelSpec(depth=2, width=1), 1, 48, 48), tuple(range(1, 100)))
 
-    found = match(line, "params", 1.0, live_gauge())
+    found = match(line, live_gauge().measures["params"], 1.0, live_gauge())
 
     assert found.standing.case.suite_spec.width == 1
     assert found.off == line.first.graph().params() - 1
@@ -114,3 +115,30 @@ def test_what_a_variant_cannot_have_is_left_out_with_its_reason() -> None:
     assert {ModelSpec.parse(row["label"]).variant for row in facts["rows"]} == {"unet++", "unet3+"}
     assert all("unet has no head=deep" in reason for reason in facts["left_out"].values())
     assert facts["equal"] == LIMITS["macs"].key
+
+
+def test_a_figure_unknown_at_both_ends_is_matched_in_between_or_left_out() -> None:
+    """A calibrated latency is known in a range of MACs only; what cannot be matched within it is told."""
+    given = given_case("unet/d2/w16/concat", FIXED)
+    macs = live_gauge().measures["macs"]
+
+    def latency(case: Case) -> float:
+        known = 0.9 < macs(case) / macs(given) < 1.2 and case.suite_spec.variant != "unet3+"
+        return macs(case) * 1e-9 if known else math.inf
+
+    gauge = replace(
+        live_gauge(),
+        measures={**live_gauge().measures, "latency": latency},
+        origins={**live_gauge().origins, "latency": "here"},
+        remark=lambda case: "" if math.isfinite(latency(case)) else "says nothing of that",
+    )
+
+    facts = equal_facts("latency", given, FIXED, {}, gauge)
+
+    by_macs = {ModelSpec.parse(row["label"]): row["off"] for row in facts_of("macs", "unet/d2/w16/concat")["rows"]}
+    rows = {ModelSpec.parse(row["label"]): row["off"] for row in facts["rows"]}
+    assert rows == pytest.approx({spec: off for spec, off in by_macs.items() if spec.variant != "unet3+"})
+    assert set(facts["left_out"].values()) == {"says nothing of that"}
+    assert all(label.startswith("unet3+") for label in facts["left_out"])
+    with pytest.raises(ValueError, match="says nothing of that"):
+        equal_facts("latency", given_case("unet/d2/w64/concat", FIXED), FIXED, {}, gauge)
