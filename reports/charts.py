@@ -29,6 +29,7 @@ SKIP_SHAPES = dict(zip(SKIPS, SHAPES * len(SKIPS), strict=False))
 DASHES: tuple[Any, ...] = ("", (4, 1.5), (1.5, 1.5), (6, 1.5, 1.5, 1.5), (3, 1, 1, 1, 1, 1), (8, 2))
 SKIP_DASHES = dict(zip(SKIPS, DASHES * len(SKIPS), strict=False))
 MOST_TICKS = 5
+LONGEST_NAME = 24  # characters beside a star; the table has the whole
 MOST_ENTRIES = 8  # of a legend's line
 
 
@@ -216,7 +217,10 @@ def _stars(axes: Axes, rows: pd.DataFrame, axis: Axis, up: Axis) -> None:
         style = "none" if row["doubtful"] else "full"
         axes.plot(*at, "*", markersize=8, fillstyle=style, color=INK, markeredgewidth=0.7, zorder=3)
         name = str(row["label"]).partition("(")[0].rpartition(":")[2]
-        axes.annotate(name, at, xytext=(4, 4), textcoords="offset points", fontsize=6.5, color=INK)
+        right = (axes.transScale + axes.transLimits).transform(at)[0] > 0.5  # noqa: PLR2004 - of the panel's width
+        name = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}\u2026"
+        axes.annotate(name, at, xytext=(-4 if right else 4, 4), textcoords="offset points", fontsize=6.5, color=INK,
+                      ha="right" if right else "left")  # fmt: skip
 
 
 def _front_line(axes: Axes, rows: pd.DataFrame, axis: Axis, up: Axis) -> None:

@@ -28,7 +28,7 @@ def others_context(data: Data) -> dict[str, Any]:
     own = data.own[data.own["same_as"] == ""]
     facts = [_facts(data, row) for row in records(own.drop_duplicates("label"))]
     return {
-        "models": Grid(("model", "how it is made", "code", "it printed"), tuple(facts)),
+        "models": _grid(("model", "how it is made", "code", "it printed"), facts),
         "settings": [_setting(data, str(name)) for name in dict.fromkeys(own["setting"])],
     }
 
@@ -48,10 +48,10 @@ def _setting(data: Data, name: str) -> dict[str, Any]:
     parts = [rows.astype(object) for rows in (own, ours.loc[sorted(near)]) if len(rows)]
     together = pd.concat(parts, ignore_index=True).sort_values("conv_macs", kind="stable")
     shown = [metric for metric in SHOWN if together[metric].notna().any()]
-    rows = tuple(_row(data, row, shown) for row in records(together))
+    rows = [_row(data, row, shown) for row in records(together)]
     return {
         "name": name,
-        "table": Grid(("network", *(_head(metric) for metric in shown), "remarks"), rows),
+        "table": _grid(("network", *(_head(metric) for metric in shown), "why not"), rows),
         "alone": ours.empty,
         "beside": [sentence for row in records(own) if (sentence := _beside(data, row, ours, shown))],
         "left_out": len(ours) - len(near),
@@ -74,10 +74,15 @@ def _around(macs: pd.Series[float], value: float) -> list[Any]:
 def _row(data: Data, row: dict[str, Any], shown: list[str]) -> tuple[Cell, ...]:
     results = {name: result for name, result in data.results[row["case_id"]].items() if name in SHOWN}
     doubtful = {name for name, result in results.items() if result.note}
-    remarks = {result.note: "" if result.outcome == "ok" else f"{result.outcome}: " for result in results.values()}
-    said = "; ".join(f"{outcome}{note}" for note, outcome in remarks.items() if note)
+    failures = dict.fromkeys(f"{each.outcome}: {each.note}" for each in results.values() if each.outcome != "ok")
     cells = (number(row[name], METRICS[name].unit, doubtful=name in doubtful) for name in shown)
-    return Cell(row["label"], note="" if row["variant"] else "not of the suite"), *cells, words(said)
+    return Cell(row["label"], note="" if row["variant"] else "not of the suite"), *cells, words("; ".join(failures))
+
+
+def _grid(columns: tuple[str, ...], rows: list[tuple[Cell, ...]]) -> Grid:
+    """A table without its last column where that has nothing to say."""
+    kept = len(columns) if any(row[-1].text for row in rows) else len(columns) - 1
+    return Grid(columns[:kept], tuple(row[:kept] for row in rows))
 
 
 def _beside(data: Data, row: dict[str, Any], ours: pd.DataFrame, shown: list[str]) -> str:
