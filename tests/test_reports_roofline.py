@@ -105,6 +105,20 @@ def test_the_largest_network_of_each_variant_is_shown_layer_by_layer(data: Data)
         assert sum(row[4].order for row in each["kinds"].rows) == pytest.approx(bound(case, CPU).seconds)
 
 
+def test_the_papers_skips_are_shown_before_a_larger_network_with_others(data: Data) -> None:
+    """Where the deep concatenating networks have no times of layers, a shallower one is shown."""
+    results = {
+        key: {name: each for name, each in found.items() if name != "layers_s"}
+        if data.cases[key][0].spec.depth == 3 and data.cases[key][0].spec.skip == "concat"
+        else found
+        for key, found in data.results.items()
+    }
+
+    shown = roofline_context(replace(data, results=results))["layers"]
+
+    assert [each["name"].split()[0] for each in shown] == [f"{variant}/d2/w16/concat" for variant in VARIANTS]
+
+
 def test_the_limits_say_where_they_come_from(data: Data) -> None:
     """One row per device and precision, with the sources of both figures."""
     rows = roofline_context(data)["limits"].rows
