@@ -70,10 +70,12 @@ def instance_norm(run: Forward, row: int, call: Call, x: Value) -> Value:
 def _one_after_another(run: Forward, call: Call, x: Value) -> Value:
     """Return the map channel by channel: a copy where it lies pixel by pixel (channels-last) and the two differ.
 
-    On the meta device a convolution answers in its input's layout, so that after a first copy a trace sees no other.
+    On the meta device a convolution answers channel by channel, on fake CPU tensors in its input's layout, so that a
+    trace sees no copy but that of the first map there.
     """
     detail = cast("ConvDetail", call.detail)
-    if not run.setting.channels_last or detail.flat or (run.tape.traced and not detail.first):
+    unseen = run.tape.traced and not (run.tape.replays_views and detail.first)
+    if not run.setting.channels_last or detail.flat or unseen:
         return x
     copy = run.tape.result(x.size, (x,), f"{call.where}: channel by channel", "map")
 
