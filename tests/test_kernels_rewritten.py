@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -37,7 +38,7 @@ SPECS = [
 
 
 @pytest.fixture
-def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Take tap-first wherever it can be: networks small enough for tests would be left as they are."""
     rewritten._counted.cache_clear()
     monkeypatch.setattr(rewritten, "choose", lambda *args, **given: replace(choose(*args, **given), taken=True))
