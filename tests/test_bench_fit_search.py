@@ -107,6 +107,26 @@ def test_a_figure_that_falls_with_the_width_somewhere_is_not_bisected(limit: flo
     assert [row.here.case.spec.label for row in rows] == [label for label, _ in by_looking_at_all(limits, AXES)]
 
 
+def test_a_line_is_walked_only_as_far_as_the_ranking_needs() -> None:
+    """A line that never fits is left at the width at which another one leads: replays are what a search costs."""
+    asked: list[int] = []
+
+    def only_without_skips(case: Case) -> float:
+        if case.suite_spec.skip == "none":
+            return 0.0 if case.suite_spec.width <= 40 else math.inf
+        asked.append(case.suite_spec.width)
+        return math.inf
+
+    gauge = replace(GAUGE, measures=dict(GAUGE.measures) | {"memory": only_without_skips}, even=False)
+    settings = {"variant": ["unet"], "skip": ["concat", "none"], "depth": ["2"], "width": ["8..64"]}
+    candidates = [Candidate(line, line.widths) for line in lattice(read_axes(settings), FIXED, None).lines]
+
+    first = next(ranked(candidates, Limits({"memory": 1e12}, gauge), search_batch=False, tell=lambda *_: None))
+
+    assert first.here.case.spec.label == "unet/d2/w40/none"
+    assert asked == [64, 56, 48, 40]
+
+
 @pytest.mark.parametrize("most", LOW_AND_HIGH, ids="+".join)
 def test_what_lies_inside_fits_and_what_lies_outside_does_not(most: dict[str, float]) -> None:
     """Of each row the network itself and the one inside keep every limit; the next wider and the next batch do not."""
