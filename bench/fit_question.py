@@ -108,6 +108,6 @@ def equal_gauge(question: Question, name: str) -> Gauge:
     return replace(
         gauge,
         measures={**gauge.measures, "latency": predicted.middle["latency"]},
-        origins={**gauge.origins, "latency": predicted.origins["latency"]},
+        origins={**gauge.origins, "latency": f"predicted: the calibrated middle of a step on {question.target.title}"},
         remark=predicted.remark,
     )

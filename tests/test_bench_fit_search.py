@@ -152,6 +152,18 @@ def test_the_batch_is_the_largest_that_fits(most: dict[str, float]) -> None:
         assert case.batch == max(fitting)
 
 
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_limit_is_kept_by_what_equals_it(name: str) -> None:
+    """At most means at most: the figure itself is allowed, anything above is not."""
+    case = lattice(read_axes(AXES), FIXED, None).lines[0].first
+    figure = GAUGE.measures[name](case)
+
+    assert Limits({name: figure}, GAUGE).fits(case)
+    assert Limits({name: figure}, GAUGE).may_fit(case)
+    assert Limits({name: figure}, GAUGE).standing(case).broken == ()
+    assert Limits({name: figure * 0.999}, GAUGE).standing(case).broken == (name,)
+
+
 def test_without_a_limit_that_depends_on_it_the_batch_stays() -> None:
     """Parameters and MACs of one image say nothing about a batch: it is the least, and no larger one is a proof."""
     rows = found(Limits({"params": 1e6}, GAUGE), search_batch=True)
