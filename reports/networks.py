@@ -13,6 +13,7 @@ from skipcost.bench.explain import explain
 from skipcost.reports.data import REFERENCE_SKIP, Data, records
 from skipcost.reports.drawing import KINDS, draw, kind_of
 from skipcost.reports.grid import Cell, Grid, number, words
+from skipcost.reports.memory import memory_context
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 
 
@@ -56,6 +57,7 @@ def _network(data: Data, row: dict[str, Any]) -> dict[str, Any]:
         "table": _edges(facts, {edge.name: kind_of(edge) for edge in graph.edges}),
         "summary": _summary(facts, case),
         "note": facts["note"],
+        "memory": memory_context(replace(case, spec=spec), name),
     }
 
 
