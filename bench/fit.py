@@ -37,12 +37,16 @@ CHOICE = Annotated[
 ]
 QUALITY = Annotated[Path | None, typer.Option(help="CSV of label,score[,seed]: rank by the mean score")]
 MEASURE = Annotated[bool, typer.Option("--measure", help="time the best candidates on this machine, there and then")]
-TOP = Annotated[int, typer.Option(min=1, help="how many networks to show")]
+TOP = Annotated[int | None, typer.Option(min=1, help="how many networks to show; default 10")]
 EQUAL = Annotated[
     str | None, typer.Option(help=f"{', '.join(LIMITS)}: the widths at which others cost what LABEL does")
 ]
 NNUNET = Annotated[Path | None, typer.Option(help="an nnUNetPlans.json: what its network costs, what else fits")]
 LABEL = Annotated[str | None, typer.Argument(help="with --equal: a network, e.g. unet/d4/w64/concat")]
+
+ROWS = 10
+BESIDE_EQUAL = ("size", "mode", "precision", "optimizer", "batch", "device", "set")
+BESIDE_NNUNET = ("params", "macs", "latency", "precision", "optimizer", "top", "device", "set")
 
 
 def fit(
@@ -62,33 +66,34 @@ def fit(
     measure: MEASURE = False,  # noqa: FBT002 - a flag of the command line
     equal: EQUAL = None,
     nnunet: NNUNET = None,
-    top: TOP = 10,
+    top: TOP = None,
     as_json: JSON = False,  # noqa: FBT002 - a flag of the command line
 ) -> None:
     """Find the best networks that fit: variant, depth, width, skip scheme and batch under limits that you name."""
     texts = {"params": params, "macs": macs, "memory": memory, "latency": latency}
     case = {"size": size, "mode": mode, "precision": precision, "optimizer": optimizer}
-    given = {name: value for name, value in (texts | case | {"batch": batch, "quality": quality}).items() if value}
-    given |= {"measure": True} if measure else {}
+    others = {"batch": batch, "quality": quality, "measure": measure, "top": top, "equal": equal}
+    given = [name for name, value in (texts | case | others).items() if value]
+    rows = top or ROWS
     if nnunet:
-        _refuse(given, "--nnunet", ("params", "macs", "latency", "precision", "optimizer"))
-        facts = _beside_plan(nnunet, texts, case, device, settings, top)
+        _refuse([*given, *(["LABEL"] if label else [])], "--nnunet", BESIDE_NNUNET)
+        facts = _beside_plan(nnunet, texts, case, device, settings, rows)
         show = print_plan
     elif equal or label:
-        _refuse(given, "--equal", ("size", "mode", "precision", "optimizer", "batch"))
+        _refuse([name for name in given if name != "equal"], "--equal", BESIDE_EQUAL)
         facts = _equal(equal, label, ask({}, case, batch, device, settings))
         show = print_equal
     else:
         question = ask(texts, case, batch, device, settings)
         with measuring(question) if measure else nullcontext(question) as ready:
-            facts = answer(ready, quality, top)
+            facts = answer(ready, quality, rows)
         show = print_rows
     OUT.print_json(data=facts) if as_json else show(facts, OUT)
 
 
-def _refuse(given: dict[str, Any], by: str, accepted: tuple[str, ...]) -> None:
+def _refuse(given: list[str], by: str, accepted: tuple[str, ...]) -> None:
     """Refuse what would do nothing beside another option."""
-    idle = [f"--{name}" for name in given if name not in accepted]
+    idle = [name if name.isupper() else f"--{name}" for name in given if name not in accepted]
     if idle:
         message = f"{by} takes no {', '.join(idle)}: leave it out; accepted beside it: --{', --'.join(accepted)}"
         raise BenchError(message)

@@ -172,7 +172,9 @@ def test_scores_rank_and_the_best_that_does_not_fit_is_named(tmp_path: Path) -> 
         (("--equal", "macs", "unet/d7/w8/concat", "--size", "8"), "an input of 8x8 leaves no pixel"),
         (("--equal", "latency", "unet/d2/w8/concat"), "are not calibrated for inference"),
         (("--equal", "macs", "unet/d2/w8/concat", "--memory", "1GiB"), "--equal takes no --memory: leave it out"),
+        (("--equal", "macs", "unet/d2/w8/concat", "--top", "3"), "--equal takes no --top: leave it out"),
         (("--nnunet", str(PLANS / "residual.json")), "only PlainConvUNet"),
+        (("--nnunet", "x", "--equal", "macs", "unet/d2/w8/concat"), "--nnunet takes no --equal, LABEL: leave it out"),
         (("--nnunet", str(PLANS / "flat.json"), "--size", "64", "--measure"), "--nnunet takes no --size, --measure"),
     ],
 )

@@ -79,6 +79,17 @@ def test_a_cap_holds_at_every_width_and_ends_the_line() -> None:
     assert [line.at(width).spec.max_width for width in (8, 16)] == [None, 64]
 
 
+def test_caps_that_differ_at_the_wide_end_alone_are_two_lines() -> None:
+    """At the narrow end neither caps anything, so the networks there are one; further on they are not."""
+    settings = {"variant": ["unet"], "skip": ["concat"], "depth": ["3"], "width": ["8..32"]}
+
+    lines = made(settings | {"max_width": ["64", "128", "512"]}).lines
+
+    assert [line.cap for line in lines] == [64, 128, 512]
+    assert len({line.at(8).graph() for line in lines}) == 1
+    assert len({line.at(32).graph() for line in lines}) == 3
+
+
 @pytest.mark.parametrize(
     ("text", "values"),
     [("16,48", [16, 48]), ("8..32", [8, 16, 24, 32]), ("8..32..12", [8, 20, 32]), ("64,8..16", [8, 16, 64])],
