@@ -29,7 +29,7 @@ READABLE = {
     ),
     "flat": Plan(
         "Dataset902_Cells",
-        ModelSpec.parse("unet/d4/w32/concat/norm=instance"),
+        ModelSpec.parse("unet/d4/w32/concat/max_width=256/norm=instance"),
         30,
         128,
         128,
