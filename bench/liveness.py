@@ -160,9 +160,9 @@ def peak_bytes(case: Case, *, traced: bool = False) -> tuple[int, int]:
     return int(live[:start].max()), int(live[start - 1 :].max())
 
 
-def timeline(case: Case) -> Timeline:
-    """Every storage of a case, when it is made and when it ends."""
-    compiled, numbers = _resolve(case, traced=False)
+def timeline(case: Case, *, traced: bool = False) -> Timeline:
+    """Every storage of a case, when it is made and when it ends; `traced`: as a dispatch mode sees the step."""
+    compiled, numbers = _resolve(case, traced=traced)
     fixed, per_image = compiled.bytes(numbers)
     program, total = compiled.program, fixed + case.batch * per_image
     storages = tuple(map(Storage, program.names, program.kinds, total.tolist()))

@@ -70,7 +70,8 @@ def write(structure: Structure, *, traced: bool) -> Program:
         _training_step(run, structure, inputs, (optimizer, scaler))
     else:
         run_forward(run, calls, inputs[0])
-        tape.hold(*(run.values[each] for each in structure.logits))
+        scores = () if structure.class_logits is None else (structure.class_logits,)
+        tape.hold(*(run.values[each] for each in (*structure.logits, *scores)))
     return _program(tape, present, steady)
 
 

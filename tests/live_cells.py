@@ -1,13 +1,14 @@
-"""Cases on which live bytes are checked: drawn over all of the project's tables, and enough to cover every pair."""
+"""Cases on which live bytes are checked, drawn over all of the project's tables; and how two courses are compared."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import combinations
 from typing import Any
 
 from skipcost.bench.cases import CHOICES, Case
+from skipcost.bench.liveness import Timeline
 from skipcost.bench.worker import refusal_of
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 from skipcost.unet_models.spec import CHOICES as SPEC_CHOICES
@@ -61,3 +62,22 @@ def pairs(case: Case) -> set[frozenset[tuple[str, Any]]]:
     flat = case.flat()
     names = [*CHOICES, *SPEC_CHOICES, "bias"]
     return {frozenset(pair) for pair in combinations([(name, flat[name]) for name in names if name != "backend"], 2)}
+
+
+def turns(changes: Iterable[int]) -> list[int]:
+    """Return live bytes wherever they turn from rising to falling or back: a course but for the order within a run."""
+    found: list[int] = []
+    rising = False
+    for change in filter(None, changes):
+        if found and (change > 0) == rising:
+            found[-1] += change
+        else:
+            found.append((found[-1] if found else 0) + change)
+        rising = change > 0
+    return found
+
+
+def changes(line: Timeline) -> Iterator[int]:
+    """Yield the bytes of a timeline's events, what ends as negative."""
+    for event in line.events:
+        yield line.storages[abs(event) - 1].bytes * (1 if event > 0 else -1)

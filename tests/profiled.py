@@ -6,12 +6,12 @@ slow convolution's columns), and left out; so are the 8 bytes of a Python number
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from live_cells import turns
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,10 +25,10 @@ TORCH = ("aten::", "autograd::")
 
 @dataclass(frozen=True, slots=True)
 class Profiled:
-    """Peaks of live bytes by step, and how often a storage of each size was made in all steps."""
+    """Peaks of live bytes by step, and the course of live bytes over all steps, by its turns."""
 
     peaks: tuple[int, ...]
-    made: Counter[int]
+    turns: list[int]
 
 
 @dataclass(slots=True)
@@ -101,19 +101,20 @@ def _blocks(tree: list[tuple[Any, tuple[Any, ...]]]) -> list[_Block]:
     return found
 
 
-def _peak(blocks: list[_Block], before: int, span: tuple[int, int]) -> int:
-    """Most bytes alive at the end of an allocation within the span; `before` is what was there from the start."""
-    changes = [(each.begin, each.bytes) for each in blocks]
-    changes += [(each.end, -each.bytes) for each in blocks if each.end is not None]
+def _changes(blocks: list[_Block]) -> list[tuple[int, int]]:
+    """When live bytes changed, and by how much."""
+    made = [(each.begin, each.bytes) for each in blocks]
+    freed = [(each.end, -each.bytes) for each in blocks if each.end is not None]
+    return sorted(made + freed, key=lambda each: each[0])
+
+
+def _peak(changed: list[tuple[int, int]], before: int, span: tuple[int, int]) -> int:
+    """Most bytes alive within the span; `before` is what was there from the start."""
     live, most = before, 0
-    for when, change in sorted(changes, key=lambda each: each[0]):
-        if when > span[0]:
-            most = max(most, live)
-        if when > span[1]:
-            break
+    for when, change in changed:
+        most = max(most, live) if span[0] < when <= span[1] else most
         live += change
-        if when > span[0]:
-            most = max(most, live)
+        most = max(most, live) if span[0] < when <= span[1] else most
     return most
 
 
@@ -129,5 +130,6 @@ def profiled(case: Case) -> Profiled:
     steps = [event for event, _ in tree if event.name.startswith("step ")]
     blocks = [each for each in _blocks(tree) if not (each.is_number or each.within(operators))]
     spans = [(each.start_time_ns, each.start_time_ns + each.duration_time_ns) for each in steps]
-    peaks = tuple(_peak(blocks, sum(storages.values()), span) for span in spans)
-    return Profiled(peaks, Counter(each.bytes for each in blocks))
+    before, changed = sum(storages.values()), _changes(blocks)
+    peaks = tuple(_peak(changed, before, span) for span in spans)
+    return Profiled(peaks, turns([before, *(change for _, change in changed)]))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from itertools import islice
 
 import pytest
-from live_cells import cells
+from live_cells import cells, changes, turns
 from profiled import profiled
 
 from skipcost.bench.cases import Case
-from skipcost.bench.liveness import Timeline, peak_bytes, timeline
+from skipcost.bench.liveness import peak_bytes, timeline
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,19 +24,13 @@ def _runs(case: Case) -> bool:
 CELLS = list(islice((replace(case, device="cpu") for case in cells(2) if _runs(case)), 60))
 
 
-def _made(line: Timeline) -> Counter[int]:
-    """How often a storage of each size is made after what is there before the first step."""
-    before = line.moments[1][0]
-    return Counter(line.storages[event - 1].bytes for event in line.events[before:] if event > 0)
-
-
 @pytest.mark.parametrize("case", CELLS, ids=lambda case: case.name)
 def test_the_arithmetic_equals_a_run(case: Case) -> None:
-    """Both peaks, and every storage that the steps make."""
+    """Both peaks, and every turn that live bytes take in the steps."""
     real = profiled(case)
 
     assert peak_bytes(case) == (real.peaks[0], real.peaks[-1])
-    assert _made(timeline(case)) == real.made
+    assert turns(changes(timeline(case))) == real.turns
 
 
 @pytest.mark.parametrize("skip", SKIPS)
@@ -50,7 +43,7 @@ def test_every_cell_of_the_grid_does_in_training(variant: str, skip: str) -> Non
     real = profiled(case)
 
     assert peak_bytes(case) == (real.peaks[0], real.peaks[-1])
-    assert _made(timeline(case)) == real.made
+    assert turns(changes(timeline(case))) == real.turns
 
 
 def test_a_scaler_is_counted() -> None:
