@@ -63,7 +63,7 @@ def instance_norm(run: Forward, row: int, call: Call, x: Value) -> Value:
     flat = _one_after_another(run, call, x)
     size = each.typed(_statistics_item(run, x))
     result = _normalise(run, call, (tape.make(x.size, f"{call.where}, normed", "map"), flat, scale, shift), size)
-    tape.hold(x, flat, shift)
+    tape.hold(x)
     return result
 
 

@@ -127,7 +127,6 @@ class _Walk:
         result = self.call("add", f"{where}: sum", (cropped[0], cropped[1]), (channels, height, width))
         for other in cropped[2:]:
             result = self.call("add_", f"{where}: sum", (result, other), (channels, height, width))
-        self.hold(*cropped)
         return result
 
     def gate(self, gate: Gate, x: int, signal: int, where: str, place: int) -> int:
@@ -179,7 +178,6 @@ class _Walk:
         logits = self.conv(x, head.conv, where, (2, number, 0), valid=self.valid)
         if head.shift:
             logits = self.up_sample(logits, head.shift, f"{where}: up-sampling")
-            self.hold(x)
         return logits
 
     def classify(self, head: Head, x: int, *, training: bool) -> int:
