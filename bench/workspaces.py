@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from skipcost.bench.allocator import MIB, ROUNDING
+from skipcost.bench.allocator import MIB
 
 if TYPE_CHECKING:
     from skipcost.bench.cases import Case
@@ -39,7 +39,6 @@ NORM_SOURCE = (
     "torch's cudnn/BatchNorm.cpp asks for a reserve in the persistent mode (channels_last, training, no bf16, weights "
     "of 32 bits); cuDNN does not document its size: at most a bit per element, as its fused ReLU would need"
 )
-SCALER_SOURCE = "torch.amp.GradScaler: scale, growth tracker, inverse and found_inf, one value each"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +96,6 @@ def parts(convolutions: list[PlacedConv], case: Case, device: Device) -> dict[st
     lasting = {
         "cublas": ("cuBLAS workspace", cublas_workspace(device), CUBLAS_SOURCE),
         "norm": ("batch norm's reserve", norm_reserve(convolutions, case), NORM_SOURCE),
-        "scaler": ("gradient scaler", scaler_state(case), SCALER_SOURCE),
     }
     return {
         "convolution": Part("convolution workspace", first, chosen, CONVOLUTION_SOURCE),
@@ -163,13 +161,6 @@ def norm_reserve(convolutions: list[PlacedConv], case: Case) -> Interval:
     cudnn = case.mode == "training" and case.layout == "channels_last" and case.precision in CUDNN_NORM
     elements = sum(placed.outputs for placed in convolutions if placed.conv.norm == "batch") * case.batch
     return Interval(0, -(-elements // 8) if cudnn else 0, 0)
-
-
-def scaler_state(case: Case) -> Interval:
-    """What the gradient scaler of 16-bit floats keeps; nothing in other precisions."""
-    values = 4 * ROUNDING
-    scaled = case.mode == "training" and case.precision == "amp-fp16"
-    return Interval(0, values, 0) if scaled else NOTHING
 
 
 def context() -> Interval:

@@ -6,7 +6,7 @@ that is decided per shape, never for a whole network. Nothing is timed here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from skipcost.kernels import winners
@@ -31,25 +31,31 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {  # by op, what can run it; the f
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What decides on a GPU: bytes a second of a copy, products and sums a second, from where; and its generation."""
+    """What decides on a GPU: bytes a second of a copy, products and sums a second, from where; and its generation.
+
+    matrix_flop_per_s: dense, 16-bit operands; plain_flop_per_s: fp32, without tensor cores.
+    """
 
     name: str
     architecture: str  # "sm90"
     copy_bytes_per_s: float
-    matrix_flop_per_s: float  # 16-bit operands, dense
+    matrix_flop_per_s: float
+    plain_flop_per_s: float
     origin: str
 
     def matrix_rate(self, precision: str) -> float:
-        """Return FLOP/s of products in this precision: tf32 at half of 16 bits; fp32 without tensor cores, a tenth."""
-        return self.matrix_flop_per_s * {"tf32": 0.5, "fp32": 0.08}.get(precision, 1.0)
+        """Return FLOP/s of products in this precision: tf32 has half the rate of 16 bits."""
+        if precision == "fp32":
+            return self.plain_flop_per_s
+        return self.matrix_flop_per_s * (0.5 if precision == "tf32" else 1.0)
 
 
-CARDS: tuple[Card, ...] = (  # bandwidth and dense 16-bit rate as the maker's data sheets give them
-    Card("NVIDIA H200", "sm90", 4.8e12, 989e12, "data sheet"),
-    Card("NVIDIA H100", "sm90", 3.35e12, 989e12, "data sheet, SXM"),
-    Card("NVIDIA A100", "sm80", 2.04e12, 312e12, "data sheet, 80 GB"),
-    Card("NVIDIA L4", "sm89", 0.3e12, 121e12, "data sheet"),
-    Card("NVIDIA GeForce RTX 4090", "sm89", 1.01e12, 165e12, "data sheet"),
+CARDS: tuple[Card, ...] = (  # bandwidth and rates as the maker's data sheets give them
+    Card("NVIDIA H200", "sm90", 4.8e12, 989e12, 67e12, "data sheet"),
+    Card("NVIDIA H100", "sm90", 3.35e12, 989e12, 67e12, "data sheet, SXM"),
+    Card("NVIDIA A100", "sm80", 2.04e12, 312e12, 19.5e12, "data sheet, 80 GB"),
+    Card("NVIDIA L4", "sm89", 0.3e12, 121e12, 30.3e12, "data sheet"),
+    Card("NVIDIA GeForce RTX 4090", "sm89", 1.01e12, 165e12, 82.6e12, "data sheet"),
 )
 
 
@@ -70,14 +76,10 @@ def card_named(name: str, architecture: str = "") -> Card:
     """
     for card in CARDS:
         if name.casefold() in card.name.casefold() or card.name.casefold() in name.casefold():
-            return Card(name if len(name) > len(card.name) else card.name, *_rest(card))
+            return replace(card, name=name if len(name) > len(card.name) else card.name)
     first = CARDS[0]
     guess = f"unknown card, taken for {first.name}"
-    return Card(name, architecture or first.architecture, first.copy_bytes_per_s, first.matrix_flop_per_s, guess)
-
-
-def _rest(card: Card) -> tuple[str, float, float, str]:
-    return card.architecture, card.copy_bytes_per_s, card.matrix_flop_per_s, card.origin
+    return replace(first, name=name, architecture=architecture or first.architecture, origin=guess)
 
 
 @lru_cache(maxsize=4096)  # a network asks for the same few calls in every step

@@ -105,3 +105,4 @@ def test_dispatch_and_the_table_know_the_same_cards(card: Card) -> None:
     assert card.architecture == device.architecture
     assert card.copy_bytes_per_s == pytest.approx(device.bandwidth_bytes_per_s, rel=2e-3)
     assert card.matrix_flop_per_s == pytest.approx(device.flop_per_s["bf16"], rel=2e-3)
+    assert card.plain_flop_per_s == pytest.approx(device.flop_per_s["fp32"], rel=2e-3)

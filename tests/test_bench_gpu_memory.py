@@ -321,15 +321,6 @@ def test_batch_norm_keeps_a_reserve_in_cudnns_persistent_mode_only(changes: dict
     assert parts_of(case)["norm"].steady == Interval(0, math.ceil(outputs / 8) if kept else 0, 0)
 
 
-@pytest.mark.parametrize("precision", CHOICES["precision"])
-def test_the_gradient_scaler_is_there_for_mixed_fp16_training_only(precision: str) -> None:
-    """Four values in blocks of 512 bytes at most."""
-    wanted = 2048 if precision == "amp-fp16" else 0
-
-    assert parts_of(case_of(precision=precision))["scaler"].steady.high == wanted
-    assert parts_of(case_of(precision=precision, mode="inference"))["scaler"].steady.high == 0
-
-
 @pytest.mark.parametrize("values", [(-1, 2, 1), (2, 1, 1), (1, 3, 0), (1, 2, 3)])
 def test_an_interval_holds_its_value(values: tuple[int, int, int]) -> None:
     """Bounds out of order are refused with what was received."""
@@ -375,7 +366,7 @@ def test_the_metrics_are_the_claims_for_the_card_that_the_driver_names(
                 result.detail["parts"]["convolution workspace"][1]
                 == getattr(found.parts[0], first[1:] or "steady").high
             )
-            assert "gradient scaler" not in result.detail["parts"]  # it may need nothing here
+            assert "batch norm's reserve" not in result.detail["parts"]  # it needs nothing here
 
 
 def test_a_case_that_will_not_fit_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
