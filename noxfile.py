@@ -27,6 +27,7 @@ RELAXED = (  # tests build values from tables, bad ones included, and look into 
 TRITONS = {"3.6.0": ("numpy==2.3.5",), "3.9.0": ()}  # Triton 3.6's interpreter fails on numpy 2.4
 OTHER_COUNTERS = ("torchinfo==1.8.0", "thop==0.1.1.post2209072238", "ptflops==0.7.5")
 MONAI = ("monai==1.6.1",)
+PARALLEL = ("-n", "2", "--dist", "loadfile")  # tests take one core; a file's fixtures are made once
 FOLDERS = ("unet_models", "kernels", "bench", "reports")
 
 nox.options.default_venv_backend = "none"
@@ -111,7 +112,7 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests; arguments go to pytest."""
     _install(session, "test")
-    session.run(_tool("python"), "-m", "pytest", *session.posargs, external=True)
+    session.run(_tool("python"), "-m", "pytest", *(session.posargs or PARALLEL), external=True)
 
 
 @nox.session(tags=["check"])
@@ -143,7 +144,7 @@ def package(session: nox.Session) -> None:
     shutil.copy(ROOT / "pyproject.toml", away)  # pytest's settings; the folders that it names stay behind
     with session.chdir(away):
         session.run(_tool("python", clean), "-c", beside, external=True)
-        session.run(_tool("python", clean), "-m", "pytest", "-m", "not sources and not slow", external=True)
+        session.run(_tool("python", clean), "-m", "pytest", *PARALLEL, "-m", "not sources and not slow", external=True)
 
 
 @nox.session

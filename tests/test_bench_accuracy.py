@@ -119,7 +119,7 @@ def test_the_aim_is_mean_worst_and_under_over_enough_networks(
 def unusable() -> Iterator[tuple[tuple[Result, ...], str]]:
     """Rows with a measured figure that cannot be compared, and the reason."""
     predicted, measured = pair(METRIC, 100, 100)
-    for outcome in set(OUTCOMES) - {"ok", "unsupported"}:
+    for outcome in sorted({*OUTCOMES} - {"ok", "unsupported"}):
         yield (predicted, replace(measured, outcome=outcome)), f"measured: {outcome}"
     for value in (math.nan, math.inf, 0.0):
         yield (predicted, replace(measured, samples=(value,))), "measured: no number above 0"
@@ -234,6 +234,7 @@ def test_a_page_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         write_between(tmp_path / "nowhere.md", "table")
 
 
+@pytest.mark.sources
 def test_the_method_page_has_a_place_for_the_table() -> None:
     """`--write docs/method.md` finds its markers."""
     page = Path(__file__).parent.parent / "docs" / "method.md"

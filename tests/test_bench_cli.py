@@ -28,6 +28,7 @@ COMMANDS = (
     "sweep",
     "show",
     "explain",
+    "rewritings",
     "counters",
     "fit",
     "baseline",

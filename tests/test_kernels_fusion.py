@@ -302,7 +302,9 @@ def test_autocast_widens_what_is_concatenated() -> None:
     assert torch.equal(result, expected)
 
 
-@pytest.mark.parametrize("given", [None, 3, torch.relu, torch.nn.Conv2d, "unet/d4"], ids=str)
+@pytest.mark.parametrize(
+    "given", [None, 3, torch.relu, torch.nn.Conv2d, "unet/d4"], ids=["nothing", "number", "function", "class", "label"]
+)
 def test_only_modules_are_fused(given: Any) -> None:
     """Anything else is refused with what it is."""
     with pytest.raises(ValueError, match=rf"^fuse got a {type(given).__name__}, whose code it cannot change: give it"):
