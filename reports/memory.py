@@ -64,7 +64,7 @@ def memory_context(case: Case, name: str) -> dict[str, Any] | None:
     return {
         "svg": _draw(_columns(line), moment, name),
         "legend": [(words, colour) for words, (colour, _) in GROUPS.items()],
-        "summary": f"Predicted live bytes of a step of {case.mode}: {figures.text(peak, 'bytes')} at the peak, {moment}",
+        "summary": f"Predicted live bytes in a step of {case.mode}: {figures.text(peak, 'bytes')} at most, {moment}",
         "alive": [(each.name, each.kind, figures.text(each.bytes, "bytes")) for each in alive[:LISTED]],
         "rest": f"and {len(alive) - LISTED} more, {figures.text(rest, 'bytes')}" if rest else "",
     }
