@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -70,20 +69,22 @@ def _exact(path: Path, name: str, extra: dict[str, Any]) -> dict[str, float | st
 
 
 def run_benchmarks(names: Sequence[str], folder: Path, environment: dict[str, str]) -> dict[str, float]:
-    """Run benchmarks by their pytest names in a folder and return each one's median in seconds."""
+    """Run benchmarks by their pytest names in a folder, in a whole environment; return each one's median in seconds."""
+    # A run of its own, also where a test under pytest-xdist starts it.
+    own = {name: value for name, value in environment.items() if not name.startswith("PYTEST_XDIST")}
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "benchmarks.json"
         options = ("-q", "-p", "no:cacheprovider", "--benchmark-only", f"--benchmark-json={output}")
         done = subprocess.run(  # noqa: S603 - the user's own benchmarks
             [sys.executable, "-m", "pytest", *options, *names],
             cwd=folder,
-            env=os.environ | environment,
+            env=own,
             capture_output=True,
             text=True,
             check=False,
         )
         if not output.is_file() or done.returncode:
-            said = " ".join(done.stdout.split())[-400:]
+            said = " ".join((done.stdout + done.stderr).split())[-400:]
             message = f"`pytest {' '.join(names)}` fails in {folder} (exit code {done.returncode}): {said}"
             raise MachineError(message)
         content = json.loads(output.read_text())
