@@ -66,10 +66,10 @@ class Journal:
     def __init__(self, path: Path | None, header: dict[str, Any]) -> None:
         self.path = path
         self._known: dict[tuple[str, int, str], Bout] = {}
-        lines = path.read_text().splitlines() if path and path.exists() else []
-        if lines and json.loads(lines[0]) == header:
-            rows = [json.loads(line) for line in lines[1:]]
-            self._known = {(row["stage"], row["pair"], row["subject"]): Bout.from_json(row["bout"]) for row in rows}
+        rows = _whole_lines(path) if path else []
+        if rows and rows[0] == header:
+            for row in rows[1:]:
+                self._known[row["stage"], row["pair"], row["subject"]] = Bout.from_json(row["bout"])
         elif path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(header) + "\n")
@@ -84,6 +84,15 @@ class Journal:
             row = {"stage": stage, "pair": pair, "subject": key, "bout": asdict(measured)}
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a journal; what a killed run left of its last line is cut off, for the next row to begin a line."""
+    content = path.read_bytes() if path.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        path.write_bytes(whole)
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 @dataclass(slots=True)

@@ -147,6 +147,21 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     assert len(other.bouts) == 3 * len(CASES)
 
 
+def test_a_journal_cut_off_in_a_line_keeps_the_others(tmp_path: Path) -> None:
+    """A run that was killed while it wrote loses that one bout, and the next run can read and add."""
+    path, header = tmp_path / "ab.jsonl", {"base": "a"}
+    for pair in range(2):
+        Journal(path, header).add("first", pair, "case", Bout((0.1, 0.2), 1.0, 1.1, 0.0, (("aten::clone", 0.5),)))
+    path.write_bytes(path.read_bytes()[:-9])
+
+    journal = Journal(path, header)
+    journal.add("first", 1, "case", Bout((0.3,), 1.0, 1.1))
+
+    again = Journal(path, header)
+    assert again.get("first", 0, "case") == Bout((0.1, 0.2), 1.0, 1.1, 0.0, (("aten::clone", 0.5),))
+    assert again.get("first", 1, "case") == Bout((0.3,), 1.0, 1.1)
+
+
 @pytest.mark.slow
 def test_two_processes_take_turns_and_a_busy_wait_shows() -> None:
     """A real pair of processes measures a real case; a wait of as long as the call itself doubles it."""
