@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import profile
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
@@ -28,6 +27,7 @@ from skipcost.bench.cases import Case
 from skipcost.bench.counting import preload_fvcore
 from skipcost.bench.custom import shorten
 from skipcost.bench.subject import make_subject
+from skipcost.bench.watching import Watching
 
 CONVOLUTION, TRANSPOSED, PRODUCT = "convolution", "transposed convolution", "matrix product"
 _ATEN = torch.ops.aten
@@ -90,40 +90,24 @@ class Testimony:
     note: str = ""
 
 
-class Arithmetic(TorchDispatchMode):
-    """List every convolution and matrix product with its MACs by the shapes that it is called with."""
+def arithmetic(network: nn.Module, image: Tensor) -> list[Place]:
+    """Every convolution and matrix product of a forward pass, by the shapes that it is called with, summed by layer."""
+    places: list[Place] = []
 
-    def __init__(self, tracker: ModuleTracker) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotation here
-        self.places: list[Place] = []
-        self._tracker = tracker
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        layer = max(self._tracker.parents, key=lambda name: name.count(".")).partition(".")[2]
+    def seen(func: Any, args: tuple[Any, ...], result: Any) -> None:
+        layer = max(tracker.parents, key=lambda name: name.count(".")).partition(".")[2]
         if func is _ATEN.convolution.default:
             image, weight, transposed = args[0], args[1], args[6]
             positions = image.shape[0] * math.prod((image if transposed else result).shape[2:])
-            kind = TRANSPOSED if transposed else CONVOLUTION
-            self.places.append(Place(layer, kind, weight.numel() * positions))
+            places.append(Place(layer, TRANSPOSED if transposed else CONVOLUTION, weight.numel() * positions))
         elif func in _PRODUCTS:
             left = args[_PRODUCTS[func]]  # (..., M, K); the result is (..., M, N)
-            self.places.append(Place(layer, PRODUCT, result.numel() * left.shape[-1]))
-        return result
+            places.append(Place(layer, PRODUCT, result.numel() * left.shape[-1]))
 
-
-def arithmetic(network: nn.Module, image: Tensor) -> list[Place]:
-    """Every convolution and matrix product of a forward pass, a layer that runs twice summed up."""
-    with torch.no_grad(), ModuleTracker() as tracker, Arithmetic(tracker) as seen:
+    with torch.no_grad(), ModuleTracker() as tracker, Watching(seen):
         network(image)
     sums: Tally[tuple[str, str]] = Tally()
-    for place in seen.places:
+    for place in places:
         sums[place.layer, place.kind] += place.macs
     return [Place(layer, kind, macs) for (layer, kind), macs in sums.items()]
 

@@ -4,33 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
-
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipcost.bench.cases import Case
 from skipcost.bench.records import Result
 from skipcost.bench.tracing import trace
+from skipcost.bench.watching import Watching
 
 STEPS = {"inference": 1, "training": 2}  # the first training step makes the optimizer's state
-
-
-class Operators(TorchDispatchMode):
-    """Count every operator below autograd, views included."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotation here
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        self.counts[str(func)] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def count_operators(case: Case) -> Result:
@@ -43,7 +23,7 @@ def count_operators(case: Case) -> Result:
 def _count(step: Callable[[], object], steps: int) -> Counter[str]:
     for _ in range(steps - 1):
         step()
-    with Operators() as operators:
+    counts: Counter[str] = Counter()
+    with Watching(lambda func, _args, _result: counts.update([str(func)])):
         step()
-    counts: Counter[str] = operators.counts
     return counts

@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from skipcost.bench.cases import Case
 from skipcost.bench.custom import UnsupportedError, make, shorten
 from skipcost.bench.records import Result
 from skipcost.bench.subject import AUTOCAST, Subject, make_subject
+from skipcost.bench.watching import Watching
 
 CONVOLUTION = torch.ops.aten.convolution.default
 FLOPS_OF_A_MAC = 2  # as FlopCounterMode counts: a multiply and an add
@@ -55,26 +55,6 @@ def count_params(case: Case) -> Result:
     return Result("params", samples=(sum(each.numel() for each in network.parameters()),))
 
 
-class Convolutions(TorchDispatchMode):
-    """Count the elements of every convolution's output."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotation here
-        self.outputs = 0
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is CONVOLUTION:
-            self.outputs += result.numel()
-        return result
-
-
 def count_convolutions(case: Case) -> list[Result]:
     """`conv_macs` and `activations` of a user's own model: one forward pass of the whole batch, in the case's mode.
 
@@ -94,7 +74,13 @@ def count_convolutions(case: Case) -> list[Result]:
 
 def _count_forward(subject: Subject) -> tuple[int, dict[str, int], int]:
     """MACs of convolutions, those of other operators by name, and elements of the convolutions' outputs."""
-    with torch.no_grad(), FlopCounterMode(display=False) as flops, Convolutions() as convolutions:
+    outputs: list[int] = []
+
+    def seen(func: Any, _args: object, result: Any) -> None:
+        if func is CONVOLUTION:
+            outputs.append(result.numel())
+
+    with torch.no_grad(), FlopCounterMode(display=False) as flops, Watching(seen):
         subject.forward()
     macs = {str(op): count // FLOPS_OF_A_MAC for op, count in flops.get_flop_counts()["Global"].items()}
-    return macs.pop("aten.convolution", 0), macs, convolutions.outputs
+    return macs.pop("aten.convolution", 0), macs, sum(outputs)
