@@ -100,7 +100,7 @@ def test_noise_that_hides_the_effect_is_inconclusive() -> None:
 
 def test_settled_cases_are_left_alone() -> None:
     """A case that is unchanged beyond doubt takes no more than the fewest pairs; one in doubt takes them all."""
-    machine = Machine(lambda case, _: 1.1 if changed(case) else 1.0, noise=0.002)
+    machine = Machine(lambda case, _: 1.1 if changed(case) else 1.0, noise=0.0)
 
     run(machine)
 
@@ -133,11 +133,11 @@ def test_a_case_that_one_side_cannot_run_is_told_apart(failing: tuple[str, ...],
 def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     """After Ctrl-C in the middle the same command measures only what is missing; another revision starts anew."""
     path, header = tmp_path / "ab.jsonl", {"base": "a", "now": "b"}
-    first = Machine(lambda _case, bouts: 1.0 if bouts < 2 else (_ for _ in ()).throw(KeyboardInterrupt))
+    first = Machine(lambda _case, bouts: 1.0 if bouts < 2 else (_ for _ in ()).throw(KeyboardInterrupt), noise=0.0)
     with pytest.raises(KeyboardInterrupt):
         run(first, journal=Journal(path, header))
-    again = Machine(lambda _case, _bouts: 1.0)
-    other = Machine(lambda _case, _bouts: 1.0)
+    again = Machine(lambda _case, _bouts: 1.0, noise=0.0)
+    other = Machine(lambda _case, _bouts: 1.0, noise=0.0)
 
     run(again, journal=Journal(path, header))
     run(other, journal=Journal(path, {"base": "other"}))
