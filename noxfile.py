@@ -190,7 +190,7 @@ def tritons(session: nox.Session) -> None:
         folder = _beside(session, f"triton-{version}", f"triton=={version}", *others)
         kernels = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_kernels_*.py"))]
         tests = session.posargs or kernels
-        session.run(_tool("python"), "-m", "pytest", *tests, env={"PYTHONPATH": folder}, external=True)
+        session.run(_tool("python"), "-m", "pytest", *PARALLEL, *tests, env={"PYTHONPATH": folder}, external=True)
 
 
 @nox.session
