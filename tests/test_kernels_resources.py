@@ -192,7 +192,7 @@ sys.exit(resources.main(["--target", "sm_90"]))
 
 @pytest.mark.slow
 def test_a_tuned_tile_that_spills_fails_the_gate() -> None:
-    """It is compiled like those that ship, at the call that its row names, and has to be in its Triton's baseline too."""
+    """It is compiled like those that ship, at its row's call, and has to be in its Triton's baseline, too."""
     skip_without_compiler()
 
     done = python("""
