@@ -11,9 +11,10 @@ import json
 import math
 import random
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,14 @@ class Journal:
         """What was measured already."""
         return self._known.get((stage, pair, key))
 
+    @property
+    def seconds(self) -> float:
+        """How long everything in it took to measure."""
+        return sum(each.took_s for each in self._known.values())
+
     def add(self, stage: str, pair: int, key: str, measured: Bout) -> None:
         """Keep a measurement."""
+        self._known[stage, pair, key] = measured
         if self.path:
             row = {"stage": stage, "pair": pair, "subject": key, "bout": asdict(measured)}
             with self.path.open("a") as file:
@@ -159,6 +166,7 @@ def _measure(
         if not missing:
             continue
         order.shuffle(missing)
+        started = time.perf_counter()
         with arena.open() as measure:
             for number, record in enumerate(missing):
                 tell((rules.pairs - pair - 1) * len(todo) + len(missing) - number, record.subject.name)
@@ -167,6 +175,8 @@ def _measure(
                 except SideError as error:
                     record.failed.update(error.args[0])
                     continue
+                started, before = time.perf_counter(), started
+                measured = replace(measured, took_s=started - before)
                 record.bouts[stage].append(measured)
                 journal.add(stage, pair, record.subject.key, measured)
 

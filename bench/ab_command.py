@@ -139,6 +139,7 @@ def _bar() -> Iterator[Callable[[str], Callable[[int, str], None]]]:
 
 
 def _self_test(cases: list[Case], rules: Rules, runs: int, *, as_json: bool) -> None:
+    folder = Path("results") / f"self-test-{code_hash()}"
     with checked_out(WORKING_TREE) as here, _bar() as bar:
         tellers: dict[str, Callable[[int, str], None]] = {}
 
@@ -147,7 +148,11 @@ def _self_test(cases: list[Case], rules: Rules, runs: int, *, as_json: bool) -> 
                 tellers[what] = bar(what)
             tellers[what](left, name)
 
-        findings = testing.self_test(cases, here, rules, runs, tell)
+        try:
+            findings = testing.self_test(cases, here, rules, runs, folder, tell)
+        except KeyboardInterrupt:
+            ERR.print(f"skipcost: stopped; what was measured is kept in {folder}, the same command goes on")
+            raise typer.Exit(INTERRUPTED) from None
     if as_json:
         OUT.print_json(data=testing.to_json(findings))
     else:

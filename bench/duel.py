@@ -93,7 +93,8 @@ class Bout:
     """What one process pair measured of a case.
 
     ratios: log of now / base per block; base_s, now_s: medians of all calls; others: share of the machine's processor
-    time that went to other processes; changes: the operators whose own seconds a call changed most, where profiled.
+    time that went to other processes; changes: the operators whose own seconds a call changed most, where profiled;
+    took_s: seconds that all of it took, with what had to be started for it.
     """
 
     ratios: tuple[float, ...]
@@ -101,6 +102,7 @@ class Bout:
     now_s: float
     others: float = 0.0
     changes: tuple[tuple[str, float], ...] = ()
+    took_s: float = 0.0
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Bout:

@@ -1,12 +1,16 @@
 """What the latency verdict itself is worth here: how often it cries wolf, and what it finds.
 
-Equal code against equal code, and against equal code with a real busy-wait in the measured call, over and over.
+Equal code against equal code, and against equal code with a real busy-wait in the measured call, over and over. Rounds
+go through all slowdowns, so that a test that is stopped has seen each about as often; its journals go on, and grow with
+more rounds.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -26,12 +30,15 @@ CHANGED = ("regressed", "improved")
 class Finding:
     """At one slowdown: in how many of so many trials something was called changed.
 
-    Without a slowdown a trial is a run, which one false alarm spoils; with one, a trial is a case.
+    Without a slowdown a trial is a run, which one false alarm spoils, also one that says "improved"; with one, a trial
+    is a case, and only "regressed" counts. undecided: cases that were inconclusive; seconds: of measuring, per case.
     """
 
     slowdown: float
     found: int
     trials: int
+    undecided: int
+    seconds: float
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -40,45 +47,58 @@ class Finding:
 
 
 def self_test(
-    cases: Sequence[Case], here: Revision, rules: Rules, runs: int, tell: Callable[[str, int, str], None]
+    cases: Sequence[Case],
+    here: Revision,
+    rules: Rules,
+    runs: int,
+    folder: Path,
+    tell: Callable[[str, int, str], None] = lambda _what, _left, _name: None,
 ) -> list[Finding]:
-    """Run every slowdown `runs` times; `tell(what, bouts left, case)` is called before each measurement."""
-    findings = []
-    for slowdown in SLOWDOWNS:
-        found = 0
-        for run in range(runs):
-            what = f"{slowdown:.0%} slower, run {run + 1} of {runs}"
-            verdicts = compare(
-                [Subject(case.name, case.to_json()) for case in cases],
-                cases_arena(here, here, rules, slowdown),
-                rules,
-                Journal(None, {}),
-                lambda left, name, what=what: tell(what, left, name),  # type: ignore[misc]  # binds this run's name
-            )
-            words = [each.verdict for each in verdicts]
-            found += words.count("regressed") if slowdown else any(word in CHANGED for word in words)
-        findings.append(Finding(slowdown, found, runs * len(cases) if slowdown else runs))
-    return findings
+    """Run every slowdown `runs` times; `tell(what, bouts left, case)` is called before each measurement.
+
+    folder: where the journals of runs are, one file each; a run that is there already is not measured again.
+    """
+    subjects = [Subject(case.name, case.to_json()) for case in cases]
+    words: dict[float, list[list[str]]] = {slowdown: [] for slowdown in SLOWDOWNS}
+    seconds = dict.fromkeys(SLOWDOWNS, 0.0)
+    for run in range(1, runs + 1):
+        for slowdown in SLOWDOWNS:
+            what = f"{slowdown:.0%} slower, run {run} of {runs}"
+            header = {"rules": asdict(rules), "cases": [each.key for each in subjects], "slowdown": slowdown}
+            journal = Journal(folder / f"{slowdown * 100:.0f}-percent-{run}.jsonl", header)
+            arena = cases_arena(here, here, rules, slowdown)
+            verdicts = compare(subjects, arena, rules, journal, lambda left, name, what=what: tell(what, left, name))  # type: ignore[misc]  # binds this run's name
+            words[slowdown].append([each.verdict for each in verdicts])
+            seconds[slowdown] += journal.seconds
+    return [finding(slowdown, words[slowdown], seconds[slowdown]) for slowdown in SLOWDOWNS]
+
+
+def finding(slowdown: float, runs: Sequence[Sequence[str]], seconds: float) -> Finding:
+    """Sum up the verdicts of some runs at one slowdown, which took so many seconds in all."""
+    count = Counter(word for run in runs for word in run)
+    cases = count.total()
+    if slowdown:
+        found, trials = count["regressed"], cases
+    else:
+        found, trials = sum(any(word in CHANGED for word in run) for run in runs), len(runs)
+    return Finding(slowdown, found, trials, count["inconclusive"], seconds / cases)
 
 
 def to_json(findings: Sequence[Finding]) -> list[dict[str, Any]]:
     """The table for a program."""
-    return [
-        {"slowdown": each.slowdown, "found": each.found, "trials": each.trials, "interval": each.interval}
-        for each in findings
-    ]
+    return [{**asdict(each), "interval": each.interval} for each in findings]
 
 
 def print_findings(findings: Sequence[Finding], console: Console) -> None:
     """The table for people."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("injected", "called changed", "of", "share", "95 % interval"):
+    for name in ("injected", "called changed", "of", "share", "95 % interval", "undecided cases", "seconds a case"):
         table.add_column(name, justify="right")
     for each in findings:
         low, high = each.interval
         unit = "cases" if each.slowdown else "runs"
-        share = f"{each.found / each.trials:.1%}"
         table.add_row(
-            f"+{each.slowdown:.0%}", str(each.found), f"{each.trials} {unit}", share, f"{low:.1%} to {high:.1%}"
-        )
+            f"+{each.slowdown:.0%}", str(each.found), f"{each.trials} {unit}", f"{each.found / each.trials:.1%}",
+            f"{low:.1%} to {high:.1%}", str(each.undecided), f"{each.seconds:.0f}",
+        )  # fmt: skip
     console.print(table)
