@@ -208,10 +208,15 @@ def _word(record: Record, rules: Rules, suspects: int) -> tuple[str, Estimate, s
     others = statistics.median(each.others for stage in record.bouts.values() for each in stage)
     if others > HEAVY:
         return "inconclusive", again, f"other processes took {others:.0%} of the machine: too much to call it changed"
-    return "regressed" if again.ratio > 1 else "improved", again, _told(record.bouts["confirm"][0].changes)
+    return "regressed" if again.ratio > 1 else "improved", again, _told(record.bouts["confirm"])
 
 
-def _told(changes: Sequence[tuple[str, float]]) -> str:
-    """The operators whose own time changed most, in words."""
-    words = ", ".join(f"{name} {seconds * 1e3:+.2f} ms" for name, seconds in changes)
-    return f"by a profile: {words}" if words else ""
+def _told(bouts: Sequence[Bout]) -> str:
+    """The operators and layers that most of the bouts found a good part of the change in, in words."""
+    seen: dict[str, list[float]] = {}
+    for each in bouts:
+        for name, seconds in each.changes:
+            seen.setdefault(name, []).append(seconds)
+    often = [(name, statistics.median(found)) for name, found in seen.items() if 2 * len(found) > len(bouts)]
+    words = ", ".join(f"{name} {seconds * 1e3:+.2f} ms" for name, seconds in often)
+    return f"by profiles: {words}" if words else ""

@@ -22,7 +22,7 @@ from skipcost.bench.revisions import Revision
 TURN_S = 0.02  # of calls in a turn: long against the pipe's latency, short against what disturbs the machine
 LEAST_BLOCKS = 6
 PROFILED = 5  # calls
-NAMED = 2  # operators
+NAMED, GOOD_PART = 2, 0.2  # operators and layers, and what share of a change they must have to be named
 SCRIPT = Path(turns.__file__)
 
 
@@ -93,8 +93,8 @@ class Bout:
     """What one process pair measured of a case.
 
     ratios: log of now / base per block; base_s, now_s: medians of all calls; others: share of the machine's processor
-    time that went to other processes; changes: the operators whose own seconds a call changed most, where profiled;
-    took_s: seconds that all of it took, with what had to be started for it.
+    time that went to other processes; changes: operators and layers in which, by a profile, a good part of the change
+    is, with their seconds a call; took_s: seconds that all of it took, with what had to be started for it.
     """
 
     ratios: tuple[float, ...]
@@ -130,15 +130,21 @@ def bout(
             logs[at] += math.log(statistics.median(times)) / 2
         ratios.append(logs[1] - logs[0])
     others = _others_share(before, _busy(sides))
-    changes = _profile(sides) if profiled else ()
-    return Bout(tuple(ratios), statistics.median(found[0]), statistics.median(found[1]), others, changes)
+    base_s, now_s = (statistics.median(each) for each in found)
+    changes = _profile(sides, now_s - base_s) if profiled else ()
+    return Bout(tuple(ratios), base_s, now_s, others, changes)
 
 
-def _profile(sides: tuple[Side, Side]) -> tuple[tuple[str, float], ...]:
-    """Profile both sides and return the operators whose own time differs most, with seconds a call."""
+def _profile(sides: tuple[Side, Side], change_s: float) -> tuple[tuple[str, float], ...]:
+    """Profile both sides; return the operators and layers that have a good part of a call's change, and go its way."""
     base, now = (side.ask(profile=PROFILED)["profile"] for side in sides)
-    change = {name: now.get(name, 0.0) - base.get(name, 0.0) for name in {**base, **now}}
-    return tuple(sorted(change.items(), key=lambda item: -abs(item[1]))[:NAMED])
+    named = []
+    for kind, place in (("operators", ""), ("layers", "in ")):
+        names = {**base[kind], **now[kind]}
+        change = {place + name: now[kind].get(name, 0.0) - base[kind].get(name, 0.0) for name in names}
+        largest = sorted(change.items(), key=lambda item: -abs(item[1]))[:NAMED]
+        named += [item for item in largest if item[1] * change_s >= GOOD_PART * change_s**2]
+    return tuple(named)
 
 
 def _prepare(case: Case, sides: tuple[Side, Side], slowdown: float) -> float:

@@ -13,30 +13,42 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 WARM_S = 0.5  # at least this long, and until flat: the first calls allocate, and choose algorithms
 FLAT = 0.05
 WINDOW = 3
 MOST_WARM_S = 4.0
+HOOKED = ("eager", "rewritten")  # backends
+LAYER = "layer "  # in front of the names of layers among a profile's rows
+NONE = (None, None, None)
+
+
+class Ready(NamedTuple):
+    """A case that can be timed; modules: the layers that a profile may hook, none where hooks change what runs."""
+
+    step: Callable[[], object]
+    device: str
+    modules: dict[str, Any]
 
 
 def serve(requests: IO[str], replies: IO[str]) -> None:
     """Answer until the other end closes; an error is an answer, and the next case may work."""
-    step: Callable[[], object] | None = None
-    device = "cpu"
+    ready: Ready | None = None
+    reply: dict[str, Any]
     for line in requests:
         request = json.loads(line)
         try:
             if "case" in request:
-                step = None  # the network of the case before is freed first
-                step, device, reply = _prepare(request)
-            elif step is None:
+                ready = None  # the network of the case before is freed first
+                ready, call_s = _prepare(request)
+                reply = {"call_s": call_s}
+            elif ready is None:
                 reply = {"error": "no case is prepared"}
             elif "profile" in request:
-                reply = {"profile": _profile(step, device, request["profile"])}
+                reply = {"profile": _profile(ready, request["profile"])}
             else:
-                reply = {"seconds": _clock(device)(step, request["calls"])}
+                reply = {"seconds": _clock(ready.device)(ready.step, request["calls"])}
         except Exception as error:  # noqa: BLE001 - whatever a network raises is this side's answer
             reply = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
         replies.write(json.dumps(reply) + "\n")
@@ -53,8 +65,8 @@ def _clock(device: str) -> Callable[[Callable[[], object], int], list[float]]:
     return cpu_clock
 
 
-def _prepare(request: dict[str, Any]) -> tuple[Callable[[], object], str, dict[str, Any]]:
-    """Build the case's step, warm it up, and slow it by the share that a self-test asks for."""
+def _prepare(request: dict[str, Any]) -> tuple[Ready, float]:
+    """Build the case's step, warm it up, and slow it by the share that a self-test asks for; with seconds a call."""
     import torch  # noqa: PLC0415 - imported with the first case
 
     from skipcost.bench.cases import Case  # noqa: PLC0415 - the revision's
@@ -64,14 +76,16 @@ def _prepare(request: dict[str, Any]) -> tuple[Callable[[], object], str, dict[s
     torch.set_num_threads(case.threads)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, _allowed[: case.threads])
-    step = make_subject(case, case.device).step
+    subject = make_subject(case, case.device)
+    step = subject.step
     seconds = _warm_up(step, case.device)
     if request.get("slowdown"):
         step = slowed(step, seconds * request["slowdown"], case.device)
     gc.collect()
     gc.freeze()
     gc.disable()
-    return step, case.device, {"call_s": seconds}
+    layers = {name: each for name, each in subject.network.named_modules() if name and not list(each.children())}
+    return Ready(step, case.device, layers if case.backend in HOOKED else {}), seconds
 
 
 def _warm_up(step: Callable[[], object], device: str) -> float:
@@ -112,16 +126,37 @@ def slowed(step: Callable[[], object], seconds: float, device: str) -> Callable[
     return call
 
 
-def _profile(step: Callable[[], object], device: str, calls: int) -> dict[str, float]:
-    """Seconds a call that each operator takes by itself, without those that it calls."""
-    from torch.profiler import ProfilerActivity, profile  # noqa: PLC0415 - see above
+def _profile(ready: Ready, calls: int) -> dict[str, dict[str, float]]:
+    """Seconds a call of each operator by itself, without those that it calls, and of each layer's forward pass."""
+    from torch.profiler import ProfilerActivity, profile, record_function  # noqa: PLC0415 - see above
 
-    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
-    with profile(activities=kinds) as found:
-        for _ in range(calls):
-            step()
-    field = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    return {row.key: getattr(row, field) / 1e6 / calls for row in found.key_averages()}
+    cuda = ready.device == "cuda"
+    marks: dict[str, Any] = {}
+
+    def enter(name: str) -> None:
+        marks[name] = record_function(LAYER + name)
+        marks[name].__enter__()
+
+    hooks = []
+    for name, module in ready.modules.items():
+        hooks.append(module.register_forward_pre_hook(lambda _module, _args, name=name: enter(name)))
+        hooks.append(module.register_forward_hook(lambda _module, _args, _out, name=name: marks[name].__exit__(*NONE)))
+    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
+    try:
+        with profile(activities=kinds) as found:
+            for _ in range(calls):
+                ready.step()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    own, whole = ("self_device_time_total", "device_time_total") if cuda else ("self_cpu_time_total", "cpu_time_total")
+    operators, layers = {}, {}
+    for row in found.key_averages():
+        if row.key.startswith(LAYER):
+            layers[row.key.removeprefix(LAYER)] = getattr(row, whole) / 1e6 / calls
+        else:
+            operators[row.key] = getattr(row, own) / 1e6 / calls
+    return {"operators": operators, "layers": layers}
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from skipcost.bench import duel
+from skipcost.bench import ab, duel
 from skipcost.bench.ab import Arena, Journal, Rules, Subject, compare
 from skipcost.bench.cases import Case
 from skipcost.bench.duel import Bout, SideError, bout, facing
 from skipcost.bench.revisions import Revision
 from skipcost.bench.turns import slowed
-from skipcost.unet_models import ModelSpec
+from skipcost.unet_models import ModelSpec, build
 
 CASES = tuple(Case(spec=ModelSpec(width=8 * number), threads=1) for number in range(1, 5))
 RULES = Rules(pairs=5)
@@ -170,11 +170,16 @@ def test_two_processes_take_turns_and_a_busy_wait_shows() -> None:
 
     with facing(here, here) as sides:
         measured = bout(case, sides, 0.2, 1.0)
+        profiled = sides[0].ask(profile=1)["profile"]
         with pytest.raises(SideError) as told:
             bout(Case(spec=ModelSpec(depth=6), height=8, width=8), sides, 0.1)
 
     assert 1.4 < math.exp(float(np.median(measured.ratios))) < 2.8
     assert measured.now_s > measured.base_s
+    assert "aten::convolution" in profiled["operators"]
+    layers = set(profiled["layers"])
+    assert layers
+    assert layers <= {name for name, _ in build(case.spec).named_modules()}
     assert "ValueError" in told.value.args[0]["here"]
 
 
@@ -200,3 +205,33 @@ def test_the_script_needs_nothing_of_this_version_but_itself(tmp_path: Path) -> 
     first, second = done.stdout.splitlines()
     assert "no case is prepared" in first
     assert "ValueError" in second
+
+
+def test_a_profile_names_what_has_a_good_part_of_the_change() -> None:
+    """Operators and layers whose time went the way of the whole call; of small changes nothing is said."""
+    answers = [
+        {"operators": {"aten::a": 0.010, "aten::b": 0.020, "aten::c": 0.030}, "layers": {"x0.0": 0.03, "x1.0": 0.01}},
+        {"operators": {"aten::a": 0.010, "aten::b": 0.018, "aten::c": 0.031}, "layers": {"x0.0": 0.03, "x1.0": 0.02}},
+    ]
+    answers[1]["operators"]["aten::clone"] = 0.009
+
+    class Stub:
+        def __init__(self, answer: dict[str, dict[str, float]]) -> None:
+            self.answer = answer
+
+        def ask(self, **_: int) -> dict[str, dict[str, dict[str, float]]]:
+            return {"profile": self.answer}
+
+    sides = (Stub(answers[0]), Stub(answers[1]))
+
+    assert [name for name, _ in duel._profile(sides, 0.01)] == ["aten::clone", "in x1.0"]
+    assert [name for name, _ in duel._profile(sides, -0.01)] == ["aten::b"]
+
+
+def test_what_most_bouts_name_is_told() -> None:
+    """A name that one of three profiles has is an accident; the others come with their median."""
+    bouts = [Bout((0.1,), 1.0, 1.1, changes=(("aten::clone", seconds),)) for seconds in (0.001, 0.002, 0.009)]
+    bouts[0] = Bout((0.1,), 1.0, 1.1, changes=(("aten::clone", 0.001), ("aten::relu", 0.5)))
+
+    assert ab._told(bouts) == "by profiles: aten::clone +2.00 ms"
+    assert ab._told([Bout((0.1,), 1.0, 1.1)]) == ""
