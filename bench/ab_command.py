@@ -154,7 +154,7 @@ def _self_test(cases: list[Case], rules: Rules, runs: int, *, as_json: bool) -> 
             ERR.print(f"skipcost: stopped; what was measured is kept in {folder}, the same command goes on")
             raise typer.Exit(INTERRUPTED) from None
     if as_json:
-        OUT.print_json(data=testing.to_json(findings))
+        OUT.print_json(data=testing.to_json(findings, cases, rules))
     else:
         testing.print_findings(findings, OUT)
 

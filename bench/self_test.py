@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from rich.table import Table
 from skipcost.bench.ab import Journal, Rules, Subject, compare
 from skipcost.bench.arenas import cases_arena
 from skipcost.bench.cases import Case
+from skipcost.bench.environment import cpu_name, cpus
 from skipcost.bench.paired import proportion
 from skipcost.bench.revisions import Revision
 
@@ -84,9 +87,17 @@ def finding(slowdown: float, runs: Sequence[Sequence[str]], seconds: float) -> F
     return Finding(slowdown, found, trials, count["inconclusive"], seconds / cases)
 
 
-def to_json(findings: Sequence[Finding]) -> list[dict[str, Any]]:
-    """The table for a program."""
-    return [{**asdict(each), "interval": each.interval} for each in findings]
+def to_json(findings: Sequence[Finding], cases: Sequence[Case], rules: Rules) -> dict[str, Any]:
+    """The table for a program, with the machine, the cases and the rules that it holds for."""
+    return {
+        "cpu": cpu_name(),
+        "cpus": cpus(),
+        "torch": metadata.version("torch"),
+        "day": datetime.now(UTC).date().isoformat(),
+        "cases": [case.name for case in cases],
+        "rules": asdict(rules),
+        "findings": [{**asdict(each), "interval": each.interval} for each in findings],
+    }
 
 
 def print_findings(findings: Sequence[Finding], console: Console) -> None:

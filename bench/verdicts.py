@@ -174,3 +174,21 @@ def _escaped(text: str) -> str:
 def write_json(verdicts: Sequence[Verdict], console: Console) -> None:
     """Print every verdict for a program."""
     console.print_json(json.dumps(to_json(verdicts)))
+
+
+def read_json(path: Path) -> list[Verdict]:
+    """Read what `--json` of a comparison printed; BenchError for a file that holds no verdicts."""
+    instead = "name a file that `skipcost gate --json` or `skipcost ab --json` wrote"
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        found = [Verdict(**{**row, "interval": tuple(row["interval"]) if row["interval"] else None}) for row in rows]
+    except OSError as error:
+        message = f"cannot read {path}: {error.strerror}; {instead}"
+        raise BenchError(message) from None
+    except (ValueError, TypeError, KeyError) as error:
+        message = f"{path} holds no verdicts ({type(error).__name__}: {str(error)[:80]}): {instead}"
+        raise BenchError(message) from None
+    if not found:
+        message = f"{path} holds no verdict at all: nothing was compared when it was written"
+        raise BenchError(message)
+    return found

@@ -22,9 +22,12 @@ def report(
     quality: Annotated[
         Path | None, typer.Option(help="a CSV of label,score[,seed]: quality measured elsewhere, laid over the costs")
     ] = None,
+    verdicts: Annotated[
+        list[Path] | None, typer.Option(help="what `skipcost gate --json` or `ab --json` wrote; may be repeated")
+    ] = None,
 ) -> None:
     """Write the report of a store's newest environment: one file that loads nothing from anywhere."""
-    size = write_report(store, output, quality)
+    size = write_report(store, output, quality, verdicts or ())
     ERR.print(f"{output}: {figures.size(size)}", soft_wrap=True, highlight=False)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from skipcost.bench.metrics import METRICS
 from skipcost.bench.records import Result
 from skipcost.bench.store import Run, open_store
 from skipcost.bench.tables import COLUMNS, newest_environment, results_by_case, wide_table
+from skipcost.bench.verdicts import Verdict, read_json
 from skipcost.reports.quality import Quality, read_quality
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 
@@ -83,6 +85,7 @@ class Data:
     settings: dict[str, str]
     costs: tuple[Cost, ...]
     quality: Quality | None = None
+    verdicts: tuple[Verdict, ...] = ()
 
     def cells(self, mode: str | None, *, sound: bool = False) -> pd.DataFrame:
         """The rows of the mode's main setting: at most one per variant, depth, width and skip."""
@@ -139,8 +142,8 @@ def kinds_of_doubt(results: list[Result]) -> list[tuple[str, int]]:
     return sorted(parts.items(), key=lambda item: (-item[1], item[0]))
 
 
-def load(path: Path, scores: Path | None = None) -> Data:
-    """Read a store, and the quality scores if there are any; BenchError in one sentence where something is wrong."""
+def load(path: Path, scores: Path | None = None, verdicts: Sequence[Path] = ()) -> Data:
+    """Read a store, and scores and files of verdicts if there are any; BenchError in one sentence for what is wrong."""
     with open_store(path) as store:
         run = newest_environment(store)
         results = results_by_case(store, run.fingerprint)
@@ -161,7 +164,8 @@ def load(path: Path, scores: Path | None = None) -> Data:
     costs = tuple(cost for cost in COSTS if any(rows[cost.metric].notna().any() for rows in held.get(cost.mode, ())))
     quality = read_quality(scores, {*frame["label"], *own["label"]}) if scores else None
     sound = _without_doubts(frame, results)
-    return Data(path.name, run, runs, other_rows, cases, results, frame, own, sound, settings, costs, quality)
+    told = tuple(each for given in verdicts for each in read_json(given))
+    return Data(path.name, run, runs, other_rows, cases, results, frame, own, sound, settings, costs, quality, told)
 
 
 def _main_setting(frame: pd.DataFrame, mode: str) -> str:

@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,10 @@ def _datatables() -> str:
     return base64.b64encode(packed).decode("ascii")
 
 
-def write_report(store: Path, output: Path, scores: Path | None = None) -> int:
+def write_report(store: Path, output: Path, scores: Path | None = None, verdicts: Sequence[Path] = ()) -> int:
     """Write the report of a store and return its size in bytes; what was at `output` stays until it is complete."""
     _check_output(output)
-    text = render(load(store, scores)).encode()
+    text = render(load(store, scores, verdicts)).encode()
     try:
         handle, name = tempfile.mkstemp(prefix=f".{output.name}.", dir=output.parent)
     except OSError as error:

@@ -23,6 +23,7 @@ from skipcost.reports.kernels import kernels_context
 from skipcost.reports.networks import networks_context
 from skipcost.reports.others import others_context
 from skipcost.reports.provenance import provenance_context
+from skipcost.reports.regressions import regressions_context
 from skipcost.reports.roofline import roofline_context
 from skipcost.reports.table import rows_context
 from skipcost.unet_models import SKIPS, VARIANTS
@@ -142,6 +143,7 @@ def _fvcore(data: Data) -> dict[str, Any]:
 
 SECTIONS: tuple[Section, ...] = (
     Section("overview", "What was found", "Findings", overview_context),
+    Section("regressions", "What a change made costlier", "Changes", regressions_context),
     Section("scaling", "How cost grows", "Scaling", scaling_context),
     Section("tradeoffs", "What is traded for what", "Trade-offs", tradeoff_context),
     Section("networks", "Where in the network the cost is", "Networks", networks_context),

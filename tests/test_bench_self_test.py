@@ -113,7 +113,9 @@ def test_people_and_programs_read_the_same_table() -> None:
 
     print_findings(findings, Console(file=out, width=120))
 
-    assert [each["found"] for each in to_json(findings)] == [0, 1]
+    stored = to_json(findings, CASES, Rules())
+    assert [each["found"] for each in stored["findings"]] == [0, 1]
+    assert stored["cases"] == [case.name for case in CASES]
     lines = out.getvalue().splitlines()
     assert lines[1].split() == ["+0%", "0", "4", "runs", "0.0%", "0.0%", "to", "52.7%", "0", "10"]
     assert lines[2].split() == ["+10%", "1", "2", "cases", "50.0%", "1.3%", "to", "98.7%", "1", "30"]
