@@ -6,7 +6,6 @@ Nothing here is written for one store. A finding whose rows are missing does not
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import pandas as pd
 
@@ -14,37 +13,12 @@ from skipcost.bench import figures
 from skipcost.bench.metrics import METRICS
 from skipcost.reports.compare import Spread, depth_steps, ratios, times, width_doublings
 from skipcost.reports.data import BASE, REFERENCE_SKIP, Cost, Data, records
+from skipcost.reports.rewriting import rewriting_saves
+from skipcost.reports.sentences import Finding, Number, Part, listed, plural
 from skipcost.unet_models import SKIPS, VARIANTS
 from skipcost.unet_models.costs import costs
 
 MISLEADS = 1.25  # parameters mislead where their ratio is off the MACs' by more than this factor
-
-
-@dataclass(frozen=True, slots=True)
-class Number:
-    """A number in a sentence, marked as counted, predicted or measured; `span` is its range, where it has one."""
-
-    text: str
-    origin: str
-    span: str = ""
-
-
-Part = str | Number
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """A sentence; `basis` says which rows it rests on."""
-
-    topic: str
-    parts: tuple[Part, ...]
-    basis: str
-
-    @property
-    def text(self) -> str:
-        """The sentence as plain text, the origin behind each number."""
-        words = [part if isinstance(part, str) else f"{part.text}{part.span} [{part.origin}]" for part in self.parts]
-        return f"{self.topic}: {''.join(words)} ({self.basis})"
 
 
 def find(data: Data) -> list[Finding]:
@@ -61,25 +35,11 @@ def _variants(data: Data) -> list[str]:
     return [name for name in VARIANTS if name in present]
 
 
-def _listed(items: list[list[Part]]) -> list[Part]:
-    """Join with commas and a final "and"."""
-    parts: list[Part] = []
-    for at, item in enumerate(items):
-        if at:
-            parts.append(" and " if at == len(items) - 1 else ", ")
-        parts += item
-    return parts
-
-
-def _plural(count: int, what: str = "matched cell") -> str:
-    return f"{count} {what}{'s' if count != 1 else ''}"
-
-
 def _cells(found: list[tuple[Cost, Spread]], what: str = "matched cell") -> str:
     """How many cells the ratios rest on; costs that have fewer are named."""
     most = max(spread.cells for _, spread in found)
     fewer = [f"{cost.word}: {spread.cells}" for cost, spread in found if spread.cells < most]
-    return _plural(most, what) + (f" ({', '.join(fewer)}, without failures and doubts)" if fewer else "")
+    return plural(most, what) + (f" ({', '.join(fewer)}, without failures and doubts)" if fewer else "")
 
 
 def _spreads(data: Data, axis: str, top: str, bottom: str, **fixed: str) -> list[tuple[Cost, Spread]]:
@@ -93,7 +53,7 @@ def _spreads(data: Data, axis: str, top: str, bottom: str, **fixed: str) -> list
 
 
 def _range_words(found: list[tuple[Cost, Spread]]) -> list[Part]:
-    return _listed([[_ratio(spread, cost.origin), f" the {cost.word}"] for cost, spread in found])
+    return listed([[_ratio(spread, cost.origin), f" the {cost.word}"] for cost, spread in found])
 
 
 def _ratio(spread: Spread, origin: str) -> Number:
@@ -114,8 +74,8 @@ def in_short(data: Data) -> Iterator[Finding]:
         least.setdefault(min(by, key=by.__getitem__), []).append([cost.word])
         dearest = max(by, key=by.__getitem__)
         most.setdefault(dearest, []).append([f"{cost.word} (", Number(times(by[dearest]), cost.origin), ")"])
-    lows = _listed([[f"{_title(name)} is the cheapest in ", *_listed(items)] for name, items in least.items()])
-    highs = _listed([[f"{_title(name)} the dearest in ", *_listed(items)] for name, items in most.items()])
+    lows = listed([[f"{_title(name)} is the cheapest in ", *listed(items)] for name, items in least.items()])
+    highs = listed([[f"{_title(name)} the dearest in ", *listed(items)] for name, items in most.items()])
     parts = ("At equal depth and width ", *lows, "; ", *highs, ".")
     rests = [(cost, min((found[name][cost] for name in variants), key=lambda spread: spread.cells)) for cost in shared]
     yield Finding("In short", parts, f"times {_title(BASE)}; medians over {_cells(rests)}, skip {REFERENCE_SKIP}")
@@ -148,7 +108,7 @@ def misleading_parameters(data: Data) -> Iterator[Finding]:
             *(f" the parameters of {_title(BASE)} but ", Number(times(macs.median), "counted")),
             *(judged, Number(times(max(gap, 1 / gap)), "counted"), "."),
         )
-        yield Finding("Parameters mislead", parts, f"medians over {_plural(macs.cells)}, skip {REFERENCE_SKIP}")
+        yield Finding("Parameters mislead", parts, f"medians over {plural(macs.cells)}, skip {REFERENCE_SKIP}")
 
 
 def skip_costs(data: Data) -> Iterator[Finding]:
@@ -174,7 +134,7 @@ def cheapest_scheme(data: Data) -> Iterator[Finding]:
                 best.setdefault(name, []).append((cost, spreads[name]))
         if best:
             items = [_medians(name, won, everything=len(best) == 1) for name, won in best.items()]
-            parts = (f"Of the schemes that keep skips, in {_title(variant)} ", *_listed(items), ".")
+            parts = (f"Of the schemes that keep skips, in {_title(variant)} ", *listed(items), ".")
             basis = f"times no skips; medians over {_cells([pair for won in best.values() for pair in won])}"
             yield Finding("Cheapest skips", parts, basis)
 
@@ -182,7 +142,7 @@ def cheapest_scheme(data: Data) -> Iterator[Finding]:
 def _medians(scheme: str, won: list[tuple[Cost, Spread]], *, everything: bool) -> list[Part]:
     numbers: list[list[Part]] = [[f"{cost.word} ", Number(times(spread.median), cost.origin)] for cost, spread in won]
     return [f"{scheme} is the cheapest {'in everything' if everything else 'in'} (" if everything else
-            f"{scheme} is the cheapest in ", *_listed(numbers), ")" if everything else ""]  # fmt: skip
+            f"{scheme} is the cheapest in ", *listed(numbers), ")" if everything else ""]  # fmt: skip
 
 
 def growth(data: Data) -> Iterator[Finding]:
@@ -235,7 +195,7 @@ def what_latency_follows(data: Data) -> Iterator[Finding]:
         ]
         yield Finding(
             "What latency follows",
-            (f"The rank correlation of {mode} latency is ", *_listed(items), "."),
+            (f"The rank correlation of {mode} latency is ", *listed(items), "."),
             f"Spearman, {len(cells)} networks without a doubt",
         )
 
@@ -278,7 +238,7 @@ def extent(data: Data) -> Iterator[Finding]:
         low, high = (figures.text(float(value), cost.unit) for value in (values.min(), values.max()))
         items.append([f"{cost.word} ", Number(f"{low} to {high}", cost.origin)])
     if items:
-        parts = ("The networks here span ", *_listed(items), ".")
+        parts = ("The networks here span ", *listed(items), ".")
         yield Finding("Span", parts, f"{len(data.networks(None))} networks, numbers with a doubt left out")
 
 
@@ -291,6 +251,7 @@ FINDERS: tuple[Callable[[Data], Iterator[Finding]], ...] = (
     growth,
     what_latency_follows,
     dearest_edge,
+    rewriting_saves,
     memory_gap,
     same_networks,
     extent,

@@ -18,9 +18,9 @@ from markupsafe import Markup
 from skipcost.bench.errors import BenchError
 from skipcost.reports.compare import times
 from skipcost.reports.data import Data, load
-from skipcost.reports.findings import Number
 from skipcost.reports.provenance import header_context
 from skipcost.reports.sections import SECTIONS
+from skipcost.reports.sentences import Number
 
 
 def render(data: Data) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,15 @@ from hypothesis import strategies as st
 from test_reports_store import DOUBTFUL, FAILED, make_store
 
 from skipcost.bench.metrics import METRICS
+from skipcost.bench.store import create_store
+from skipcost.bench.tables import results_by_case
+from skipcost.kernels.tap_choice import executed_macs
 from skipcost.reports.charts import ticks
 from skipcost.reports.compare import TIMES, times
 from skipcost.reports.data import Data, load
 from skipcost.reports.findings import FINDERS, find, rank_correlation
 from skipcost.reports.pareto import front
+from skipcost.reports.rewriting import rewriting_saves
 from skipcost.unet_models import ModelSpec
 
 GOLDEN = Path(__file__).parent / "golden" / "reports_findings.txt"
@@ -143,6 +148,37 @@ def test_a_finding_without_its_rows_does_not_appear(finder: object, tmp_path: Pa
 
     assert callable(finder)
     assert list(finder(load(tmp_path / "one.sqlite"))) == []
+
+
+def test_exact_algebra_is_counted_from_the_graphs(told: list[str]) -> None:
+    """What is left of UNet 3+'s MACs with the papers' own skips."""
+    graphs = {label: ModelSpec.parse(label).graph() for label in
+              (f"unet3+/d{depth}/w{width}/concat" for depth in (2, 3) for width in (8, 16))}  # fmt: skip
+
+    shares = [executed_macs(graph, 64, 64) / graph.conv_macs(64, 64) for graph in graphs.values()]
+    less = [share for share in shares if share < 1]
+
+    wanted = f"UNet 3+ is the same function with {times(statistics.median(less))}"
+    assert any(wanted in text and f"{len(less)} network" in text for text in told)
+
+
+def test_both_backends_in_one_store_are_compared(tmp_path: Path) -> None:
+    """Rows that differ in the backend alone are pairs; one without its partner is none."""
+    with create_store(make_store(tmp_path / "tiny.sqlite")) as store:
+        run = store.runs()[-1].run_id
+        for case_id, (case, _) in list(store.cases().items()):
+            measured = results_by_case(store, "here").get(case_id, {}).get("latency_s")
+            if case.spec.variant == "unet3+" and measured and measured.samples and case.spec.label != DOUBTFUL:
+                other = replace(case, backend="rewritten")
+                store.add_case(other, [])
+                store.add_result(run, other.case_id, replace(measured, samples=tuple(s / 2 for s in measured.samples)))
+        count = sum(case.backend == "rewritten" for case, _ in store.cases().values())
+
+    found = [each.text for each in rewriting_saves(load(tmp_path / "tiny.sqlite"))]
+
+    assert count > 2
+    assert any(f"Beside eager it takes {times(0.5)} [measured] the latency." in text for text in found)
+    assert any(f"and {count} pairs of cells" in text for text in found)
 
 
 def test_every_number_says_where_it_comes_from(told: list[str]) -> None:
