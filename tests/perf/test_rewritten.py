@@ -1,62 +1,102 @@
-"""Whole networks, eager against `backend=rewritten`: paired and interleaved in one process, and their traced peaks.
+"""Convolutions over up-sampled maps at low resolution, beside what else computes them; contenders take turns.
 
-    python -m pytest tests/perf/test_rewritten.py -s
+    python -m pytest tests/perf/test_rewritten.py -s                        all of it: about half an hour
+    python -m pytest tests/perf/test_rewritten.py -s -k "networks and 256"
 
-prints one row per network and mode. Times are CPU seconds on one thread, which other programs on a shared machine
-stretch least; a row's ratio is the median over pairs of one step each.
+prints a table per network or edge. Networks: eager, compiled and `backend=rewritten`, with their counted MACs and
+predicted peaks. Edges: the direct form, tap-first, and the order of StyleGAN2's conv2d_resample (Karras et al., 2020):
+a transposed convolution, then the filter, which is the same function away from the borders.
 """
 
 from __future__ import annotations
 
-import os
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from interleaved import take_turns
+from torch import Tensor
+from torch.nn import functional
 
 from skipcost.bench.cases import CHOICES, Case
 from skipcost.bench.counting import predicted_peaks
 from skipcost.bench.subject import make_subject
 from skipcost.kernels.tap_choice import executed_macs
-from skipcost.kernels.timing import no_gc
+from skipcost.kernels.tap_first import tap_first
 from skipcost.unet_models import ModelSpec
 
-PAIRS = 5
-BACKENDS = ("eager", "rewritten")
+ROUNDS = {256: 5, 512: 3}
+BACKENDS = ("eager", "compile", "rewritten")
 LABELS = (
     "unet3+/d4/w64/concat",
     "unet++/d4/w64/concat/upsample=bilinear",
     "unet/d4/w64/concat/upsample=bilinear",
+    "unet++/d4/w64/concat",
+    "unet/d4/w64/concat",
 )
+EDGES = ((320, 64, 2), (320, 64, 4), (320, 64, 8), (1024, 64, 16))  # of UNet 3+'s last node: in, out, factor
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("size", ROUNDS)
 @pytest.mark.parametrize("mode", CHOICES["mode"])
 @pytest.mark.parametrize("label", LABELS)
-def test_pairs(label: str, mode: str) -> None:
-    """Time a step of either backend in turn, after one of each to warm up, and print the row."""
-    case = Case(ModelSpec.parse(label), height=256, width=256, mode=mode, optimizer="sgd")
-    cases = [replace(case, backend=backend) for backend in BACKENDS]
-    torch.set_num_threads(1)
-    steps = [make_subject(each, "cpu").step for each in cases]
+def test_networks(label: str, mode: str, size: int, threads: int) -> None:
+    """Time a step of every backend in turns and print the table."""
+    case = Case(ModelSpec.parse(label), height=size, width=size, mode=mode, optimizer="sgd")
+    cases = {backend: replace(case, backend=backend) for backend in BACKENDS}
+    torch.set_num_threads(threads)
+    steps: dict[str, Callable[[], object]] = {name: make_subject(each, "cpu").step for name, each in cases.items()}
 
-    with no_gc():
-        times = [[_seconds(step) for step in steps] for _ in range(PAIRS + 1)]
+    found = take_turns(steps, ROUNDS[size], threads)
 
-    eager, rewritten = (statistics.median(column) for column in zip(*times[1:], strict=True))
-    ratios = sorted(first / second for first, second in times[1:])
-    peaks = [predicted_peaks(each)[1] / 2**20 for each in cases]
-    macs = case.graph().conv_macs(256, 256) / executed_macs(case.graph(), 256, 256)
+    peaks = [predicted_peaks(cases[name])[1] / 2**20 for name in ("eager", "rewritten")]
+    macs = [count / 1e9 for count in (case.graph().conv_macs(size, size), executed_macs(case.graph(), size, size))]
     print(
-        f"\n{label} {mode}: {eager:.2f} -> {rewritten:.2f} CPU s, {statistics.median(ratios):.2f}x "
-        f"({ratios[0]:.2f} to {ratios[-1]:.2f}, {PAIRS} pairs, load {os.getloadavg()[0]:.1f}); "
-        f"MACs {macs:.2f}x less; peak {peaks[0]:.0f} -> {peaks[1]:.0f} MiB ({peaks[1] / peaks[0]:.2f})"
+        found.table(f"{label} {mode} {size}x{size}"),
+        f"\n  as rewritten: {macs[0]:.1f} -> {macs[1]:.1f} GMAC forwards ({macs[0] / macs[1]:.2f}x less), peak "
+        f"{peaks[0]:.0f} -> {peaks[1]:.0f} MiB ({peaks[1] / peaks[0]:.2f})",
     )
 
 
-def _seconds(step: Callable[[], object]) -> float:
-    start = time.process_time()
-    step()
-    return time.process_time() - start
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("inner", "outer", "factor"), EDGES)
+def test_edges(inner: int, outer: int, factor: int, threads: int) -> None:
+    """Time an edge's three forms in turns, after checking that they agree."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, inner, 256 // factor, 256 // factor, generator=generator)
+    weight = torch.randn(outer, inner, 3, 3, generator=generator) / (3 * inner**0.5)
+
+    def direct() -> Tensor:
+        up = functional.interpolate(x, scale_factor=float(factor), mode="bilinear")
+        return functional.conv2d(up, weight, padding=1)
+
+    calls = {
+        "direct": direct,
+        "tap-first": lambda: tap_first(x, weight, factor=factor),
+        "transposed, then filtered": lambda: _transposed_then_filtered(x, weight, factor),
+    }
+
+    with torch.no_grad():
+        results = [call() for call in calls.values()]
+        inside = (..., slice(2 * factor, -2 * factor), slice(2 * factor, -2 * factor))
+        for each in results[1:]:
+            torch.testing.assert_close(each[inside], results[0][inside], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-3)
+        found = take_turns(calls, 21, threads)
+
+    print(found.table(f"{inner} -> {outer} channels, x{factor}, to 256x256"))
+
+
+def _transposed_then_filtered(x: Tensor, weight: Tensor, factor: int) -> Tensor:
+    """Insert zeros and convolve, in one transposed convolution; then the bilinear filter along rows and columns."""
+    sparse = functional.conv_transpose2d(x, weight.flip(2, 3).transpose(0, 1), stride=factor)
+    taps = torch.arange(0.5, factor) / factor
+    taps = torch.cat([taps, taps.flip(0)])  # 2 * factor of them, an even number: pixels lie between centres
+    around = factor + factor // 2 - 2  # so that the result begins and ends with the direct form's
+    for shape in ((2 * factor, 1), (1, 2 * factor)):
+        kernel = taps.view(1, 1, *shape).expand(weight.shape[0], -1, -1, -1)
+        amount = (0, 0, around, around) if shape[1] == 1 else (around, around, 0, 0)
+        sparse = functional.conv2d(functional.pad(sparse, amount), kernel, groups=weight.shape[0])
+    return sparse
