@@ -12,6 +12,7 @@ import math
 import random
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
@@ -36,8 +37,8 @@ class Rules:
     inconclusive. alpha: chance of a false suspicion in a run; confirm: of its false confirmation.
     """
 
-    pairs: int = 5
-    seconds: float = 4.0
+    pairs: int = 8
+    seconds: float = 1.5
     floor: float = 0.01
     effect: float = 0.05
     alpha: float = 0.05
@@ -154,7 +155,10 @@ def _measure(
     stage: str,
     tell: Callable[[int, str], None],
 ) -> None:
-    """Give every record that is not settled a bout with each of `rules.pairs` fresh pairs of processes."""
+    """Give every record that is not settled a bout with each of `rules.pairs` fresh pairs of processes.
+
+    A bout during which others took too much of the machine is done once more, after the rest.
+    """
     order = random.Random(stage)  # noqa: S311 - an order, not a secret
     for pair in range(rules.pairs):
         todo = [record for record in records if stage == "confirm" or not record.settled(rules)]
@@ -166,14 +170,20 @@ def _measure(
         if not missing:
             continue
         order.shuffle(missing)
+        queue, disturbed = deque(missing), set[str]()
         started = time.perf_counter()
         with arena.open() as measure:
-            for number, record in enumerate(missing):
-                tell((rules.pairs - pair - 1) * len(todo) + len(missing) - number, record.subject.name)
+            while queue:
+                record = queue.popleft()
+                tell((rules.pairs - pair - 1) * len(todo) + len(queue) + 1, record.subject.name)
                 try:
                     measured = measure(record.subject.key, stage == "confirm")
                 except SideError as error:
                     record.failed.update(error.args[0])
+                    continue
+                if measured.others > HEAVY and record.subject.key not in disturbed:
+                    disturbed.add(record.subject.key)
+                    queue.append(record)
                     continue
                 started, before = time.perf_counter(), started
                 measured = replace(measured, took_s=started - before)

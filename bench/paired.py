@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from scipy import stats
 
 POWER = 0.8  # of the smallest change that could have been seen
@@ -46,7 +47,7 @@ class Estimate:
 
 
 def estimate(pairs: Pairs) -> Estimate:
-    """Mean over process pairs of the median over blocks, with the error that the scatter of those medians says.
+    """Mean over process pairs of the centre of their blocks, with the error that the scatter of those centres says.
 
     The noise of blocks is in that scatter already; drawing blocks again, as a bootstrap over both levels does, would
     count it twice. Student's quantile in `Estimate` does justice to so few pairs.
@@ -55,9 +56,20 @@ def estimate(pairs: Pairs) -> Estimate:
     if count < 2:  # noqa: PLR2004 - one pair has no scatter
         message = f"{count} process pair has no scatter to judge by: 2 or more are needed"
         raise ValueError(message)
-    medians = [statistics.median(each) for each in pairs]
-    error = statistics.stdev(medians) / math.sqrt(count)
-    return Estimate(math.exp(statistics.fmean(medians)), error, count)
+    centres = [centre(each) for each in pairs]
+    error = statistics.stdev(centres) / math.sqrt(count)
+    return Estimate(math.exp(statistics.fmean(centres)), error, count)
+
+
+def centre(values: Sequence[float]) -> float:
+    """The median of all pairwise means (Hodges and Lehmann, 1963).
+
+    As sure as the mean where noise is normal, where the median needs half as many values again; unmoved by outliers
+    until they are three in ten.
+    """
+    first, second = np.triu_indices(len(values))
+    each = np.asarray(values, dtype=float)
+    return float(np.median((each[first] + each[second]) / 2))
 
 
 def holm(p_values: Sequence[float], alpha: float) -> list[bool]:

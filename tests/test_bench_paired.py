@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from skipcost.bench.paired import estimate, holm, proportion
+from skipcost.bench.paired import centre, estimate, holm, proportion
 
 BLOCKS = 12
 
@@ -107,3 +110,18 @@ def test_proportions_have_exact_intervals() -> None:
     assert proportion(0, 299)[0] == 0
     assert proportion(299, 299) == pytest.approx((1 - 0.00997, 1), abs=1e-4)
     assert proportion(1, 2) == pytest.approx((0.01258, 0.98742), abs=1e-4)
+
+
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=20))
+def test_the_centre_is_the_median_of_pairwise_means(values: list[float]) -> None:
+    """As written down, pair by pair, each value with itself too."""
+    means = [(values[i] + values[j]) / 2 for i in range(len(values)) for j in range(i, len(values))]
+
+    assert centre(values) == pytest.approx(statistics.median(means))
+
+
+def test_three_outliers_in_ten_do_not_move_the_centre_far() -> None:
+    """A disturbed minority of blocks stays without weight, where a mean would follow it."""
+    values = [0.01, 0.011, 0.009, 0.012, 0.008, 0.010, 0.0105, 9.0, 9.0]
+
+    assert 0.008 <= centre(values) <= 0.02
