@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from skipcost.kernels.backends import BACKENDS, Backend
     from skipcost.kernels.fusion import Change, fuse
+    from skipcost.kernels.rewriting import rewrite
     from skipcost.kernels.table import KERNELS, Kernel
 
-__all__ = ["BACKENDS", "KERNELS", "Backend", "Change", "Kernel", "fuse"]
+__all__ = ["BACKENDS", "KERNELS", "Backend", "Change", "Kernel", "fuse", "rewrite"]
 
 _NEED_TORCH = {
     "BACKENDS": "backends",
@@ -22,6 +23,7 @@ _NEED_TORCH = {
     "KERNELS": "table",
     "Kernel": "table",
     "fuse": "fusion",
+    "rewrite": "rewriting",
 }
 
 

@@ -30,8 +30,8 @@ from torch.fx import Node
 from skipcost.kernels.calls import Call
 from skipcost.kernels.layer_ops import LayerOps, folded_or_dispatched
 from skipcost.kernels.matching import Block, Join, find
-from skipcost.kernels.rewiring import calls_of, rewire, twin
-from skipcost.kernels.tracing import Traced, evaluating, is_layer
+from skipcost.kernels.rewiring import Route, calls_of, rewire, twin
+from skipcost.kernels.tracing import Traced, in_mode, is_layer
 from skipcost.kernels.wiring import Wiring
 
 Choose = Callable[[Call, Tensor], str]
@@ -106,7 +106,7 @@ def _inside(name: str, inner: str) -> str:
 
 def _fuse_graph(module: nn.Module, traced: Traced, choose: Choose) -> list[Change]:
     wires = Wiring(traced.graph, module)
-    with evaluating(module):
+    with in_mode(module, training=False):
         found = find(wires)
     changes = [_describe(wires, each.chain, "", each.why) for each in found.refusals]
     if found.blocks or found.joins:
@@ -114,7 +114,8 @@ def _fuse_graph(module: nn.Module, traced: Traced, choose: Choose) -> list[Chang
         changes += [edit.join(each) for each in found.joins] + [edit.block(each) for each in found.blocks]
         edit.keep_layouts()
         tools, again = {TOOL: LayerOps(choose)}, partial(fuse_one, choose=choose)
-        rewire(module, traced, [*found.absorbed, *edit.absorbed], again, title="Fused", tools=tools)
+        route = Route(traced, (*found.absorbed, *edit.absorbed))
+        rewire(module, [route], again, title="Fused", tools=tools)
     return changes
 
 

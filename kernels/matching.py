@@ -148,16 +148,10 @@ def _join(wiring: Wiring, cat: Node) -> Join:
     if not isinstance(up, Node) or not _doubles(wiring.layer(up, nn.ConvTranspose2d)):
         return Join(cat, tuple(pads), None)
     source = up.args[0]
-    only_here = all(each is cat or each in pads[-1:] or _asks_for_shape(each) for each in up.users)
+    only_here = all(each is cat or each in pads[-1:] or wiring.asks_for_shape(each) for each in up.users)
     if not isinstance(source, Node) or not only_here or maps.count(maps[-1]) > 1 or wiring.written(source, up, cat):
         return Join(cat, tuple(pads), None)
     return Join(cat, tuple(pads), up)
-
-
-def _asks_for_shape(node: Node) -> bool:
-    if node.op == "call_method":
-        return node.target == "size"
-    return node.op == "call_function" and node.target is getattr and node.args[1] == "shape"
 
 
 def _doubles(layer: nn.ConvTranspose2d | None) -> bool:

@@ -1,20 +1,24 @@
 """A user's model with another forward: the same layers, names and tensors, called as a changed graph says.
 
-`twin` copies a model's modules but none of its tensors; `rewire` makes one of them run a graph. It keeps its class, as
-a subclass: attributes, methods, state_dict are what they were, and its own forward runs wherever the graph would not
-do the same. Nothing is registered, so nothing shows in named_modules or in a checkpoint.
+`twin` copies a model's modules but none of its tensors; `rewire` makes one of them run graphs, each a `Route` for the
+arguments and the mode that it was traced with. It keeps its class, as a subclass: attributes, methods, state_dict are
+what they were, and its own forward runs wherever no graph would do the same. Nothing is registered, so nothing shows in
+named_modules or in a checkpoint.
 """
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map
 
 from skipcost.kernels.prepack import ATTRIBUTE
@@ -24,15 +28,32 @@ SHARED = {"_parameters", "_buffers", "_non_persistent_buffers_set"}
 Pass = Callable[[nn.Module], object]
 
 
-class Rewired(nn.Module):
-    """What modules with a graph of their own have in common; `rewire` makes subclasses of it and of their class.
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A graph for a module to run, and when it does what the module's own forward would do.
 
-    traced: what runs. watched: names of all modules whose work the graph does. tools: what the graph reads from the
-    module by name besides its layers. passes: each does again to a module that was loaded what made it this one.
+    absorbed: names of layers that the graph does the work of, or leaves out; they and what is inlined must have no
+    hooks. given: names of the arguments that it is for; None for those that have no default. training: the mode that
+    all of these modules must be in; None where that makes no difference. gradients: whether it may run where gradients
+    are asked for.
     """
 
-    traced: ClassVar[Traced]
-    watched: ClassVar[tuple[str, ...]]
+    traced: Traced
+    absorbed: tuple[str, ...]
+    given: tuple[str, ...] | None = None
+    training: bool | None = False
+    gradients: bool = False
+
+
+class Rewired(nn.Module):
+    """What modules with graphs of their own have in common; `rewire` makes subclasses of it and of their class.
+
+    routes: what runs. watched: for each route the names of all modules whose work it does. tools: what graphs read from
+    the module by name besides its layers. passes: each does again to a module that was loaded what made it this one.
+    """
+
+    routes: ClassVar[tuple[Route, ...]]
+    watched: ClassVar[tuple[tuple[str, ...], ...]]
     tools: ClassVar[Mapping[str, object]]
     passes: ClassVar[tuple[Pass, ...]]
 
@@ -79,39 +100,36 @@ def calls_of(module: nn.Module) -> Traced:
     """Return what a module of a twin calls, in a graph of the caller's own: `trace`, or what it was rewired to."""
     if not isinstance(module, Rewired):
         return trace(module, whole=lambda each: isinstance(each, Rewired))
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(module.traced.graph, {}))
-    return Traced(graph, module.traced.inlined, module.traced.opaque)
+    if len(module.routes) > 1 or module.routes[0].gradients:
+        message = "it was rewritten, and what runs in training too is not changed once more"
+        raise ValueError(message)
+    (traced,), graph = (route.traced for route in module.routes), fx.Graph()
+    graph.output(graph.graph_copy(traced.graph, {}))
+    return Traced(graph, traced.inlined, traced.opaque)
 
 
 def rewire(
-    module: nn.Module,
-    traced: Traced,
-    absorbed: Sequence[str],
-    again: Pass,
-    *,
-    title: str,
-    tools: Mapping[str, object],
-) -> None:
-    """Let a module of a twin run the graph from now on, wherever its own forward would do the same.
+    module: nn.Module, routes: Sequence[Route], again: Pass, *, title: str, tools: Mapping[str, object] | None = None
+) -> None:  # fmt: skip
+    """Let a module of a twin run the graphs from now on, wherever its own forward would do the same.
 
-    That is: in evaluation, where no gradient is asked for, given the arguments that have no default, outside of any
-    tracing and compiling. absorbed: names of layers that the graph does the work of, or leaves out; they and what is
-    inlined must be in evaluation and without hooks. again, tools: see `Rewired`. title: goes in front of the name of
-    the class. Results are contiguous where all arguments are, whatever the layout of maps in between.
+    That is: outside of any tracing, compiling and transforming, and as each `Route` says. again, tools: see `Rewired`.
+    title: goes in front of the name of the class. Where no gradients are asked for by design, results are contiguous
+    where all arguments are, whatever the layout of maps in between.
     """
     kind = type(module)
     before = module if isinstance(module, Rewired) else None
     base, name = _base(kind), f"{title}{kind.__name__}"
+    seen = [before.watched[0] if before else route.traced.inlined for route in routes]
     body = {
         "__module__": __name__,
         "__doc__": base.__doc__,
-        "forward": _guarded(base.forward, _compiled(traced.graph, name)),
-        "traced": traced,
-        "watched": (*(before.watched if before else traced.inlined), *absorbed),
-        "tools": tools,
+        "forward": _guarded(base.forward, [(route, _compiled(route.traced.graph, name)) for route in routes]),
+        "routes": tuple(routes),
+        "watched": tuple((*names, *route.absorbed) for names, route in zip(seen, routes, strict=True)),
+        "tools": tools or {},
         "passes": (*(before.passes if before else ()), again),
-        **tools,
+        **(tools or {}),
     }
     module.__class__ = type(name, (Rewired, base), body)
     _watch(module)
@@ -123,7 +141,7 @@ def _base(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _watch(module: Any) -> None:
-    module.__dict__["_watched"] = tuple(module.get_submodule(name) for name in module.watched)
+    module.__dict__["_watched"] = [tuple(map(module.get_submodule, names)) for names in module.watched]
 
 
 def _bare(base: type[nn.Module], passes: tuple[Pass, ...]) -> nn.Module:
@@ -139,31 +157,67 @@ def _bare(base: type[nn.Module], passes: tuple[Pass, ...]) -> nn.Module:
     return made
 
 
-def _guarded(original: Callable[..., Any], rewired: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the forward that chooses between the original and the rewired one in each call."""
-    names = required(original)
+def _guarded(original: Callable[..., Any], graphs: Sequence[tuple[Route, Callable[..., Any]]]) -> Callable[..., Any]:
+    """Return the forward that chooses between the original and the graphs in each call."""
+    needed = tuple(required(original))
+    parameters = list(inspect.signature(original).parameters.values())[1:]
+    order = [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
 
     @wraps(original)
     def forward(self: Rewired, *args: Any, **kwargs: Any) -> Any:
-        given = [*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)]
-        as_traced = len(given) == len(names) == len(args) + len(kwargs)
-        if not as_traced or not _may_run(self, given):
-            return original(self, *args, **kwargs)
-        with torch.no_grad():
-            result = rewired(self, *given)
-        return tree_map(_contiguous, result) if dense(*given) else result
+        bound = _bound(order, defaults, args, kwargs)
+        for index, (route, graph) in enumerate(graphs):
+            names = needed if route.given is None else route.given
+            if bound is None or bound.keys() != set(names) or not _may_run(self, index, list(bound.values())):
+                continue
+            given = [bound[name] for name in names]
+            if route.gradients:
+                return graph(self, *given)
+            with torch.no_grad():
+                result = graph(self, *given)
+            return tree_map(_contiguous, result) if dense(*given) else result
+        return original(self, *args, **kwargs)
 
     return forward
 
 
-def _may_run(module: Rewired, given: Sequence[Any]) -> bool:
-    """Whether the graph does, now, what the module's own forward would do."""
+def _bound(
+    order: Sequence[str], defaults: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Return what a call gives by name, without what is the default anyway.
+
+    None where a graph cannot be for it: too many arguments, or one by which Python may have decided something, which
+    is None, True or False, or no tensor in place of a default.
+    """
+    if len(args) > len(order):
+        return None
+    bound = {**dict(zip(order, args, strict=False)), **kwargs}
+    told = {name: value for name, value in bound.items() if name not in defaults or value is not defaults[name]}
+    deciding = any(value is None or isinstance(value, bool) for value in told.values())
+    plain = all(isinstance(value, Tensor) for name, value in told.items() if name in defaults)
+    return None if deciding or not plain else told
+
+
+def _may_run(module: Rewired, index: int, given: Sequence[Any]) -> bool:
+    """Whether a graph does, now, what the module's own forward would do."""
+    route, watched = module.routes[index], module.__dict__["_watched"][index]
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # torch's
         return False  # compilers fuse by themselves, and what is exported should need nothing of ours
+    if route.gradients and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):  # noqa: SLF001 - no public names
+        return False  # our ops have a backward, and no rule for vmap and forward mode
     if any(isinstance(each, fx.Proxy) or (isinstance(each, Tensor) and type(each) is not Tensor) for each in given):
         return False
-    if module.training or any(each.training or hooked(each) for each in module.__dict__["_watched"]):
+    mode = route.training
+    if mode is not None and (module.training != mode or any(each.training != mode for each in watched)):
         return False
+    if any(hooked(each, gradients=route.gradients) for each in watched):
+        return False
+    return route.gradients or not _asked(module, given)
+
+
+def _asked(module: Rewired, given: Sequence[Any]) -> bool:
+    """Whether gradients may be asked for, with a warning if so."""
     asked = torch.is_grad_enabled() and any(
         each.requires_grad for each in (*given, *module.parameters()) if isinstance(each, Tensor)
     )
@@ -172,8 +226,8 @@ def _may_run(module: Rewired, given: Sequence[Any]) -> bool:
             f"{type(module).__name__} runs as the original where gradients may be asked for: "
             "call it under torch.no_grad() or torch.inference_mode()"
         )
-        warnings.warn(message, RuntimeWarning, stacklevel=5)  # the caller of module(...)
-    return not asked
+        warnings.warn(message, RuntimeWarning, stacklevel=6)  # the caller of module(...)
+    return asked
 
 
 def dense(*given: Any) -> bool:

@@ -7,6 +7,7 @@ unusual arguments make it something else.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,9 +19,13 @@ from skipcost.kernels.tracing import WRITING, is_layer, more_than_forward
 
 RELU = (functional.relu, functional.relu_, torch.relu, torch.relu_)
 CAT = (torch.cat, torch.concat, torch.concatenate)
+CONV = (functional.conv2d, torch.conv2d)
 MAX_POOL = (functional.max_pool2d, torch.max_pool2d)
 DROPOUT = (functional.dropout, functional.dropout2d, functional.alpha_dropout, functional.feature_alpha_dropout)
 EMPTY = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)  # in evaluation
+# What gives a map in memory of its own, nothing that others may hold a view of; of ReLU that depends
+OWN_LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.GroupNorm, nn.Upsample, nn.MaxPool2d, nn.AvgPool2d)
+OWN_CALLS = (*CAT, *CONV, *MAX_POOL, functional.interpolate)
 POOLING = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 TWO, NONE, ONE = (2, (2, 2), [2, 2]), (0, (0, 0), [0, 0]), (1, (1, 1), [1, 1])
 
@@ -126,3 +131,38 @@ class Wiring:
     def written(self, node: Node, start: Node, end: Node) -> bool:
         """Whether a reader of a map between two nodes may change it."""
         return any(start < each < end and self.may_write(each) for each in node.users)
+
+    def asks_for_shape(self, node: Node) -> bool:
+        """Whether a node only reads the size of a map."""
+        if node.op == "call_method":
+            return node.target == "size"
+        return node.op == "call_function" and node.target is getattr and node.args[1] == "shape"
+
+    @cached_property
+    def memories(self) -> dict[Node, frozenset[Node]]:
+        """For each node the nodes whose memory its result may lie in: its own, or that of anything it was given."""
+        found: dict[Node, frozenset[Node]] = {}
+        for node in self.graph.nodes:
+            given = self._writes(node) or node.all_input_nodes
+            own = self._makes_memory(node) or not given
+            found[node] = frozenset((node,)) if own else frozenset().union(*(found[each] for each in given))
+        return found
+
+    def changes_after(self, node: Node, start: Node) -> bool:
+        """Whether a map may be written to behind a node, under whatever name."""
+        memory = self.memories[node]
+        return any(
+            memory & self.memories[each] for later in self.graph.nodes if start < later for each in self._writes(later)
+        )
+
+    def _writes(self, node: Node) -> list[Node]:
+        """Return what a node may write to: all that it is given where only modules of the user's own know."""
+        if not self.may_write(node):
+            return []
+        first = node.args[0] if node.args and node not in self.unknown() and "out" not in node.kwargs else None
+        return [first] if isinstance(first, Node) else node.all_input_nodes
+
+    def _makes_memory(self, node: Node) -> bool:
+        relu = self.layer(node, nn.ReLU)
+        own = any(self.layer(node, kind) for kind in OWN_LAYERS) or self.is_call(node, OWN_CALLS)
+        return own or (relu is not None and not relu.inplace)

@@ -1,0 +1,97 @@
+"""`rewrite` on random programs of layers: whatever reads, writes and shares what, results and gradients stay.
+
+A program is a list of steps over maps of two sizes; some write in place to maps that have other readers, and names of
+one map are many. What rewriting may not do shows as another result.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rewrite_checks import always, assert_same, run
+from torch import Tensor, nn
+from torch.nn import functional
+
+from skipcost.kernels import rewrite
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CHANNELS = 3
+ENLARGING = {
+    "up": lambda x: functional.interpolate(x, scale_factor=2, mode="bilinear"),
+    "up nearest": lambda x: functional.interpolate(x, scale_factor=2.0),
+    "up to a size": lambda x: functional.interpolate(
+        x, [2 * x.size(2), 2 * x.size(3)], mode="bilinear", align_corners=True
+    ),
+}
+SAME = {  # functions of two maps of one size
+    "relu": lambda x, _: torch.relu(x),
+    "relu in place": lambda x, _: functional.relu_(x),
+    "add": lambda x, y: x + y,
+    "add in place": lambda x, y: x.add_(y),
+    "view": lambda x, _: x.view(x.size()),
+    "double in place": lambda x, _: x.mul_(2),
+    "another name": lambda x, _: x,
+    "crop in place": lambda x, _: (x[:, :, 1:, :-1].zero_(), x)[1],
+}
+Step = tuple[str, bool, int, int]  # what, of small maps or of large ones, and how many maps back its operands are
+NAMES = (*ENLARGING, *SAME, "pool", "cat", "cat first", "cropped", *("up", "cat", "conv") * 3)
+STEP = st.tuples(st.sampled_from(NAMES), st.booleans(), st.integers(0, 3), st.integers(0, 3))
+
+
+class Program(nn.Module):
+    """Runs steps; the results are the last maps of both sizes."""
+
+    def __init__(self, steps: list[Step]) -> None:
+        super().__init__()
+        self.steps = steps
+        torch.manual_seed(1)
+        self.layers = nn.ModuleList(
+            nn.Conv2d(2 * CHANNELS if name.startswith("cat") else CHANNELS, CHANNELS, 3, padding=1)
+            for name, *_ in steps
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(N, 3, H, W) -> two maps (N, 3, H, W) and (N, 3, H / 2, W / 2)."""
+        large, small = [x * 1], [functional.avg_pool2d(x, 2) * 1]
+        for (name, of_small, back, other), layer in zip(self.steps, self.layers, strict=True):
+            maps = small if of_small else large
+            a, b = maps[-1 - min(back, len(maps) - 1)], maps[-1 - min(other, len(maps) - 1)]
+            if name in ENLARGING:
+                large.append(ENLARGING[name](small[-1 - min(back, len(small) - 1)]))
+            elif name == "pool":
+                small.append(functional.max_pool2d(large[-1 - min(back, len(large) - 1)], 2))
+            elif name == "conv":
+                maps.append(layer(a))
+            elif name.startswith("cat"):
+                maps.append(layer(torch.cat([b, a] if "first" in name else [a, b], 1)))
+            elif name == "cropped":
+                maps.append(functional.pad(layer(a[:, :, 1:, :-1]), [0, 1, 1, 0]))
+            else:
+                maps.append(SAME[name](a, b))
+        return [large[-1] + 0, small[-1] + 0]
+
+
+def passes(steps: list[Step], *, training: bool) -> None:
+    """Compare a program with what it is rewritten to; where PyTorch refuses its backward, nothing is compared."""
+    model = Program(steps).double()
+    x = torch.randn(1, CHANNELS, 8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    try:
+        expected = run(model, x, training=training)
+    except RuntimeError as error:
+        assert "inplace operation" in str(error)  # noqa: PT017 - of the model itself
+        return
+
+    faster, _ = rewrite(model)
+
+    assert_same(expected, run(faster, x, training=training), 1e-10)
+
+
+@settings(max_examples=150)
+@given(st.lists(STEP, min_size=2, max_size=14), st.booleans())
+def test_a_program_of_layers_gives_what_it_gave(steps: list[Step], training: bool) -> None:  # noqa: FBT001 - hypothesis passes by position
+    """With every call in its tap-first form, to 1e-10 of the largest number."""
+    with pytest.MonkeyPatch.context() as patch:
+        always(patch)
+        passes(steps, training=training)
