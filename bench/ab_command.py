@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,21 +13,22 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from skipcost.bench import self_test as testing
 from skipcost.bench import verdicts as telling
-from skipcost.bench.ab import Journal, Rules, Subject, compare
+from skipcost.bench.ab import Arena, Journal, Rules, Subject, compare
 from skipcost.bench.arenas import benchmarks_arena, benchmarks_of, cases_arena
 from skipcost.bench.benchmarks import is_benchmarks
 from skipcost.bench.cases import CHOICES, Case
-from skipcost.bench.console import ERR, JSON, OUT, SET, settings_of
+from skipcost.bench.console import ERR, JSON, JUNIT, KEPT, OUT, SET, settings_of
 from skipcost.bench.environment import code_hash, cpus
 from skipcost.bench.errors import BenchError
 from skipcost.bench.plan import load_plan
-from skipcost.bench.revisions import WORKING_TREE, checked_out, dirty, own_repository, repository_here, resolve
+from skipcost.bench.revisions import WORKING_TREE, checked_out, dirty, own_repository, repository_here, resolve, state
 from skipcost.bench.verdicts import Verdict
 from skipcost.bench.worker import refusal_of
 from skipcost.unet_models.spec import suggest
 
 TITLE = "skipcost ab"
 INCONCLUSIVE, INTERRUPTED = 3, 130
+RESULTS = Path("results")  # where journals are kept
 DEFAULT = Rules()
 
 
@@ -47,7 +49,8 @@ def ab(
     strict: Annotated[bool, typer.Option("--strict", help="exit with 3 where a case is inconclusive")] = False,  # noqa: FBT002
     self_test: Annotated[bool, typer.Option("--self-test", help="measure false alarms and power instead")] = False,  # noqa: FBT002
     runs: Annotated[int, typer.Option(help="of the self-test, per slowdown", min=1)] = 5,
-    junit: Annotated[Path | None, typer.Option(help="write JUnit XML here, too")] = None,
+    junit: JUNIT = None,
+    kept: KEPT = None,
     as_json: JSON = False,  # noqa: FBT002 - a flag of the command line
 ) -> None:
     """Time two revisions in turns and judge every case: 0 no case is slower, 1 one is, 3 undecided with --strict."""
@@ -55,27 +58,42 @@ def ab(
         message = f"--effect {effect:g} is not above {DEFAULT.floor:g}, which is the change that is too small to matter"
         raise BenchError(message)
     rules = Rules(pairs=pairs, seconds=seconds, effect=effect)
-    if self_test:
-        _self_test(_cases(sweep, settings, device), rules, runs, as_json=as_json)
-        return
-    if base is None or is_benchmarks(Path(base)):
+    if not self_test and (base is None or is_benchmarks(Path(base))):
         stored = f"{base} has stored samples, taken at another time: they cannot give a paired verdict; "
         message = f"{stored if base else ''}name the revision to compare with, e.g. `skipcost ab main`"
         raise BenchError(message)
-    root = repository_here() if benchmarks else None
-    cases = [] if benchmarks else _cases(sweep, settings, device)
-    if head == WORKING_TREE and dirty(root):
-        ERR.print("the working tree is compared as it is, uncommitted changes included")
-    verdicts = []
-    for name in (base, *([release] if release else [])):
-        found = _benchmarks(name, head, benchmarks, root, rules) if root else _compare(name, head, cases, rules, sweep)
-        if not as_json:
-            OUT.print(f"{head} against {name}", highlight=False)
-            telling.print_verdicts(found, OUT)
-        verdicts += found
+    with _resumable():
+        if self_test:
+            _self_test(_cases(sweep, settings, device), rules, runs, as_json=as_json)
+            return
+        if head == WORKING_TREE and dirty(repository_here() if benchmarks else None):
+            ERR.print("the working tree is compared as it is, uncommitted changes included")
+        compared: Callable[[str], list[Verdict]] = (
+            partial(_benchmarks, head, benchmarks, rules)
+            if benchmarks
+            else partial(_compare, head, _cases(sweep, settings, device), rules, sweep)
+        )
+        verdicts = []
+        for name in filter(None, (base, release)):
+            found = compared(name)
+            if not as_json:
+                OUT.print(f"{head} against {name}", highlight=False)
+                telling.print_verdicts(found, OUT)
+            verdicts += found
     if as_json:
         telling.write_json(verdicts, OUT)
-    _end(verdicts, junit, strict=strict)
+    telling.pass_on(verdicts, TITLE, ERR, junit, kept)
+    _end(verdicts, strict=strict)
+
+
+@contextlib.contextmanager
+def _resumable() -> Iterator[None]:
+    """Where what was measured is kept: Ctrl-C ends the command with a sentence, and the same one goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        ERR.print(f"skipcost: stopped; what was measured is kept in {RESULTS}/, the same command goes on")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _cases(sweep: str, settings: list[str] | None, device: str) -> list[Case]:
@@ -90,32 +108,35 @@ def _cases(sweep: str, settings: list[str] | None, device: str) -> list[Case]:
     return cases
 
 
-def _compare(base: str, head: str, cases: list[Case], rules: Rules, sweep: str) -> list[Verdict]:
+def _compare(head: str, cases: list[Case], rules: Rules, sweep: str, base: str) -> list[Verdict]:
     commit = resolve(base)
     now = WORKING_TREE if head == WORKING_TREE else resolve(head)
     code = code_hash() if now == WORKING_TREE else now
-    header = {"base": commit, "now": code, "pairs": rules.pairs, "seconds": rules.seconds}
-    path = Path("results") / f"ab-{Path(sweep).stem}-{commit[:8]}-{code[:8]}.jsonl"
     subjects = [Subject(case.name, case.to_json()) for case in cases]
-    with checked_out(commit) as first, checked_out(now) as second, _bar() as bar:
-        arena = cases_arena(first, second, rules)
-        try:
-            return compare(subjects, arena, rules, Journal(path, header), bar(f"against {base}"))
-        except KeyboardInterrupt:
-            ERR.print(f"skipcost: stopped; what was measured is kept in {path}, the same command goes on")
-            raise typer.Exit(INTERRUPTED) from None
+    with checked_out(commit) as first, checked_out(now) as second:
+        return _kept(Path(sweep).stem, (base, code), subjects, cases_arena(first, second, rules), rules)
 
 
-def _benchmarks(base: str, head: str, names: list[str] | None, root: Path, rules: Rules) -> list[Verdict]:
+def _benchmarks(head: str, names: list[str], rules: Rules, base: str) -> list[Verdict]:
+    root = repository_here()
     commit, now = resolve(base, root), head if head == WORKING_TREE else resolve(head, root)
+    code = state(root) if now == WORKING_TREE else now
     foreign = None if root == own_repository() else root  # the suite's own folders are imported under another name
-    with checked_out(commit, foreign) as first, checked_out(now, foreign) as second, _bar() as bar:
-        subjects = [Subject(name, name) for name in benchmarks_of(names or [], first, second)]
+    with checked_out(commit, foreign) as first, checked_out(now, foreign) as second:
+        subjects = [Subject(name, name) for name in benchmarks_of(names, first, second)]
         if not subjects:
-            message = f"{' '.join(names or [])} names no benchmark: there is nothing to time"
+            message = f"{' '.join(names)} names no benchmark: there is nothing to time"
             raise BenchError(message)
-        arena = benchmarks_arena(names or [], first, second)
-        return compare(subjects, arena, rules, Journal(None, {}), bar(f"against {base}"))
+        return _kept("benchmarks", (base, code), subjects, benchmarks_arena(names, first, second), rules)
+
+
+def _kept(what: str, sides: tuple[str, str], subjects: list[Subject], arena: Arena, rules: Rules) -> list[Verdict]:
+    """Compare, and keep what was measured in a journal; sides: the base as it was named, and the state of the code."""
+    base, code = sides
+    header = {"base": arena.base, "now": code, "pairs": rules.pairs, "seconds": rules.seconds}
+    path = RESULTS / f"ab-{what}-{arena.base[:8]}-{code[:8]}.jsonl"
+    with _bar() as bar:
+        return compare(subjects, arena, rules, Journal(path, header), bar(f"against {base}"))
 
 
 @contextlib.contextmanager
@@ -139,7 +160,7 @@ def _bar() -> Iterator[Callable[[str], Callable[[int, str], None]]]:
 
 
 def _self_test(cases: list[Case], rules: Rules, runs: int, *, as_json: bool) -> None:
-    folder = Path("results") / f"self-test-{code_hash()}"
+    folder = RESULTS / f"self-test-{code_hash()}"
     with checked_out(WORKING_TREE) as here, _bar() as bar:
         tellers: dict[str, Callable[[int, str], None]] = {}
 
@@ -148,22 +169,15 @@ def _self_test(cases: list[Case], rules: Rules, runs: int, *, as_json: bool) -> 
                 tellers[what] = bar(what)
             tellers[what](left, name)
 
-        try:
-            findings = testing.self_test(cases, here, rules, runs, folder, tell)
-        except KeyboardInterrupt:
-            ERR.print(f"skipcost: stopped; what was measured is kept in {folder}, the same command goes on")
-            raise typer.Exit(INTERRUPTED) from None
+        findings = testing.self_test(cases, here, rules, runs, folder, tell)
     if as_json:
         OUT.print_json(data=testing.to_json(findings, cases, rules))
     else:
         testing.print_findings(findings, OUT)
 
 
-def _end(verdicts: list[Verdict], junit: Path | None, *, strict: bool) -> None:
-    """Tell CI, and leave with the exit code that the verdicts ask for."""
-    telling.tell_ci(verdicts, TITLE, ERR)
-    if junit:
-        telling.write_junit(verdicts, TITLE, junit)
+def _end(verdicts: list[Verdict], *, strict: bool) -> None:
+    """Leave with the exit code that the verdicts ask for."""
     if any(each.fails for each in verdicts):
         raise typer.Exit(1)
     undecided = sum(each.verdict == "inconclusive" for each in verdicts)

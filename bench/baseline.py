@@ -136,17 +136,16 @@ def _parse(lines: list[str]) -> Baseline:
     if header.get("schema") != SCHEMA:
         message = f"it has schema {header.get('schema')!r}, this version of skipcost reads {SCHEMA}"
         raise ValueError(message)
+    _check(1, header, {"sweep": str, "versions": dict})
     entries: dict[str, Entry] = {}
     for number, row in enumerate(rows, 2):
-        if missing := [name for name in ("name", "case", "exact") if name not in row]:
-            message = f"line {number} has no {missing[0]}"
-            raise ValueError(message)
+        _check(number, row, {"name": str, "case": dict, "exact": dict})
         key = json.dumps(row["case"], sort_keys=True, separators=(",", ":"))
         if key in entries:
             message = f"line {number} holds a case that an earlier line holds: {row['name']}"
             raise ValueError(message)
         entries[key] = Entry(row["name"], _numbers(number, row["exact"]), row.get("noisy", {}))
-    if not any(entry.exact for entry in entries.values()):
+    if not any(isinstance(value, int | float) for entry in entries.values() for value in entry.exact.values()):
         message = "it holds no number"
         raise ValueError(message)
     return Baseline(header["sweep"], header["versions"], entries)
@@ -166,6 +165,14 @@ def _line(number: int, text: str) -> dict[str, Any]:
         message = f"line {number} is not a JSON object"
         raise ValueError(message)  # noqa: TRY004 - the file's content is wrong, not a type in the program
     return row
+
+
+def _check(line: int, row: dict[str, Any], kinds: dict[str, type]) -> None:
+    """Refuse a line that lacks a part of it."""
+    for name, kind in kinds.items():
+        if not isinstance(row.get(name), kind):
+            message = f"line {line} has no {name}"
+            raise ValueError(message)  # noqa: TRY004 - the file's content is wrong, not a type in the program
 
 
 def _numbers(line: int, values: dict[str, Any]) -> dict[str, float | str]:

@@ -29,6 +29,10 @@ SET = Annotated[
 ]
 JSON = Annotated[bool, typer.Option("--json", help="print JSON for a program")]
 DB = Annotated[Path, typer.Argument(help="a store made by `skipcost sweep`")]
+JUNIT = Annotated[Path | None, typer.Option(help="write JUnit XML here, too")]
+KEPT = Annotated[
+    Path | None, typer.Option("--verdicts", help="write the verdicts here, too, for `skipcost report --verdicts`")
+]
 SIZE = Annotated[str, typer.Option(help="of the image: 512, or 480x640 (height x width)")]
 
 

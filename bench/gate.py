@@ -5,10 +5,12 @@ It fails closed: what is missing on either side, cannot be compared, or leaves n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 from skipcost.bench.baseline import Baseline, Entry
+from skipcost.bench.kernel_resources import MORE_IS_BETTER
 from skipcost.bench.metrics import METRICS
 from skipcost.bench.verdicts import Verdict
 
@@ -18,54 +20,59 @@ NOTHING = Entry("", {})
 def judge(base: Baseline, now: Baseline, reasons: dict[tuple[str, str], str] | None = None) -> list[Verdict]:
     """Compare every exact number of both sides, in the order of their names.
 
-    reasons: by (case's canonical JSON, metric), why this side has no number where it tried.
+    reasons: by (case's canonical JSON, metric), why this side has no number where it tried, or what is wrong with it.
     """
     keys = sorted({**base.entries, **now.entries}, key=lambda key: ((now.entries | base.entries)[key].name, key))
     verdicts = []
     for key in keys:
-        tried = {metric: why for (case, metric), why in (reasons or {}).items() if case == key}
-        found = _case(base.entries.get(key), now.entries.get(key), _drifted(base, now), tried)
+        told = {metric: why for (case, metric), why in (reasons or {}).items() if case == key}
+        found = _case(base.entries.get(key), now.entries.get(key), partial(_drift, base, now), told)
         verdicts += [replace(each, key=key) for each in found]
     return verdicts
 
 
-def _drifted(base: Baseline, now: Baseline) -> dict[str, str]:
-    """Metrics whose numbers rest on a package that has another version on the two sides, with the versions."""
-    drifted = {}
-    for name, metric in METRICS.items():
-        for package in metric.rests_on:
-            then, today = base.versions.get(package, "unknown"), now.versions.get(package, "unknown")
-            if then != today:
-                drifted[name] = f"{package} {then} in the baseline, {today} here"
-    return drifted
+def _drift(base: Baseline, now: Baseline, metric: str) -> str:
+    """Which package that a number rests on has other versions on the two sides; "" where none has.
+
+    A number of no metric rests on everything that its baseline names.
+    """
+    packages = METRICS[metric].rests_on if metric in METRICS else base.versions
+    for package in packages:
+        then, today = base.versions.get(package, "unknown"), now.versions.get(package, "unknown")
+        if then != today:
+            return f"{package} {then} in the baseline, {today} here"
+    return ""
 
 
-def _case(base: Entry | None, now: Entry | None, drifted: dict[str, str], tried: dict[str, str]) -> Iterator[Verdict]:
+def _case(
+    base: Entry | None, now: Entry | None, drift: Callable[[str], str], told: dict[str, str]
+) -> Iterator[Verdict]:
     name = (base or now or NOTHING).name
     one_sided = "the whole case" if base is None or now is None else ""
     then, today = (base or NOTHING).exact, (now or NOTHING).exact
-    for metric in dict.fromkeys((*METRICS, *then, *today)):  # the baseline may name metrics that are no more
-        if metric not in then and metric not in today:
-            continue
-        if metric not in today:
-            why = tried.get(metric, one_sided)
-            yield Verdict(name, metric, "missing", base=_number(then[metric]), why=why)
-        elif metric not in then:
-            yield Verdict(name, metric, "new", now=_number(today[metric]), why=one_sided)
-        else:
-            yield _pair(name, metric, then[metric], today[metric], drifted.get(metric, ""))
+    for metric in dict.fromkeys((*METRICS, *then, *today, *told)):  # the baseline may name metrics that are no more
+        if metric in then and metric in today:
+            both = Verdict(name, metric, "unchanged", why=told.get(metric, ""))
+            yield _pair(both, then[metric], today[metric], drift)
+        elif metric in then:
+            yield Verdict(name, metric, "missing", base=_number(then[metric]), why=told.get(metric, one_sided))
+        elif metric in today:
+            yield Verdict(name, metric, "new", now=_number(today[metric]), why=told.get(metric, one_sided))
+        elif metric in told:  # a number that neither side has is no number that both have
+            yield Verdict(name, metric, "not_comparable", why=f"neither side has it; here {told[metric]}")
 
 
-def _pair(name: str, metric: str, base: float | str, now: float | str, drift: str) -> Verdict:
+def _pair(found: Verdict, base: float | str, now: float | str, drift: Callable[[str], str]) -> Verdict:
     then, today = _number(base), _number(now)
     if base == now:
-        return Verdict(name, metric, "unchanged", then, today)
+        return replace(found, base=then, now=today, why="")
     if then is None or today is None:
-        return Verdict(name, metric, "not_comparable", then, today, f"{base} in the baseline, {now} here")
-    if drift:
-        return Verdict(name, metric, "not_comparable", then, today, drift)
-    better = (today > then) == (metric in METRICS and METRICS[metric].more_is_better)
-    return Verdict(name, metric, "improved" if better else "regressed", then, today)
+        why = f"{base} in the baseline, {now} here"
+        return replace(found, verdict="not_comparable", base=then, now=today, why=why)
+    if drifted := drift(found.metric):
+        return replace(found, verdict="not_comparable", base=then, now=today, why=drifted)
+    more = METRICS[found.metric].more_is_better if found.metric in METRICS else found.metric in MORE_IS_BETTER
+    return replace(found, verdict="improved" if (today > then) == more else "regressed", base=then, now=today)
 
 
 def _number(value: float | str) -> float | None:
@@ -73,5 +80,8 @@ def _number(value: float | str) -> float | None:
 
 
 def compared(verdicts: list[Verdict]) -> int:
-    """How many numbers both sides had."""
-    return sum(each.verdict in ("unchanged", "improved", "regressed") for each in verdicts)
+    """How many numbers both sides had; what both call unsupported is none."""
+    return sum(
+        each.verdict in ("unchanged", "improved", "regressed") and each.base is not None and each.now is not None
+        for each in verdicts
+    )

@@ -10,14 +10,16 @@ from typing import Annotated
 
 import typer
 
+from skipcost.bench import kernel_resources
 from skipcost.bench import verdicts as telling
 from skipcost.bench.attribution import attribute
 from skipcost.bench.baseline import Baseline, baseline_of, failures_of, read_baseline
 from skipcost.bench.benchmarks import is_benchmarks, read_benchmarks
-from skipcost.bench.console import ERR, JSON, OUT
+from skipcost.bench.console import ERR, JSON, JUNIT, KEPT, OUT
 from skipcost.bench.environment import code_hash
 from skipcost.bench.errors import BenchError, MachineError
 from skipcost.bench.gate import compared, judge
+from skipcost.bench.plan import shipped_sweeps
 from skipcost.bench.records import Result
 from skipcost.bench.revisions import Revision, checked_out, merge_base
 from skipcost.bench.store import Store, open_store
@@ -25,7 +27,6 @@ from skipcost.bench.tables import newest_environment, results_by_case
 from skipcost.bench.verdicts import Verdict
 
 TITLE = "skipcost gate"
-
 
 DB = Annotated[Path, typer.Argument(help="a store of `skipcost sweep`, or the .json of pytest-benchmark")]
 
@@ -66,40 +67,48 @@ def gate(
     against: Annotated[
         str | None, typer.Option(help="a revision: both sides are computed, at the merge base and in the working tree")
     ] = None,
-    junit: Annotated[Path | None, typer.Option(help="write JUnit XML here, too")] = None,
+    kernels: Annotated[bool, typer.Option("--kernels", help="compile the kernels, and compare what they need")] = False,  # noqa: FBT002
+    junit: JUNIT = None,
+    kept: KEPT = None,
     as_json: JSON = False,  # noqa: FBT002 - a flag of the command line
 ) -> None:
     """Compare every exact number with a baseline's, and fail on any change: 0 unchanged, 1 changed, 2 no comparison."""
     if (baseline is None) == (against is None):
         message = "give either --baseline FILE or --against REV: without one there is nothing to compare with"
         raise BenchError(message)
-    if baseline is not None:
-        verdicts = _against_file(store, baseline)
-        update = f"skipcost baseline {store} -o {baseline}"
-    elif is_benchmarks(store):
+    if against is not None and is_benchmarks(store):
         message = f"--against takes a store; {store} has samples of one side: `skipcost ab --benchmarks` runs both"
         raise BenchError(message)
+    if baseline is not None:
+        parts = [(f"skipcost baseline {store} -o {baseline}", _against_file(store, baseline))]
+        parts += [(kernel_resources.UPDATE, _kernels(None))] if kernels else []
     else:
-        verdicts = _against_revision(store, str(against))
-        update = ""
-    _tell(verdicts, junit, as_json=as_json)
-    if not compared(verdicts):
+        with checked_out(merge_base(str(against))) as base:
+            parts = [("", _against_revision(store, base))]
+            parts += [("", _kernels(base))] if kernels else []
+    verdicts = [verdict for _, part in parts for verdict in part]
+    telling.write_json(verdicts, OUT) if as_json else telling.print_verdicts(verdicts, OUT)
+    telling.pass_on(verdicts, TITLE, ERR, junit, kept)
+    _end(parts)
+
+
+def _end(parts: list[tuple[str, list[Verdict]]]) -> None:
+    """Leave with 1 where a part has a verdict that fails or nothing that was compared; a part comes with its update."""
+    failing = [update for update, part in parts if not compared(part) or any(each.fails for each in part)]
+    if not all(compared(part) for _, part in parts):
         ERR.print("skipcost: nothing could be compared: that is no pass")
-        raise typer.Exit(1)
-    if any(each.fails for each in verdicts):
-        if update:
-            ERR.print(f"If the change is meant, update the baseline and commit it: {update}", soft_wrap=True)
+    for update in filter(None, failing):
+        ERR.print(f"If the change is meant, update the baseline and commit it: {update}", soft_wrap=True)
+    if failing:
         raise typer.Exit(1)
 
 
-def _tell(verdicts: list[Verdict], junit: Path | None, *, as_json: bool) -> None:
-    if as_json:
-        telling.write_json(verdicts, OUT)
-    else:
-        telling.print_verdicts(verdicts, OUT)
-    telling.tell_ci(verdicts, TITLE, ERR)
-    if junit:
-        telling.write_junit(verdicts, TITLE, junit)
+def _kernels(base: Revision | None) -> list[Verdict]:
+    """Judge what the kernels of this tree need by those of a revision, or by the baseline that ships."""
+    now, problems = kernel_resources.compiled(None)
+    if base:
+        return judge(kernel_resources.compiled(base)[0], now, problems)
+    return judge(kernel_resources.reviewed(now.versions["triton"]), now, problems)
 
 
 def _against_file(path: Path, file: Path) -> list[Verdict]:
@@ -128,11 +137,17 @@ def _reasons(store: Store) -> dict[tuple[str, str], str]:
     return {(case.key, result.metric): f"{result.outcome}: {result.note}".strip(": ") for case, result in failed}
 
 
-def _against_revision(path: Path, name: str) -> list[Verdict]:
+def _against_revision(path: Path, base: Revision) -> list[Verdict]:
     """Compute both sides: the working tree's cases into the store, the merge base's into one that is thrown away."""
     with open_store(path) as opened:
         sweep = newest_environment(opened).sweep
-    with checked_out(merge_base(name)) as base, tempfile.TemporaryDirectory() as scratch:
+    if sweep not in shipped_sweeps():
+        message = (
+            f"{path} has the cases of `{sweep}`, which is no sweep that ships, so no revision has it: compare with "
+            f"--baseline FILE, or sweep one of {', '.join(shipped_sweeps())}"
+        )
+        raise BenchError(message)
+    with tempfile.TemporaryDirectory() as scratch:
         other = Path(scratch) / "base.sqlite"
         _sweep(base, sweep, other)
         _sweep(None, sweep, path)

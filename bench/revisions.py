@@ -6,6 +6,7 @@ Both sides use this environment's Python and packages; only the suite's own code
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import subprocess
 import sys
@@ -94,6 +95,17 @@ def merge_base(name: str) -> str:
 def dirty(root: Path | None = None) -> bool:
     """Whether the working tree differs from HEAD."""
     return bool(_git(root or repository(), "status", "--porcelain"))
+
+
+def state(root: Path) -> str:
+    """A hash of a working tree: its commit, the files that differ from it, and Python files that are new."""
+    changed = _git(root, "diff", "--name-only", "-z", "HEAD").split("\0")
+    new = _git(root, "ls-files", "--others", "--exclude-standard", "-z", "*.py").split("\0")
+    digest = hashlib.sha256(_git(root, "rev-parse", "HEAD").encode())
+    for name in sorted(filter(None, (*changed, *new))):
+        path = root / name
+        digest.update(name.encode() + (path.read_bytes() if path.is_file() else b""))
+    return digest.hexdigest()[:12]
 
 
 def own_repository() -> Path | None:

@@ -144,13 +144,22 @@ def junit(verdicts: Sequence[Verdict], title: str) -> bytes:
     return content
 
 
-def write_junit(verdicts: Sequence[Verdict], title: str, path: Path) -> None:
-    """Write JUnit XML to a file; BenchError where that cannot be."""
-    try:
-        path.write_bytes(junit(verdicts, title))
-    except OSError as error:
-        message = f"cannot write {path}: {error.strerror}; name another file with --junit"
-        raise BenchError(message) from None
+def pass_on(
+    verdicts: Sequence[Verdict], title: str, console: Console, junit_file: Path | None, kept: Path | None
+) -> None:
+    """Tell CI, and write the files that were asked for, JUnit XML and JSON; BenchError where that cannot be."""
+    tell_ci(verdicts, title, console)
+    for path, content, option in (
+        (junit_file, junit(verdicts, title), "--junit"),
+        (kept, json.dumps(to_json(verdicts), indent=1).encode(), "--verdicts"),
+    ):
+        if path:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+            except OSError as error:
+                message = f"cannot write {path}: {error.strerror}; name another file with {option}"
+                raise BenchError(message) from None
 
 
 def tell_ci(verdicts: Sequence[Verdict], title: str, console: Console) -> None:
@@ -177,8 +186,8 @@ def write_json(verdicts: Sequence[Verdict], console: Console) -> None:
 
 
 def read_json(path: Path) -> list[Verdict]:
-    """Read what `--json` of a comparison printed; BenchError for a file that holds no verdicts."""
-    instead = "name a file that `skipcost gate --json` or `skipcost ab --json` wrote"
+    """Read what `--verdicts` or `--json` of a comparison wrote; BenchError for a file that holds no verdicts."""
+    instead = "name a file that `skipcost gate --verdicts` or `skipcost ab --verdicts` wrote"
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         found = [Verdict(**{**row, "interval": tuple(row["interval"]) if row["interval"] else None}) for row in rows]
