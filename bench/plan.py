@@ -74,15 +74,20 @@ class Plan:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
+def shipped_sweeps() -> dict[str, Path]:
+    """The sweeps that come with the package, by name."""
+    folder = Path(str(files("skipcost.bench") / "sweeps"))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
 def find_sweep(name: str) -> Path:
     """The file of a sweep: one of ours by name, or a path."""
-    folder = Path(str(files("skipcost.bench") / "sweeps"))
-    shipped = {path.stem: path for path in folder.glob("*.toml")}
+    shipped = shipped_sweeps()
     if name in shipped:
         return shipped[name]
     if Path(name).is_file():
         return Path(name)
-    raise SweepError(suggest("sweep", name, sorted(shipped)) + ", or the path of a TOML file")
+    raise SweepError(suggest("sweep", name, list(shipped)) + ", or the path of a TOML file")
 
 
 def load_plan(

@@ -12,14 +12,14 @@ import pytest
 from typer.testing import CliRunner
 
 from skipcost.bench import cli, gate_command
-from skipcost.bench.baseline import FORMAT, SCHEMA, Baseline, baseline_of, read_baseline
+from skipcost.bench.baseline import FORMAT, SCHEMA, Baseline, Entry, baseline_of, read_baseline
 from skipcost.bench.cases import Case
 from skipcost.bench.errors import BenchError
-from skipcost.bench.gate import judge
+from skipcost.bench.gate import compared, judge
 from skipcost.bench.metrics import METRICS
 from skipcost.bench.records import OUTCOMES, Result
 from skipcost.bench.store import create_store, open_store
-from skipcost.bench.verdicts import PASSING, VERDICTS
+from skipcost.bench.verdicts import PASSING, VERDICTS, read_json
 from skipcost.unet_models import ModelSpec
 
 CASES = tuple(Case(spec=ModelSpec(width=width), threads=1) for width in (8, 16))
@@ -28,11 +28,11 @@ CODE = "this code"
 VERSIONS = {"torch": "2.13.0+cpu", "fvcore": "0.1.5"}
 
 
-def fill(path: Path, value: float = 100, **changes: Result) -> Path:
+def fill(path: Path, value: float = 100, sweep: str = "ci", **changes: Result) -> Path:
     """A store in which every exact metric of two cases is `value`; `changes` replaces results of the first case."""
     facts = {"fingerprint": "here", "code": CODE, "versions": VERSIONS}
     with create_store(path) as store:
-        run = store.add_run("2026-01-01T00:00:00+00:00", "ci", 0, facts)
+        run = store.add_run("2026-01-01T00:00:00+00:00", sweep, 0, facts)
         for case in CASES:
             store.add_case(case, [])
             for name in EXACT:
@@ -157,8 +157,16 @@ ROW = '{"name": "a", "case": {"label": "unet/d4/w8/concat"}, "exact": {"params":
         pytest.param("[1]\n", "line 1 is not a JSON object", id="other JSON"),
         pytest.param('{"triton": "3.7.1"}\n' + ROW, "its first line does not say", id="foreign"),
         pytest.param(_header(schema=SCHEMA + 1) + ROW, f"this version of skipcost reads {SCHEMA}", id="other schema"),
+        pytest.param('{"format": "skipcost baseline", "schema": 1}\n' + ROW, "line 1 has no sweep", id="half a header"),
+        pytest.param(_header(versions=[]) + ROW, "line 1 has no versions", id="versions that are none"),
         pytest.param(_header(), "it holds no number", id="no case"),
         pytest.param(_header() + ROW.replace('"params": 1', ""), "it holds no number", id="no number"),
+        pytest.param(_header() + ROW.replace("1}}", '"unsupported"}}'), "it holds no number", id="unsupported alone"),
+        pytest.param(
+            _header() + ROW.replace('{"params": 1}', "[1]"), "line 2 has no exact", id="numbers without names"
+        ),
+        pytest.param(_header() + ROW.replace("1}}", "Infinity}}"), "line 2 holds Infinity", id="infinite"),
+        pytest.param(_header() + ROW.replace("1}}", "1e999}}"), "line 2 has params=inf", id="too large"),
         pytest.param(_header() + ROW + ROW, "line 3 holds a case that an earlier line holds", id="duplicate"),
         pytest.param(_header() + ROW.replace("1}}", "NaN}}"), "line 2 holds NaN", id="NaN"),
         pytest.param(_header() + ROW.replace("1}}", "-1}}"), "line 2 has params=-1", id="negative"),
@@ -184,9 +192,14 @@ def test_a_missing_baseline_or_store_is_refused(tmp_path: Path, file: Path) -> N
     """Neither a file that is not there nor a folder is nothing to compare with."""
     store = fill(tmp_path / "now.sqlite")
 
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes(b"\xe9" + file.read_bytes())
+
     assert gate(store, tmp_path / "none.jsonl")[0] == 2
     assert gate(store, tmp_path)[0] == 2
+    assert gate(store, latin)[0] == 2
     assert gate(tmp_path / "none.sqlite", file)[0] == 2
+    assert gate(file, file)[0] == 2
 
 
 def test_zero_compared_numbers_fail(tmp_path: Path) -> None:
@@ -198,6 +211,61 @@ def test_zero_compared_numbers_fail(tmp_path: Path) -> None:
 
     assert code == 1
     assert "nothing could be compared" in told
+
+
+def test_what_neither_side_supports_is_no_comparison() -> None:
+    """A metric that is unsupported on both sides is unchanged, but it is no number that was compared."""
+    base = Baseline("ci", {}, {"k": Entry("k", {"params": "unsupported"})})
+
+    verdicts = judge(base, base)
+
+    assert [each.verdict for each in verdicts] == ["unchanged"]
+    assert compared(verdicts) == 0
+
+
+@pytest.mark.parametrize("outcome", [each for each in OUTCOMES if each not in ("ok", "unsupported")])
+def test_a_number_that_never_was_fails_where_it_was_tried(tmp_path: Path, file: Path, outcome: str) -> None:
+    """A new metric or case that breaks from the start is in no baseline: it must not pass for being absent there."""
+    base = read_baseline(file)
+    del base.entries[CASES[0].key].exact["params"]
+    file.write_text(base.text)
+
+    store = fill(tmp_path / "now.sqlite", params=Result("params", outcome, (), "it broke"))
+    code, told = gate(store, file, "--json")
+
+    (found,) = [each for each in json.loads(told[: told.rindex("]") + 1]) if each["verdict"] != "unchanged"]
+    assert code == 1
+    assert (found["metric"], found["verdict"]) == ("params", "not_comparable")
+    assert found["why"] == f"neither side has it; here {outcome}: it broke"
+
+
+@pytest.mark.parametrize("measured", [0, 1, 2])
+def test_only_the_machine_that_measured_last_is_compared(tmp_path: Path, file: Path, measured: int) -> None:
+    """Results of another machine in the same store do not stand in for what the last one has not measured yet."""
+    path = fill(tmp_path / "now.sqlite")
+    facts = {"fingerprint": "other machine", "code": CODE, "versions": VERSIONS}
+    with create_store(path) as store:
+        run = store.add_run("2026-01-02T00:00:00+00:00", "ci", 0, facts)
+        for case in CASES[:measured]:
+            for name in EXACT:
+                store.add_result(run, case.case_id, Result(name, samples=(100,)))
+
+    code, told = gate(path, file)
+
+    assert code == (0 if measured == len(CASES) else 1)
+    assert ("nothing could be compared" in told) == (measured == 0)
+    assert ("missing" in told) == (measured < len(CASES))
+
+
+def test_a_store_without_a_run_is_refused(tmp_path: Path, file: Path) -> None:
+    """An empty store holds nothing to compare."""
+    with create_store(tmp_path / "empty.sqlite"):
+        pass
+
+    code, told = gate(tmp_path / "empty.sqlite", file)
+
+    assert code == 2
+    assert "the store holds no run yet" in told
 
 
 def test_a_store_of_other_code_is_refused(tmp_path: Path, file: Path) -> None:
@@ -237,6 +305,17 @@ def test_exactly_one_thing_to_compare_with_is_asked_for(tmp_path: Path, file: Pa
 
         assert isinstance(result.exception, BenchError)
         assert "either --baseline FILE or --against REV" in str(result.exception)
+
+
+@pytest.mark.sources
+def test_a_sweep_of_ones_own_has_no_revisions(tmp_path: Path) -> None:
+    """`--against` runs a sweep by its name on both sides; one that no revision holds is refused before it runs."""
+    store = fill(tmp_path / "now.sqlite", sweep="mine")
+
+    result = CliRunner().invoke(cli.app, ["gate", str(store), "--against", "HEAD"])
+
+    assert isinstance(result.exception, BenchError)
+    assert "has the cases of `mine`, which is no sweep that ships" in str(result.exception)
 
 
 def test_a_baseline_comes_back_as_it_went_out(file: Path) -> None:
@@ -291,6 +370,25 @@ def test_junit_and_github_get_every_failure(tmp_path: Path, file: Path, monkeypa
     assert f'tests="{2 * len(EXACT)}" failures="1"' in junit.read_text()
     assert "| params | 100 | 101 | +1.00% | regressed |" in summary.read_text()
     assert told.count("::error title=skipcost gate::") == 1
+
+
+def test_the_verdicts_are_kept_for_the_report(tmp_path: Path, file: Path) -> None:
+    """The file that `skipcost report --verdicts` reads holds every verdict, and the folder is made for it."""
+    kept = tmp_path / "results" / "gate.json"
+
+    code, _ = gate(fill(tmp_path / "now.sqlite"), file, "--verdicts", str(kept))
+
+    assert code == 0
+    assert len(read_json(kept)) == 2 * len(EXACT)
+
+
+@pytest.mark.parametrize("option", ["--junit", "--verdicts"])
+def test_a_file_that_cannot_be_written_is_said(tmp_path: Path, file: Path, option: str) -> None:
+    """A folder in the file's place: the option to change is named."""
+    code, told = gate(fill(tmp_path / "now.sqlite"), file, option, str(tmp_path))
+
+    assert code == 2
+    assert f"name another file with {option}" in told
 
 
 def test_every_verdict_has_a_meaning_and_few_pass() -> None:
