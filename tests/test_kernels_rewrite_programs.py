@@ -36,8 +36,17 @@ SAME = {  # functions of two maps of one size
     "crop in place": lambda x, _: (x[:, :, 1:, :-1].zero_(), x)[1],
 }
 Step = tuple[str, bool, int, int]  # what, of small maps or of large ones, and how many maps back its operands are
-NAMES = (*ENLARGING, *SAME, "pool", "cat", "cat first", "cropped", *("up", "cat", "conv") * 3)
+PLACES = ("conv of up", "cat with up", "cat with up first", "cropped up")  # a map that nobody else can read
+NAMES = (*ENLARGING, *SAME, "pool", "conv", "cat", *PLACES * 3)
 STEP = st.tuples(st.sampled_from(NAMES), st.booleans(), st.integers(0, 3), st.integers(0, 3))
+
+
+def _place(name: str, layer: nn.Module, small: Tensor, large: Tensor) -> Tensor:
+    if "cat" in name:
+        up = ENLARGING["up nearest"](small)
+        return layer(torch.cat([up, large] if "first" in name else [large, up], 1))
+    up = ENLARGING["up" if "conv" in name else "up to a size"](small)
+    return layer(up) if "conv" in name else functional.pad(layer(up[:, :, 1:, :-1]), [0, 1, 1, 0])
 
 
 class Program(nn.Module):
@@ -48,8 +57,7 @@ class Program(nn.Module):
         self.steps = steps
         torch.manual_seed(1)
         self.layers = nn.ModuleList(
-            nn.Conv2d(2 * CHANNELS if name.startswith("cat") else CHANNELS, CHANNELS, 3, padding=1)
-            for name, *_ in steps
+            nn.Conv2d(2 * CHANNELS if "cat" in name else CHANNELS, CHANNELS, 3, padding=1) for name, *_ in steps
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -58,16 +66,17 @@ class Program(nn.Module):
         for (name, of_small, back, other), layer in zip(self.steps, self.layers, strict=True):
             maps = small if of_small else large
             a, b = maps[-1 - min(back, len(maps) - 1)], maps[-1 - min(other, len(maps) - 1)]
+            source = small[-1 - min(back, len(small) - 1)]
             if name in ENLARGING:
-                large.append(ENLARGING[name](small[-1 - min(back, len(small) - 1)]))
+                large.append(ENLARGING[name](source))
+            elif name in PLACES:
+                large.append(_place(name, layer, source, large[-1 - min(other, len(large) - 1)]))
             elif name == "pool":
                 small.append(functional.max_pool2d(large[-1 - min(back, len(large) - 1)], 2))
             elif name == "conv":
                 maps.append(layer(a))
-            elif name.startswith("cat"):
-                maps.append(layer(torch.cat([b, a] if "first" in name else [a, b], 1)))
-            elif name == "cropped":
-                maps.append(functional.pad(layer(a[:, :, 1:, :-1]), [0, 1, 1, 0]))
+            elif name == "cat":
+                maps.append(layer(torch.cat([a, b], 1)))
             else:
                 maps.append(SAME[name](a, b))
         return [large[-1] + 0, small[-1] + 0]
