@@ -27,6 +27,13 @@ RELAXED = (  # tests build values from tables, bad ones included, and look into 
 TRITONS = {"3.6.0": ("numpy==2.3.5",), "3.9.0": ()}  # Triton 3.6's interpreter fails on numpy 2.4
 OTHER_COUNTERS = ("torchinfo==1.8.0", "thop==0.1.1.post2209072238", "ptflops==0.7.5")
 MONAI = ("monai==1.6.1",)
+PUBLIC_UNETS = (  # what `rewrite` is tried on; each beside torch, none installs another
+    *MONAI,
+    "segmentation-models-pytorch==0.6.0",
+    "bio-image-unet==1.2.2",
+    "seg2link-unet2d==0.2.1",
+    "unet-torch==0.0.2",
+)
 PARALLEL = ("-n", "2", "--dist", "loadfile")  # tests take one core; a file's fixtures are made once
 FOLDERS = ("unet_models", "kernels", "bench", "reports")
 
@@ -117,12 +124,13 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(tags=["check"])
 def gate(session: nox.Session) -> None:
-    """Compare exactly what the networks cost with the reviewed baseline; `nox -s gate -- --against main` with main."""
+    """Compare what networks cost and kernels need with reviewed baselines; `nox -s gate -- --against main` with main."""
     _install(session)
     store = RESULTS / "ci.sqlite"
     session.run(_tool("skipcost"), "sweep", "ci", "-o", str(store), external=True)
     compared = session.posargs or ["--baseline", "bench/baselines/ci.jsonl"]
-    session.run(_tool("skipcost"), "gate", str(store), *compared, external=True)
+    kept = ("--verdicts", str(RESULTS / "gate.json"))
+    session.run(_tool("skipcost"), "gate", str(store), "--kernels", *kept, *compared, external=True)
 
 
 @nox.session(tags=["check"])
@@ -161,7 +169,17 @@ def perf(session: nox.Session) -> None:
 def ab(session: nox.Session) -> None:
     """Time this tree against another revision in turns: `nox -s ab -- origin/main --junit ab.xml`."""
     _install(session)
-    session.run(_tool("skipcost"), "ab", *(session.posargs or ["HEAD"]), external=True)
+    kept = ("--verdicts", str(RESULTS / "ab.json"))
+    session.run(_tool("skipcost"), "ab", *kept, *(session.posargs or ["HEAD"]), external=True)
+
+
+@nox.session
+def instructions(session: nox.Session) -> None:
+    """Count this tree's instructions against another revision's: `nox -s instructions -- --against origin/main`."""
+    if shutil.which("valgrind") is None:
+        session.skip("valgrind is not installed: apt-get install valgrind")
+    _install(session, "test")
+    session.run(_tool("skipcost"), "instructions", *(session.posargs or ["--against", "HEAD"]), external=True)
 
 
 @nox.session
@@ -215,6 +233,16 @@ def monai(session: nox.Session) -> None:
     store = RESULTS / "monai.sqlite"
     session.run(_tool("skipcost"), "sweep", "monai", "-o", str(store), env=path, external=True)
     session.run(_tool("skipcost"), "report", str(store), "-o", str(RESULTS / "monai.html"), external=True)
+
+
+@nox.session
+def rewrite(session: nox.Session) -> None:
+    """Rewrite public U-Nets, and see that they compute the same with fewer MACs; they come without what they need."""
+    _install(session, "test")
+    path = {"PYTHONPATH": _beside(session, "public_unets", *PUBLIC_UNETS)}
+    session.run(
+        _tool("python"), "-m", "pytest", "tests/optional/test_rewrite.py", *session.posargs, env=path, external=True
+    )
 
 
 @nox.session

@@ -1,0 +1,174 @@
+"""Public U-Nets through `rewrite`: what `nox -s rewrite` installs computes the same, and what it cannot do it says.
+
+Not collected by a plain run of the tests: there they would be skipped, which is not passed. The packages come without
+what they depend on. Where a package's own `__init__` needs that, the files with the models are read past it, unchanged.
+Each test prints a line of the table in docs/rewritten.md.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import PathFinder
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from rewrite_checks import assert_same, run
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from skipcost.kernels import Change, rewrite
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMP = "segmentation_models_pytorch"
+CHANNELS = (3, 64, 64, 128, 256, 512)  # of ResNet-34, the default encoder of segmentation-models-pytorch
+TAKEN = "in each call for which that counts fewer MACs"
+LOOKING = "its Python decides by values or shapes of tensors"
+ASKING = "its Python asks for the type of what it is given"
+
+
+def past(*packages: str) -> None:
+    """Put packages in place without running their `__init__`."""
+    for name in packages:
+        parent = sys.modules.get(name.rpartition(".")[0])
+        spec = PathFinder.find_spec(name, parent.__path__ if parent else None)
+        assert spec is not None
+        module = ModuleType(name)
+        module.__path__ = list(spec.submodule_search_locations or [])
+        sys.modules[name] = module
+
+
+class Decoding(nn.Module):
+    """A decoder of segmentation-models-pytorch behind one convolution for each level of an encoder.
+
+    Its encoders need packages that are not here. As the package's own models do, it checks the size first, which keeps
+    torch.fx from following it: the decoder is rewritten as it is when a user gives a whole model.
+    """
+
+    def __init__(self, kind: str, name: str) -> None:
+        super().__init__()
+        past(SMP, f"{SMP}.base", f"{SMP}.decoders", f"{SMP}.decoders.{kind}")
+        decoder = getattr(importlib.import_module(f"{SMP}.decoders.{kind}.decoder"), name)
+        self.levels = nn.ModuleList(nn.Conv2d(3, channels, 1) for channels in CHANNELS)
+        self.decoder = decoder(CHANNELS, (256, 128, 64, 32, 16), n_blocks=5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, 16, H, W)."""
+        if x.shape[2] % 32 or x.shape[3] % 32:
+            message = f"got {tuple(x.shape)}: give sides that 32 divides"
+            raise RuntimeError(message)
+        maps = [layer(functional.avg_pool2d(x, 1 << level)) for level, layer in enumerate(self.levels)]
+        return self.decoder(maps)
+
+
+def smp_unet() -> nn.Module:
+    """segmentation-models-pytorch, U-Net's decoder: nearest up-sampling."""
+    return Decoding("unet", "UnetDecoder")
+
+
+def smp_nested() -> nn.Module:
+    """segmentation-models-pytorch, UNet++'s decoder."""
+    return Decoding("unetplusplus", "UnetPlusPlusDecoder")
+
+
+def bio_nested() -> nn.Module:
+    """bio-image-unet, UNet++: bilinear up-sampling, corners aligned."""
+    past("bio_image_unet", "bio_image_unet.multi_output_unet")
+    module = importlib.import_module("bio_image_unet.multi_output_unet.multi_output_nested_unet")
+    made: nn.Module = module.MultiOutputNestedUNet(n_filter=32, deep_supervision=True)
+    return made
+
+
+def seg2link() -> nn.Module:
+    """seg2link-unet2d: nearest, cropped to the skip, in front of it."""
+    made: nn.Module = importlib.import_module("seg2link_unet2d.unet2").UNet2()
+    return made
+
+
+def unet_torch() -> nn.Module:
+    """unet-torch, bilinear: padded to the skip."""
+    made: nn.Module = importlib.import_module("unet.model").Unet(1, 2)
+    return made
+
+
+def monai(name: str) -> Callable[[], nn.Module]:
+    """MONAI's own, with up-sampling that has no weights."""
+
+    def make() -> nn.Module:
+        network = getattr(importlib.import_module("monai.networks.nets"), name)
+        made: nn.Module = network(spatial_dims=2, upsample="nontrainable")
+        return made
+
+    return make
+
+
+MODELS: dict[
+    str, tuple[Callable[[], nn.Module], tuple[int, ...], set[str]]
+] = {  # with a shape, and reasons of refusals
+    "segmentation-models-pytorch, Unet decoder": (smp_unet, (1, 3, 64, 96), {LOOKING}),
+    "segmentation-models-pytorch, UnetPlusPlus decoder": (smp_nested, (1, 3, 64, 96), {LOOKING}),
+    "bio-image-unet, MultiOutputNestedUNet": (bio_nested, (1, 1, 32, 48), set()),
+    "seg2link-unet2d, UNet2": (seg2link, (1, 1, 51, 62), set()),
+    "unet-torch, Unet(bilinear)": (unet_torch, (1, 1, 32, 32), set()),
+}
+UNCHANGED = {
+    "MONAI, BasicUNet(nontrainable)": (monai("BasicUNet"), (1, 1, 64, 64), {ASKING}),
+    "MONAI, BasicUNetPlusPlus(nontrainable)": (monai("BasicUNetPlusPlus"), (1, 1, 64, 64), {ASKING}),
+}
+
+
+def made(models: dict[str, Any], name: str) -> tuple[nn.Module, Tensor, set[str]]:
+    """Return a model in float64, an input, and why what is refused is."""
+    factory, shape, reasons = models[name]
+    torch.manual_seed(0)
+    return factory().double(), torch.randn(shape, dtype=torch.float64), reasons
+
+
+def macs_of_an_image(model: nn.Module, channels: int) -> int:
+    """Count a pass over 256x256 pixels in fp32, without data."""
+    model.eval().float().to("meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, channels, 256, 256, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+def reasons_of(changes: Sequence[Change]) -> set[str]:
+    """Return why Python was not followed."""
+    return {each.why.partition("since ")[2] for each in changes if "since " in each.why}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_public_model_computes_the_same_with_fewer_macs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """In evaluation and training, gradients of all parameters included, to 1e-12 in float64."""
+    model, x, reasons = made(MODELS, name)
+
+    faster, changes = rewrite(model)
+
+    passes = [[run(each, x, training=training) for each in (model, faster)] for training in (False, True)]
+    for before, after in passes:
+        assert_same(before, after)
+        assert after.macs < before.macs
+    assert {each.why.partition(" (")[0] for each in changes if each.after} == {TAKEN}
+    assert reasons_of(changes) == reasons
+    before, after = (macs_of_an_image(each, x.shape[1]) / 1e9 for each in (model, faster))
+    with capsys.disabled():
+        places = len({each.where[-1] for each in changes if each.after})
+        print(f"\n| {name} | {places} | {before:.2f} -> {after:.2f} G ({before / after:.2f}x) |")  # noqa: T201 - the table's line
+
+
+@pytest.mark.parametrize("name", UNCHANGED)
+def test_a_public_model_that_cannot_be_followed_stays_as_it_is(name: str) -> None:
+    """MONAI's block asks for the type of its skip, so its up-sampling and convolution are never seen together."""
+    model, x, reasons = made(UNCHANGED, name)
+
+    faster, changes = rewrite(model)
+
+    assert not any(each.after for each in changes)
+    assert reasons_of(changes) == reasons
+    for training in (False, True):
+        before, after = (run(each, x, training=training) for each in (model, faster))
+        assert_same(before, after, 0)
