@@ -69,9 +69,9 @@ def predicted_peaks(case: Case) -> tuple[int, int, dict[str, Any]]:
 
 
 def traced_peaks(case: Case) -> list[Result]:
-    """Give the two predicted peaks where arithmetic has no answer: a user's own model, and other backends than eager.
+    """Give the two predicted peaks where arithmetic has no answer: a user's own model, and what `liveness` refuses.
 
-    A trace runs the reference's operators one by one, or the rewritten ones, whatever the backend: the note says so.
+    A trace runs the reference's operators one by one, or the rewritten ones: the note says so.
     """
     first, steady, detail = predicted_peaks(case)
     notes = [detail.pop("note", "")]

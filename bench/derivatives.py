@@ -1,8 +1,9 @@
 """What each operator of a network makes, what autograd keeps of it, and what its backward pass makes.
 
-One function per operator of `schedule`, in the table OPERATORS; they write on a `Tape`. Bytes inside an operator
-(workspaces, packed copies) are not modelled. Sources: PyTorch 2.13, tools/autograd/derivatives.yaml and
-torch/csrc/autograd/FunctionsManual.cpp; lists of casts of torch.autocast, aten/src/ATen/autocast_mode.h.
+One function per operator of `schedule`, in the table OPERATORS; they write on a `Tape`. Those that `backend=rewritten`
+adds are in `tap_operators`. Bytes inside an operator (workspaces, packed copies) are not modelled. Sources: PyTorch
+2.13, tools/autograd/derivatives.yaml and torch/csrc/autograd/FunctionsManual.cpp; lists of casts of torch.autocast,
+aten/src/ATen/autocast_mode.h.
 """
 
 from __future__ import annotations
@@ -10,19 +11,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
+from skipcost.bench.calls import MAP, Call, ConvDetail
 from skipcost.bench.forward import BOOL, LONG, Forward, Given, cast_parameter, cast_to
 from skipcost.bench.normalising import NORMS
-from skipcost.bench.schedule import MAP, Call, ConvDetail
+from skipcost.bench.tap_operators import TAP_OPERATORS
 from skipcost.bench.tape import Size, Tape, Value
 
 
 def conv(run: Forward, row: int, call: Call, x: Value) -> Value:
     """Convolution, then norm and ReLU where the layer has them."""
-    detail, weights = cast("ConvDetail", call.detail), run.weights[row]
-    bias = cast_parameter(run, weights.bias) if weights.bias else None
+    weights = run.weights[row]
+    bias = (cast_parameter(run, weights.bias),) if weights.bias else ()
     weight = cast_parameter(run, weights.weight)
     x = cast_to(run.tape, x, run.compute_item)
-    inputs = (x, weight, bias) if bias else (x, weight)
+    return _norm_act(run, row, call, convolve(run, row, call, x, weight, *bias))
+
+
+def convolve(run: Forward, row: int, call: Call, x: Value, weight: Value, *bias: Value) -> Value:
+    """Convolution alone, of what has one type."""
+    inputs = (x, weight, *bias)
     result = run.tape.result(Size(row, MAP, run.compute_item, per_image=True), inputs, call.where, "map")
 
     def backward(tape: Tape, gradient: Value) -> Given:
@@ -30,10 +37,20 @@ def conv(run: Forward, row: int, call: Call, x: Value) -> Value:
         tape.run(wanted, (gradient, x, weight))
         return wanted if x.needs_gradient else (None, *wanted)
 
-    result = run.tape.differentiate(result, inputs, backward, (x, weight))
+    return run.tape.differentiate(result, inputs, backward, (x, weight))
+
+
+def norm_act(run: Forward, _row: int, call: Call, x: Value, weight: Value) -> Value:
+    """Norm and ReLU of the layer whose weight is given."""
+    return _norm_act(run, weight.size.row, call, x)
+
+
+def _norm_act(run: Forward, row: int, call: Call, x: Value) -> Value:
+    """Norm and ReLU where the layer has them; `row` is that of its parameters."""
+    detail = cast("ConvDetail", call.detail)
     if detail.norm != "none":
-        result = NORMS[detail.norm](run, row, call, result)
-    return relu(run, row, call, result, viewed=detail.norm == "instance") if detail.act else result
+        x = NORMS[detail.norm](run, row, call, x)
+    return relu(run, row, call, x, viewed=detail.norm == "instance") if detail.act else x
 
 
 def relu(run: Forward, _row: int, _call: Call, x: Value, *, viewed: bool = False) -> Value:
@@ -202,6 +219,8 @@ def present(run: Forward, row: int, call: Call, scores: Value, logits: Value) ->
 
 OPERATORS: dict[str, Callable[..., Value]] = {
     "conv": conv,
+    "convolve": convolve,
+    "norm_act": norm_act,
     "cat": cat,
     "add": add,
     "add_": add_in_place,
@@ -214,6 +233,7 @@ OPERATORS: dict[str, Callable[..., Value]] = {
     "dropout": dropout,
     "amax": amax,
     "present": present,
+    **TAP_OPERATORS,
 }
 
 

@@ -2,7 +2,8 @@
 
 Along a line every count of channels grows with the width and the wiring stays, so parameters, MACs and memory grow
 too, and the search may bisect. A `max_width` breaks this: where a level's cap is reached, a projection may vanish
-(skip=sum), so such a line is `uneven` and searched width by width. Arithmetic on graphs alone; what fits is decided in
+(skip=sum), so such a line is `uneven` and searched width by width; so is one of `backend=rewritten`, which rewrites
+more of a wide network. Arithmetic on graphs alone; what fits is decided in
 `fit_search`.
 """
 
@@ -14,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from skipcost.bench import gpu_memory, liveness
 from skipcost.bench.cases import CHOICES as CASE_CHOICES
 from skipcost.bench.cases import SPEC_KEYS, Case
 from skipcost.bench.errors import BenchError
@@ -30,7 +32,7 @@ AXES: dict[str, tuple[Any, ...]] = {  # what is searched where nothing else is s
     "depth": tuple(range(1, MAX_DEPTH + 1)),
     "width": tuple(range(WIDTH_STEP, 1024 + 1, WIDTH_STEP)),
 }
-SET_KEYS = (*SPEC_KEYS, "layout", "outputs", "loss")
+SET_KEYS = (*SPEC_KEYS, "layout", "outputs", "loss", "backend")
 LEAST_BATCHES = (1, 2)  # some norms cannot normalise a 1x1 map of a single image, and can from two images on
 
 
@@ -57,8 +59,8 @@ class Line:
 
     @property
     def uneven(self) -> bool:
-        """Whether costs may fall with the width somewhere."""
-        return self.cap is not None
+        """Whether costs may fall with the width somewhere; what is rewritten depends on it, too."""
+        return self.cap is not None or self.first.backend != "eager"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,9 @@ def _line(chosen: dict[str, Any], widths: tuple[int, ...], batch: int | None) ->
     """The line of one combination; ValueError where it cannot be, or cannot run at this size."""
     machine = {"device": chosen["device"], "threads": 1}
     case = make_case(chosen | {"width": widths[0], "batch": batch or 1}, machine)
+    unknown = gpu_memory.why_not(case) if case.device == "cuda" else liveness.why_not(case)
+    if unknown:
+        raise ValueError(unknown)
     cap = coerce({"max_width": chosen.get("max_width")})["max_width"]
     fitting = tuple(width for width in widths if cap is None or width <= cap)
     for least in (batch,) if batch else LEAST_BATCHES:

@@ -26,7 +26,8 @@ def case_facts(case: Case) -> dict[str, Any]:
 
 def standing_facts(standing: Standing) -> dict[str, Any]:
     """A network with its figures, in base units, and the limits that it breaks."""
-    facts: dict[str, Any] = {"label": standing.case.spec.label, "batch": standing.case.batch}
+    case = standing.case
+    facts: dict[str, Any] = {"label": case.spec.label, "backend": case.backend, "batch": case.batch}
     facts |= {LIMITS[name].key: _known(value) for name, value in standing.figures.items()}
     facts |= {f"{LIMITS[name].key}_middle": _known(value) for name, value in standing.middle.items()}
     return facts | {"breaks": list(standing.broken), "remark": standing.remark}
@@ -115,8 +116,9 @@ def columns_of(facts: dict[str, Any]) -> list[Limit]:
 
 
 def cells(row: dict[str, Any], columns: Sequence[Limit]) -> list[str]:
-    """Label, batch, and each figure in words; where there is a middle figure, the checked one follows in brackets."""
-    cells = [row["label"], str(row["batch"])]
+    """Label, with a backend other than eager, batch, and each figure in words, a middle one before the checked one."""
+    label = row["label"] if row["backend"] == "eager" else f"{row['label']}, {row['backend']}"
+    cells = [label, str(row["batch"])]
     for limit in columns:
         value, middle = row.get(limit.key, math.nan), row.get(f"{limit.key}_middle")
         text = "unknown" if value is None else "not run" if math.isnan(value) else limit.text(value)

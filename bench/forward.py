@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
-from skipcost.bench.schedule import CHANNELS, ONE, WEIGHTS, Call, ConvDetail
+from skipcost.bench.calls import CHANNELS, ONE, WEIGHTS, Call, ConvDetail
 from skipcost.bench.tape import Size, Tape, Value
 
 FLOAT, HALF, LONG, BOOL = 4, 2, 8, 1  # bytes an element, standing for the element type
@@ -84,7 +84,7 @@ def cast_parameter(run: Forward, value: Value) -> Value:
 
 
 def make_weights(tape: Tape, setting: Setting, row: int, call: Call) -> tuple[Weights, list[Value]]:
-    """Make the parameters of a `conv` call, and the buffers of its norm."""
+    """Make the parameters of a call that has a layer's, and the buffers of its norm."""
     detail = cast("ConvDetail", call.detail)
 
     def parameter(column: int, name: str) -> Value:

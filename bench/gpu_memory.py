@@ -59,8 +59,21 @@ class GpuMemory:
     shortage: str
 
 
+def why_not(case: Case) -> str:
+    """Say why nothing is predicted of a case on a GPU; empty where something is."""
+    if case.backend == "eager":
+        return ""
+    return (
+        f"what a GPU reports of backend={case.backend} is not predicted: what its kernels take beside live tensors was "
+        "not measured yet; use backend=eager"
+    )
+
+
 def predict(case: Case, device: Device) -> GpuMemory:
     """Predict what `device` reports of a case in the first step and in a later one. ValueError as `timeline` has it."""
+    reason = why_not(case)
+    if reason:
+        raise ValueError(reason)
     steps = two_steps(timeline(case))
     convolutions = named_convolutions(case.graph(), case.height, case.width)
     parts = workspaces.parts(list(convolutions.values()), case, device)

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from skipcost.bench.liveness import Timeline, at_peak, peaks_of, timeline, tracks
+from skipcost.bench.liveness import Timeline, at_peak, peaks_of, timeline, tracks, workspace_bytes
 from skipcost.bench.records import Result
 
 if TYPE_CHECKING:
@@ -74,10 +74,15 @@ def summary(line: Timeline) -> dict[str, Any]:
 
 
 def predicted(case: Case) -> list[Result]:
-    """Give the two predicted peaks of a case, the steady step's with its timeline in few words."""
+    """Give the two predicted peaks of a case, the steady step's with its timeline in few words.
+
+    Where convolutions run at low resolution, `workspace_bytes` beside it bounds what one of them adds inside, on a CPU.
+    """
     line = timeline(case)
     first, steady = peaks_of(line)
+    inside = workspace_bytes(case)
+    detail = summary(line) | ({"workspace_bytes": inside} if inside else {})
     return [
-        Result("peak_memory_predicted_bytes", samples=(steady,), detail=summary(line)),
+        Result("peak_memory_predicted_bytes", samples=(steady,), detail=detail),
         Result("peak_memory_predicted_first_bytes", samples=(first,)),
     ]

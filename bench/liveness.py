@@ -3,13 +3,13 @@
 A case's structure (which steps its network runs, in which setting) gives a program, kept for all cases that share it;
 its numbers (elements of maps, weights) turn that into bytes: every storage has `fixed + batch * per_image` of them.
 What is counted is what operators return to the program; workspaces inside them, an allocator's rounding and a GPU's
-context are not. backend=eager only.
+context are not. backend=eager and backend=rewritten.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -18,8 +18,12 @@ from numpy.typing import NDArray
 from skipcost.bench import step
 from skipcost.bench.cases import Case
 from skipcost.bench.forward import FLOAT, HALF, Setting
-from skipcost.bench.schedule import schedule
+from skipcost.bench.low_resolution import Takes
+from skipcost.bench.schedule import Schedule, schedule
 from skipcost.bench.tape import KINDS
+from skipcost.kernels import tap_costs
+from skipcost.kernels.tap_axis import Axis
+from skipcost.kernels.tap_choice import choose, precision_kind
 
 __all__ = [
     "KINDS",
@@ -35,6 +39,7 @@ __all__ = [
 ]
 
 Whole = NDArray[np.int64]
+BACKENDS = ("eager", "rewritten")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,14 +143,55 @@ def _setting(case: Case) -> Setting:
 
 def _resolve(case: Case, *, traced: bool) -> tuple[_Compiled, Whole]:
     """The program of a case and its numbers."""
-    if case.backend != "eager":
-        message = f"backend={case.backend} cannot be predicted by arithmetic, which follows eager; use backend=eager"
-        raise ValueError(message)
-    graph = case.graph()
-    planned = schedule(graph, case.height, case.width, training=case.mode == "training")
-    one_class = graph.heads[0].conv.out_channels == 1
+    reason = why_not(case)
+    if reason:
+        raise ValueError(reason)
+    planned = _planned(case, partial(_taken, precision_kind(case.precision), case.device))
+    one_class = case.suite_spec.classes == 1
     structure = step.Structure(planned.calls, planned.logits, planned.class_logits, one_class, _setting(case))
     return _compiled(structure, traced=traced), np.array(planned.numbers, dtype=np.int64)
+
+
+@lru_cache(maxsize=4096)
+def _taken(kind: str, device: str, rows: Axis, columns: Axis, channels: tuple[int, int]) -> bool:
+    """Whether a convolution is rewritten; all terms of the count are multiples of the batch, so it does not matter."""
+    return choose(rows, columns, channels, kind=kind, device=device).taken
+
+
+def _planned(case: Case, takes: Takes) -> Schedule:
+    rule = takes if case.backend == "rewritten" else None
+    return schedule(case.graph(), case.height, case.width, training=case.mode == "training", takes=rule)
+
+
+def workspace_bytes(case: Case) -> int:
+    """Bound what a call at low resolution has alive inside of it beyond live bytes, on a CPU; 0 where there is none."""
+    calls: list[tuple[Axis, Axis, tuple[int, int]]] = []
+
+    def listed(rows: Axis, columns: Axis, channels: tuple[int, int]) -> bool:
+        taken = _taken(precision_kind(case.precision), case.device, rows, columns, channels)
+        calls.extend([(rows, columns, channels)] * taken)
+        return taken
+
+    _planned(case, listed)
+    value = HALF if precision_kind(case.precision) == "16 bits" else FLOAT
+    ways = (False, True) if case.mode == "training" else (False,)
+    sizes = (tap_costs.workspace_bytes(*call, value, backward=backward) for call in calls for backward in ways)
+    return max(sizes, default=0)
+
+
+def why_not(case: Case) -> str:
+    """Say why there is no arithmetic for a case; empty where there is. UnsupportedError for a user's own model."""
+    if case.backend not in BACKENDS:
+        return (
+            f"backend={case.backend} cannot be predicted by arithmetic, which follows PyTorch's operators one by one; "
+            f"use backend={' or '.join(BACKENDS)}"
+        )
+    if case.backend == "rewritten" and case.mode == "inference" and any(edge.up for edge in case.graph().edges):
+        return (
+            "at inference backend=rewritten composes transposed convolutions, which the arithmetic does not follow; "
+            "use backend=eager, or upsample=bilinear or nearest"
+        )
+    return ""
 
 
 def peak_bytes(case: Case, *, traced: bool = False) -> tuple[int, int]:

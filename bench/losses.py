@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from skipcost.bench.calls import CHANNELS, ONE
 from skipcost.bench.forward import BOOL, FLOAT, LONG, Given, Setting, cast_to
-from skipcost.bench.schedule import CHANNELS, ONE
 from skipcost.bench.tape import Size, Tape, Value
 
 SCALAR = Size(0, ONE, FLOAT, per_image=False)

@@ -101,12 +101,13 @@ def _fvcore_flops(case: Case, _budget: Budget) -> list[Result]:
 
 
 def _predicted(case: Case, _budget: Budget) -> list[Result]:
-    if case.factory or case.backend != "eager":
+    from skipcost.bench.lifetimes import predicted  # noqa: PLC0415 - imports the cases, which few metrics need
+    from skipcost.bench.liveness import why_not  # noqa: PLC0415 - as before
+
+    if case.factory or why_not(case):
         from skipcost.bench.counting import traced_peaks  # noqa: PLC0415 - imports torch
 
         return traced_peaks(case)
-    from skipcost.bench.lifetimes import predicted  # noqa: PLC0415 - imports the cases, which few metrics need
-
     return predicted(case)
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import cast
 
+from skipcost.bench.calls import CHANNELS, GROUPS, Call, ConvDetail
 from skipcost.bench.forward import FLOAT, Forward, Given, cast_to
-from skipcost.bench.schedule import CHANNELS, GROUPS, Call, ConvDetail
 from skipcost.bench.tape import Size, Tape, Value
 
 
@@ -36,14 +36,23 @@ def batch_norm(run: Forward, row: int, call: Call, x: Value) -> Value:
 
 
 def group_norm(run: Forward, row: int, call: Call, x: Value) -> Value:
-    """Group norm; on a GPU autocast runs it, and so what follows, in 32 bits."""
+    """Group norm; on a GPU autocast runs it, and so what follows, in 32 bits.
+
+    It copies maps of the meta device to the contiguous layout, which CPU tensors keep; other convolutions than
+    `tap_first` leave nothing to copy there.
+    """
     tape, weights = run.tape, run.weights[row]
+    given, on_meta = x, tape.traced and not tape.replays_views
+    if on_meta:
+        x = _one_after_another(run, call, x)
     if run.setting.autocast and run.setting.device == "cuda" and not tape.traced:
         x = cast_to(tape, x, FLOAT)
     size = Size(row, GROUPS, _statistics_item(run, x, grouped=True), per_image=True)
-    return _normalise(
-        run, call, (tape.make(x.size, f"{call.where}, normed", "map"), x, weights.scale, weights.shift), size
-    )
+    result = tape.make(x.size, f"{call.where}, normed", "map")
+    result = _normalise(run, call, (result, x, weights.scale, weights.shift), size)
+    if on_meta:
+        tape.hold(given)
+    return result
 
 
 def instance_norm(run: Forward, row: int, call: Call, x: Value) -> Value:
@@ -71,10 +80,10 @@ def _one_after_another(run: Forward, call: Call, x: Value) -> Value:
     """Return the map channel by channel: a copy where it lies pixel by pixel (channels-last) and the two differ.
 
     On the meta device a convolution answers channel by channel, on fake CPU tensors in its input's layout, so that a
-    trace sees no copy but that of the first map there.
+    trace sees no copy but that of the first map there, and on the meta device those of `tap_first`'s.
     """
     detail = cast("ConvDetail", call.detail)
-    unseen = run.tape.traced and not (run.tape.replays_views and detail.first)
+    unseen = run.tape.traced and not (detail.first if run.tape.replays_views else detail.tap)
     if not run.setting.channels_last or detail.flat or unseen:
         return x
     copy = run.tape.result(x.size, (x,), f"{call.where}: channel by channel", "map")

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from skipcost.bench import figures
 from skipcost.bench.driver import Server, request_for
-from skipcost.bench.liveness import peak_bytes
+from skipcost.bench.liveness import peak_bytes, why_not
 from skipcost.bench.plan import Plan, PlannedCase
 from skipcost.bench.tables import value_of
 from skipcost.bench.worker import refusal_of
@@ -64,7 +64,7 @@ def _preview_case(plan: Plan, planned: PlannedCase, server: Server, limit: int |
         return facts
     if planned.case.factory is None:
         facts["note"] = size_note(planned.case.graph(), planned.case.height, planned.case.width)
-    if planned.case.factory is None and planned.case.backend == "eager":
+    if planned.case.factory is None and not why_not(planned.case):
         known: list[float] = [max(peak_bytes(planned.case))]
     else:
         asked = replace(planned, metrics=MEMORY if planned.case.mode == "training" else MEMORY[:1])

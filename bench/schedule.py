@@ -2,38 +2,17 @@
 
 The calls say what is done to what and are the same for all widths and image sizes that need the same steps; the
 numbers beside them are this network's. Maps arrive, are merged and are dropped in the executor's order; a `hold` stands
-where its Python frames keep a map longer than its last reader.
+where its Python frames keep a map longer than its last reader. With `takes` they are those of `backend=rewritten`
+(kernels/rewritten.py, kernels/split_concat.py).
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from skipcost.unet_models import geometry
-from skipcost.unet_models.topology import IMAGE, Conv, Edge, Gate, Head, Node, SkipGraph
-
-MAP, CHANNELS, WEIGHTS, GROUPS, ONE = range(5)  # columns of the table of numbers
-Place = tuple[int, int, int]  # where a convolution's weights are registered: sorting gives the parameters' order
-
-
-class Call(NamedTuple):
-    """One step: `reads` are the numbers of the calls whose results it takes, `detail` what else `op` must know."""
-
-    op: str
-    where: str
-    reads: tuple[int, ...]
-    detail: tuple[object, ...] = ()
-
-
-class ConvDetail(NamedTuple):
-    """What a `conv` call must know of its record."""
-
-    bias: bool
-    norm: str
-    act: bool
-    flat: bool  # one channel or one position: all layouts are the same
-    first: bool  # reads the image, and that has several channels
-    place: Place
+from skipcost.bench.calls import Call, Calls, Place
+from skipcost.bench.low_resolution import Joint, Takes, at_low, is_low
+from skipcost.unet_models.topology import IMAGE, Edge, Gate, Head, Node, SkipGraph
 
 
 class Schedule(NamedTuple):
@@ -48,46 +27,12 @@ class Schedule(NamedTuple):
     numbers: list[tuple[int, int, int, int, int]]  # elements an image, channels, weights, groups of its norm, 1
 
 
-class _Walk:
-    """The walk so far; a map is the number of the call that makes it."""
+class _Walk(Calls):
+    """The walk over the graph; with `takes` that of `backend=rewritten`."""
 
-    def __init__(self, graph: SkipGraph, height: int, width: int) -> None:
-        self.graph, self.size = graph, (height, width)
-        self.valid = graph.padding == "valid"
-        self.calls: list[Call] = []
-        self.numbers: list[tuple[int, int, int, int, int]] = []
-        self.shapes: list[tuple[int, int, int]] = []
-        self.image = self.call("image", "", (), (graph.in_channels, height, width))
-
-    def call(
-        self,
-        op: str,
-        where: str,
-        reads: tuple[int, ...],
-        shape: tuple[int, int, int],
-        detail: tuple[object, ...] = (),
-        weights: int = 0,
-        groups: int = 0,
-    ) -> int:
-        if shape[1] < 1 or shape[2] < 1:
-            geometry.sizes(self.graph, *self.size)  # which says what vanishes, and which size would do
-        self.calls.append(Call(op, where, reads, detail))
-        self.numbers.append((shape[0] * shape[1] * shape[2], shape[0], weights, groups, 1))
-        self.shapes.append(shape)
-        return len(self.calls) - 1
-
-    def hold(self, *maps: int) -> None:
-        self.call("hold", "", maps, self.shapes[maps[0]])
-
-    def conv(self, x: int, conv: Conv, where: str, place: Place, *, valid: bool = False) -> int:
-        _, height, width = self.shapes[x]
-        lost = conv.kernel - 1 if valid else 0
-        grown = conv.kernel if conv.transposed else 1
-        shape = conv.out_channels, (height - lost) * grown, (width - lost) * grown
-        flat = shape[0] == 1 or shape[1] * shape[2] == 1
-        detail = ConvDetail(conv.bias, conv.norm, conv.act, flat, x == self.image and self.shapes[x][0] > 1, place)
-        groups = conv.norm_groups if conv.norm == "group" else 0
-        return self.call("conv", where, (x,), shape, detail, conv.weights, groups)
+    def __init__(self, graph: SkipGraph, height: int, width: int, takes: Takes | None) -> None:
+        super().__init__(graph, height, width)
+        self.takes = takes
 
     def resample(self, x: int, edge: Edge, place: int) -> int:
         if edge.up:
@@ -101,34 +46,6 @@ class _Walk:
         shape = channels, (height + more) // factor, (width + more) // factor
         return self.call("pool", f"{edge.name}: max-pooling", (x,), shape)
 
-    def up_sample(self, x: int, shift: int, where: str) -> int:
-        channels, height, width = self.shapes[x]
-        return self.call("up_sample", where, (x,), (channels, height << shift, width << shift))
-
-    def crop_all(self, maps: list[int], where: str) -> list[int]:
-        height, width = min(self.shapes[x][1] for x in maps), min(self.shapes[x][2] for x in maps)
-        return [self.crop(x, height, width, where) for x in maps]
-
-    def crop(self, x: int, height: int, width: int, where: str) -> int:
-        """Slice rows, then columns; a slice that takes everything is left out, as Python's indexing does."""
-        channels, rows, columns = self.shapes[x]
-        if rows > height:
-            x = self.call("slice", f"{where}: crop", (x,), (channels, height, columns))
-        return x if columns == width else self.call("slice", f"{where}: crop", (x,), (channels, height, width))
-
-    def merge(self, maps: list[int], how: str, where: str) -> int:
-        cropped = self.crop_all(maps, where)
-        if len(cropped) == 1:
-            return cropped[0]
-        channels, height, width = self.shapes[cropped[0]]
-        if how == "concat":
-            channels = sum(self.shapes[x][0] for x in cropped)
-            return self.call("cat", f"{where}: concatenation", tuple(cropped), (channels, height, width))
-        result = self.call("add", f"{where}: sum", (cropped[0], cropped[1]), (channels, height, width))
-        for other in cropped[2:]:
-            result = self.call("add_", f"{where}: sum", (result, other), (channels, height, width))
-        return result
-
     def gate(self, gate: Gate, x: int, signal: int, where: str, place: int) -> int:
         x, signal = self.crop_all([x, signal], where)
         left = self.conv(x, gate.x, f"{where}: gate, map", (0, place, 1))
@@ -141,15 +58,26 @@ class _Walk:
         self.hold(x, signal, joint)
         return gated
 
-    def convolve(self, x: int, edge: Edge, place: int, joined: int | None) -> int:
-        """Convolve and project; `joined` is the map that the op which also up-samples was called with."""
-        if edge.conv:
-            x = self.conv(x, edge.conv, f"{edge.name}: convolution", (0, place, 4), valid=self.valid)
-            if joined is not None:
-                self.hold(joined)
-        if edge.project:
-            x = self.conv(x, edge.project, f"{edge.name}: projection", (0, place, 5))
-        return x
+    def carry(self, source: int, edge: Edge, place: int, signal: int | None) -> int:
+        """Take a map along its edge up to the merge; an op that up-samples and convolves holds the map it was given."""
+        joined = Joint((), source, edge, edge.conv) if edge.conv and edge.shift > 0 and not edge.gate else None
+        if joined and self.takes and is_low(self, joined, self.takes):
+            x = at_low(self, joined, f"{edge.name}: convolution", (0, place, 4))
+        else:
+            x = self.resample(source, edge, place)
+            if edge.gate and signal is not None:
+                x = self.gate(edge.gate, x, signal, edge.name, place)
+            x = self.convolve(x, edge, place)
+            if joined:
+                self.hold(source)
+        return self.project(x, edge, place)
+
+    def convolve(self, x: int, edge: Edge, place: int) -> int:
+        where = f"{edge.name}: convolution"
+        return self.conv(x, edge.conv, where, (0, place, 4), valid=self.valid) if edge.conv else x
+
+    def project(self, x: int, edge: Edge, place: int) -> int:
+        return self.conv(x, edge.project, f"{edge.name}: projection", (0, place, 5)) if edge.project else x
 
     def node(self, node: Node, maps: dict[str, int], places: tuple[int, int]) -> int:
         first_edge, number = places
@@ -157,21 +85,33 @@ class _Walk:
         deeper = node.deeper
         if deeper and any(edge.gate for edge in node.inputs):
             signal = self.resample(maps[deeper.source], deeper, first_edge + node.inputs.index(deeper))
-        arrivals = []
+        raw, arrivals = self.takes is not None and _joins(node), []
         for place, edge in enumerate(node.inputs, first_edge):
-            source, joined = maps[edge.source], None
             if signal is not None and edge is deeper:
-                x = signal
+                arrivals.append(self.project(self.convolve(signal, edge, place), edge, place))
+            elif raw and edge is deeper:
+                arrivals.append(maps[edge.source])
             else:
-                x = self.resample(source, edge, place)
-                joined = source if edge.shift > 0 and not edge.gate else None
-            if edge.gate and signal is not None:
-                x = self.gate(edge.gate, x, signal, edge.name, place)
-            arrivals.append(self.convolve(x, edge, place, joined))
-        x = self.merge(arrivals, node.merge, node.name)
-        for index, conv in enumerate(node.convs):
+                arrivals.append(self.carry(maps[edge.source], edge, place, signal))
+        x = self.enter(node, arrivals, (1, number, 0))
+        for index, conv in enumerate(node.convs[1:], 1):
             x = self.conv(x, conv, f"{node.name}: convolution {index + 1}", (1, number, index), valid=self.valid)
         return x
+
+    def enter(self, node: Node, arrivals: list[int], place: Place) -> int:
+        """Merge and run the node's first convolution; where that is one op, the last map comes as it is and is held."""
+        conv, where = node.convs[0], f"{node.name}: convolution 1"
+        if not self.takes or not _joins(node):
+            return self.conv(self.merge(arrivals, node.merge, node.name), conv, where, place, valid=self.valid)
+        (*others, x), edge = arrivals, node.inputs[-1]
+        joint = Joint(tuple(others), x, edge, conv)
+        if is_low(self, joint, self.takes):
+            return at_low(self, joint, where, place)
+        up = self.up_sample(x, edge.shift, f"{edge.name}: up-sampling")
+        merged = self.merge([*others, up], node.merge, node.name)
+        result = self.conv(merged, conv, where, place, valid=self.valid)
+        self.hold(x)
+        return result
 
     def head(self, head: Head, x: int, number: int) -> int:
         where = f"head of {head.node}"
@@ -198,9 +138,21 @@ class _Walk:
         return result
 
 
-def schedule(graph: SkipGraph, height: int, width: int, *, training: bool) -> Schedule:
-    """Follow one forward pass on images of height x width pixels; ValueError where a map would vanish."""
-    walk = _Walk(graph, height, width)
+def _joins(node: Node) -> bool:
+    """Whether up-sampling, concatenation and first convolution of a node are one op (`Ops.up_concat_conv`)."""
+    edge = node.inputs[-1]
+    plain = edge is node.deeper and not (edge.conv or edge.project or any(each.gate for each in node.inputs))
+    return plain and not edge.up and node.merge == "concat"
+
+
+def schedule(
+    graph: SkipGraph, height: int, width: int, *, training: bool, takes: Takes | None = None
+) -> Schedule:  # fmt: skip
+    """Follow one forward pass on images of height x width pixels; ValueError where a map would vanish.
+
+    takes: the rule of `backend=rewritten`; without one nothing is rewritten, as with eager.
+    """
+    walk = _Walk(graph, height, width, takes)
     maps, logits, class_logits, first_edge = {IMAGE: walk.image}, {}, None, 0
     heads = {head.node: (number, head) for number, head in enumerate(graph.heads)}
     for number, node in enumerate(graph.nodes):

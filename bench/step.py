@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from skipcost.bench.calls import MAP, OWNERS, Call
 from skipcost.bench.derivatives import run_forward
 from skipcost.bench.forward import FLOAT, LONG, Forward, Setting, Weights, make_weights
 from skipcost.bench.losses import loss_of_logits, loss_of_probabilities
 from skipcost.bench.optimizers import Optimizer, Scaler
-from skipcost.bench.schedule import MAP, Call
 from skipcost.bench.tape import Size, Tape, Value
 
 
@@ -49,7 +49,7 @@ def write(structure: Structure, *, traced: bool) -> Program:
     weights: dict[int, Weights] = {}
     buffers: list[Value] = []
     for row, call in enumerate(calls):
-        if call.op == "conv":
+        if call.op in OWNERS:
             weights[row], made = make_weights(tape, setting, row, call)
             buffers += made
     ordered = sorted(weights.values(), key=lambda each: each.place)

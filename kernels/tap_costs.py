@@ -1,4 +1,4 @@
-"""What tap-first up-sampling costs, counted: MACs of its products, forward and backward.
+"""What tap-first up-sampling costs, counted: MACs of its products, and bytes alive inside of it, forward and backward.
 
 Arithmetic alone; the op's FLOP formulas, the choice of `backend=rewritten` and `executed_macs` all read it.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from skipcost.kernels.tap_axis import Axis
+
+FLOAT = 4  # bytes of a value inside the op, whatever the maps have
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +57,59 @@ def backward(
 def direct(rows: Axis, columns: Axis, channels: tuple[int, int], batch: int = 1) -> int:
     """Count the convolution over the up-sampled map."""
     return batch * rows.output * columns.output * rows.kernel * columns.kernel * channels[0] * channels[1]
+
+
+def workspace_bytes(
+    rows: Axis, columns: Axis, channels: tuple[int, int], value: int = FLOAT, *, backward: bool = False
+) -> int:  # fmt: skip
+    """Count the bytes that a call has alive at its fullest beyond its arguments and results, for two images or more.
+
+    value: bytes of a map's values, 2 or 4. Counted is what runs in blocks of 16 rows (on a CPU, and backwards
+    everywhere): packed weights, fp32 copies of 16 bits, and a block's pixels, tap maps and sums, each beside that of
+    the block before until it is there. What a matrix product allocates inside is not in it, nor the matrices of the
+    bands, which are kept between calls: some 0.1 MiB for each side of a map.
+    """
+    elements = channels[0] * channels[1] * rows.kernel * columns.kernel
+    packed, copied = FLOAT * elements, FLOAT * elements if value < FLOAT else 0
+    if not backward:
+        return packed + max(copied, _fullest(_forward_steps(rows, columns, channels, value))[0])
+    fullest, last = _fullest(_backward_steps(rows, columns, channels, value))
+    rounded = value * elements if value < FLOAT else 0  # beside the result, which is made of it
+    return 2 * packed + max(fullest - value * elements, last + rounded)
+
+
+def _fullest(steps: list[tuple[str, int]]) -> tuple[int, int]:
+    """Bytes at the fullest, and at the end, of steps that put a size in the place of a name's last; all of it twice."""
+    held: dict[str, int] = {}
+    most = 0
+    for name, size in steps * 2:
+        most = max(most, sum(held.values()) + size)
+        held[name] = size
+    return most, sum(held.values())
+
+
+def _forward_steps(
+    rows: Axis, columns: Axis, channels: tuple[int, int], value: int
+) -> list[tuple[str, int]]:  # fmt: skip
+    """What every block makes, in bytes: pixels and sums are copies, where maps have 16 bits."""
+    copies, across = FLOAT * (value < FLOAT), FLOAT * columns.extent * columns.kernel * channels[1]
+    steps = []
+    for band in rows.bands:
+        read, made = band.last - band.first, band.stop - band.start
+        steps += [("pixels", copies * read * columns.extent * channels[0]), ("taps", read * rows.kernel * across)]
+        steps += [("half", made * across), ("sums", copies * made * columns.output * channels[1])]
+    return steps
+
+
+def _backward_steps(
+    rows: Axis, columns: Axis, channels: tuple[int, int], value: int
+) -> list[tuple[str, int]]:  # fmt: skip
+    """What every block makes backwards, in bytes; its copy of the gradient goes before the products over channels."""
+    copies, across = FLOAT * (value < FLOAT), FLOAT * columns.extent * columns.kernel * channels[1]
+    steps = []
+    for band in rows.adjoint_bands:
+        read, made = band.last - band.first, band.stop - band.start
+        pixels = made * columns.extent * channels[0]
+        steps += [("gradient", copies * read * columns.output * channels[1]), ("half", read * across), ("gradient", 0)]
+        steps += [("taps", made * rows.kernel * across), ("pixels", copies * pixels), ("sums", FLOAT * pixels)]
+    return steps

@@ -1,0 +1,95 @@
+"""What convolutions at low resolution make and keep: the operators that `low_resolution` calls.
+
+A call of kernels/tap_first.py is one operator. It keeps the small map and the weight; its backward pass is one operator
+with two results, and a sum for the bias. What it makes and drops inside (tap maps of 18 rows, copies in fp32, packed
+weights) is not modelled here: `tap_costs.workspace_bytes` bounds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+from skipcost.bench.calls import MAP, WEIGHTS, Call, ConvDetail
+from skipcost.bench.forward import Forward, Given, cast_to
+from skipcost.bench.tape import Size, Tape, Value
+
+
+def cast_map(run: Forward, _row: int, _call: Call, x: Value) -> Value:
+    """Bring a map to the type that convolutions compute in."""
+    return cast_to(run.tape, x, run.compute_item)
+
+
+def weight(run: Forward, row: int, call: Call) -> Value:
+    """Bring a layer's weight to that type; unlike autocast's own casts, this copy is made in every call."""
+    detail, own = cast("ConvDetail", call.detail), run.weights[row].weight
+    if own.item == run.compute_item:
+        return _laid(run, own) if detail.tap and not detail.narrow else own
+    return cast_to(run.tape, own if detail.narrow else _laid(run, own), run.compute_item, "map")
+
+
+def bias(run: Forward, _row: int, _call: Call, weight: Value) -> Value:
+    """Bring the bias of the layer whose weight is given to that type."""
+    return cast_to(run.tape, cast("Value", run.weights[weight.size.row].bias), run.compute_item, "map")
+
+
+def _laid(run: Forward, parameter: Value) -> Value:
+    """A parameter whose gradient comes contiguous: autograd copies it where the parameter itself is channels-last.
+
+    Source: PyTorch 2.13, torch/csrc/autograd/utils/grad_layout_contract.h. A trace under autocast has its parameters
+    contiguous.
+    """
+    tape = run.tape
+    if not run.setting.channels_last or (tape.traced and run.setting.autocast):
+        return parameter
+
+    def backward(tape: Tape, gradient: Value) -> Given:
+        return (tape.result(parameter.size, (gradient,), kind="map gradient"),)
+
+    return tape.differentiate(parameter, (parameter,), backward)
+
+
+def part(run: Forward, row: int, call: Call, weight: Value) -> Value:
+    """The weight's share for the first of the concatenated maps, a view; backwards all shares are concatenated."""
+    whole = _laid(run, weight) if weight.parameter else weight
+    share = Value(weight.storage, Size(row, WEIGHTS, weight.item, per_image=False), whole=False)
+
+    def backward(tape: Tape, gradient: Value) -> Given:
+        return (tape.result(whole.size, (gradient,), call.where, "map gradient"),)
+
+    return run.tape.differentiate(share, (whole,), backward)
+
+
+def rest(run: Forward, row: int, _call: Call, weight: Value, first: Value) -> Value:
+    """The weight's share for the last map. To autograd both shares are one node: this one's gradient waits for it."""
+    share = Value(weight.storage, Size(row, WEIGHTS, weight.item, per_image=False), whole=False)
+
+    def backward(_tape: Tape, gradient: Value) -> Given:
+        if first.node:
+            first.node.saved = (*first.node.saved, gradient)
+        return (None,)
+
+    return run.tape.differentiate(share, (weight,), backward)
+
+
+def tap_first(run: Forward, row: int, call: Call, x: Value, weight: Value, *bias: Value) -> Value:
+    """The convolution over the up-sampled x, from x as it is."""
+    inputs = (x, weight, *bias)
+    result = run.tape.result(Size(row, MAP, x.item, per_image=True), inputs, call.where, "map")
+
+    def backward(tape: Tape, gradient: Value) -> Given:
+        both = [tape.make(each.size, call.where, "map gradient") for each in (x, weight)]
+        tape.run(both, (gradient, x, weight))
+        return *both, *(tape.result(each.size, (gradient,), call.where, "map gradient") for each in bias)
+
+    return run.tape.differentiate(result, inputs, backward, (x, weight))
+
+
+TAP_OPERATORS: dict[str, Callable[..., Value]] = {
+    "cast": cast_map,
+    "weight": weight,
+    "bias": bias,
+    "part": part,
+    "rest": rest,
+    "tap_first": tap_first,
+}

@@ -1,0 +1,274 @@
+"""Live bytes of `backend=rewritten` by arithmetic equal a trace and a run, to the byte, whatever is rewritten."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from live_cells import cells, changes, turns
+from profiled import profiled
+
+from skipcost.bench import liveness
+from skipcost.bench.cases import CHOICES, Case
+from skipcost.bench.counting import predicted_peaks
+from skipcost.bench.lifetimes import lives, moments
+from skipcost.bench.liveness import at_peak, envelope, peak_bytes, peaks_of, timeline, tracks
+from skipcost.bench.memory import LiveBytes
+from skipcost.bench.subject import AUTOCAST, Subject, make_subject
+from skipcost.bench.tracing import trace
+from skipcost.kernels import rewritten, tap_costs, tap_first
+from skipcost.kernels.tap_axis import Axis
+from skipcost.kernels.tap_choice import Choice, choose, rewritings
+from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Networks small enough for tests would mostly be left as they are: other rules than counting take more of the calls.
+RULES: dict[str, Callable[[Choice], bool]] = {
+    "counted": lambda choice: choice.taken,
+    "all": lambda _: True,
+    "some": lambda choice: choice.tap_macs % 3 > 0,
+}
+
+
+def _interpolated(seed: int) -> Iterator[Case]:
+    """Cases over all tables whose maps are up-sampled by interpolation, without end."""
+    for case in cells(seed):
+        if case.spec.upsample != "transpose":
+            yield replace(case, backend="rewritten")
+
+
+def _runs(case: Case) -> bool:
+    """Whether the step can be predicted: random weights in fp16 overflow, and a scaler then leaves a step out."""
+    return "fp16" not in case.precision or case.mode == "inference"
+
+
+TRACED = list(zip(itertools.islice(_interpolated(10), 110), itertools.cycle(RULES), strict=False))
+RUN = list(
+    zip(
+        itertools.islice((replace(case, device="cpu") for case in _interpolated(11) if _runs(case)), 40),
+        itertools.cycle(RULES),
+        strict=False,
+    )
+)
+CELLS = [
+    (variant, skip, upsample, padding, mode)
+    for variant, skip, padding, mode in itertools.product(VARIANTS, SKIPS, ("same", "valid"), CHOICES["mode"])
+    for upsample in VARIANTS[variant].upsamples
+    if upsample != "transpose"
+]
+
+
+GRID = list(zip(CELLS, itertools.cycle(("fp32", "bf16", "amp-bf16")), strict=False))
+
+
+@pytest.fixture
+def rule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Choose by one of RULES, in the ops and in the arithmetic."""
+
+    def ruled(rows: Axis, columns: Axis, channels: tuple[int, int], _batch: int = 1, **given: str) -> Choice:
+        choice = choose(rows, columns, channels, **given)
+        return replace(choice, taken=RULES[request.param](choice))
+
+    for module in (rewritten, liveness):
+        monkeypatch.setattr(module, "choose", ruled)
+    _forget()
+    yield
+    _forget()
+
+
+def _forget() -> None:
+    rewritten._counted.cache_clear()
+    liveness._taken.cache_clear()
+
+
+class _Followed(LiveBytes):
+    """Live bytes with every change of theirs."""
+
+    def __init__(self, present: Any) -> None:
+        self.changes: list[int] = []
+        super().__init__(present)
+
+    def _follow(self, tensor: torch.Tensor) -> None:
+        before = self.live
+        super()._follow(tensor)
+        self.changes.append(self.live - before)
+
+    def _release(self, key: int, size: int) -> None:
+        super()._release(key, size)
+        self.changes.append(-size)
+
+
+def _traced(case: Case) -> tuple[tuple[int, int], list[int]]:
+    """Peaks of the first step and the last, and the course of live bytes."""
+
+    def follow(subject: Subject) -> tuple[list[int], list[int]]:
+        peaks = []
+        with _Followed(subject.tensors) as tracker:
+            for _ in range(2 if case.mode == "training" else 1):
+                tracker.peak = tracker.live
+                subject.step()
+                peaks.append(tracker.peak)
+            return peaks, turns(tracker.changes)
+
+    peaks, course = trace(case, follow)[0]
+    return (peaks[0], peaks[-1]), course
+
+
+@pytest.mark.parametrize(("case", "rule"), TRACED, ids=lambda each: getattr(each, "name", each), indirect=["rule"])
+@pytest.mark.usefixtures("rule")
+def test_the_arithmetic_equals_the_trace(case: Case) -> None:
+    """First and steady peak, and every turn that live bytes take where the precision is not mixed, as for eager."""
+    peaks, course = _traced(case)
+    line = timeline(case, traced=True)
+
+    assert peaks_of(line) == peak_bytes(case, traced=True) == peaks
+    if case.precision not in AUTOCAST:
+        assert turns(changes(line)) == course
+
+
+@pytest.mark.parametrize("rule", ["all"], indirect=True)
+@pytest.mark.parametrize(("cell", "precision"), GRID, ids=str)
+@pytest.mark.usefixtures("rule")
+def test_every_cell_of_the_grid_does(cell: tuple[str, str, str, str, str], precision: str) -> None:
+    """Both peaks, where everything that can be is rewritten, in 32 bits, in 16, or mixed; odd sizes are cropped."""
+    variant, skip, upsample, padding, mode = cell
+    spec = ModelSpec(variant, 2, 4, skip, padding=padding, upsample=upsample)
+    sides = {"height": 61, "width": 58} if padding == "valid" else {"height": 13, "width": 18}
+    case = Case(spec, mode=mode, precision=precision, backend="rewritten", **sides)
+
+    first, steady, _ = predicted_peaks(case)
+
+    assert peak_bytes(case, traced=True) == (first, steady)
+
+
+@pytest.mark.parametrize(("case", "rule"), RUN, ids=lambda each: getattr(each, "name", each), indirect=["rule"])
+@pytest.mark.usefixtures("rule")
+def test_the_arithmetic_equals_a_run(case: Case) -> None:
+    """On the CPU, watched by the profiler alone: both peaks, and the course.
+
+    What an operator makes and frees itself is its own, tap-first's blocks included, and left out; so are the matrices
+    of its bands, which the first run makes and later ones find.
+    """
+    make_subject(case, "cpu").step()
+
+    real = profiled(case)
+
+    assert peak_bytes(case) == (real.peaks[0], real.peaks[-1])
+    assert turns(changes(timeline(case))) == real.turns
+
+
+@pytest.mark.parametrize("mode", CHOICES["mode"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_counting_decides_as_in_the_network(variant: str, mode: str) -> None:
+    """By counting, without a rule of a test: the traced peaks of a network of which some edges are rewritten."""
+    case = Case(ModelSpec(variant, 2, 24, upsample="bilinear"), height=48, width=32, mode=mode, backend="rewritten")
+
+    first, steady, _ = predicted_peaks(case)
+
+    assert peak_bytes(case, traced=True) == (first, steady)
+    assert any(each.choice.taken for each in rewritings(case.graph(), case.height, case.width))
+
+
+@pytest.mark.parametrize("precision", CHOICES["precision"])
+@pytest.mark.parametrize("device", CHOICES["device"])
+def test_what_is_rewritten_is_what_is_listed(precision: str, device: str) -> None:
+    """The moments of a timeline have no up-sampling on the edges that `rewritings` takes, and one on the others."""
+    spec = ModelSpec("unet3+", 3, 16)
+    case = Case(spec, 2, 64, 48, precision=precision, device=device, backend="rewritten")
+    made = rewritings(case.graph(), 64, 48, batch=2, precision=precision, device=device)
+
+    up_sampled = {moment for moment in moments(timeline(case)) if moment.endswith(": up-sampling")}
+
+    assert {f"{each.edge}: up-sampling" for each in made if not each.choice.taken} == {
+        moment for moment in up_sampled if not moment.startswith("head")
+    }
+
+
+@pytest.mark.parametrize("rule", ["all"], indirect=True)
+@pytest.mark.usefixtures("rule")
+def test_no_up_sampled_map_is_kept() -> None:
+    """In training UNet 3+ keeps small maps where eager keeps enlarged ones; nothing rewritten costs more."""
+    eager = Case(ModelSpec("unet3+", 3, 8), 2, 64, 64, mode="training")
+    case = replace(eager, backend="rewritten")
+
+    kept, kept_small = ({each.name for each in timeline(it).storages if each.kind == "saved"} for it in (eager, case))
+
+    assert any(name.endswith("up-sampling") for name in kept)
+    assert not any(name.endswith("up-sampling") for name in kept_small)
+    assert peak_bytes(case)[1] < peak_bytes(eager)[1]
+
+
+@pytest.mark.parametrize("mode", CHOICES["mode"])
+@pytest.mark.parametrize(("case", "rule"), TRACED[:15], ids=lambda each: getattr(each, "name", each), indirect=["rule"])
+@pytest.mark.usefixtures("rule")
+def test_a_timeline_keeps_its_promises(case: Case, mode: str) -> None:
+    """One life for each storage, a course that ends as it began, a peak that adds up, an envelope over batches."""
+    case = replace(case, mode=mode)
+    line = timeline(case)
+
+    moment, alive = at_peak(line)
+
+    assert sorted(event for event in line.events if event > 0) == list(range(1, len(line.storages) + 1))
+    assert all(each.start < each.end for each in tracks(line))
+    assert sum(each.bytes for each in alive) == peak_bytes(case)[1] == peaks_of(line)[1]
+    assert moment in moments(line)
+    assert all(life.first <= life.last for life in lives(line))
+    batches = (1, 2, 5, 100)
+    assert [envelope(case).peak(batch) for batch in batches] == [
+        max(peak_bytes(replace(case, batch=batch))) for batch in batches
+    ]
+
+
+AXES = [(5, 6, 2, 7, 3, 1), (40, 9, 2, 16, 8, 1), (33, 20, 4, 5, 6, 0), (17, 5, 8, 1, 2, 1)]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("height", "width", "factor", "in_channels", "out_channels", "padding"), AXES)
+def test_the_workspace_of_a_call_is_counted(
+    height: int,
+    width: int,
+    factor: int,
+    in_channels: int,
+    out_channels: int,
+    padding: int,
+    dtype: torch.dtype,
+    backward: bool,  # noqa: FBT001 - a parameter of the table
+) -> None:
+    """Bytes that a call has alive inside, beyond what goes in and comes out, followed tensor by tensor."""
+    settings = factor, "bilinear", False, padding, (0, 0, height * factor, width * factor)
+    x = torch.randn(2, in_channels, height, width, dtype=dtype)
+    weight = torch.randn(out_channels, in_channels, 3, 3, dtype=dtype)
+    rows, columns = tap_first.axes((height, width), (3, 3), *settings)
+    gradient = torch.randn(2, out_channels, rows.output, columns.output, dtype=dtype)
+
+    def call() -> Any:
+        if backward:
+            return tap_first._tap_first_backward._init_fn(gradient, x, weight, *settings, True, True)
+        return tap_first._tap_first._init_fn(x, weight, None, *settings)
+
+    call()  # makes the matrices of the bands
+    with LiveBytes(_tensors()) as tracker:
+        before = tracker.live
+        result = call()
+        inside, left = tracker.peak - before, tracker.live - before
+
+    counted = tap_costs.workspace_bytes(
+        rows, columns, (in_channels, out_channels), dtype.itemsize, backward=backward
+    )  # fmt: skip
+    assert left == sum(each.nbytes for each in (result if backward else [result]))
+    assert inside - left == counted
+
+
+def _tensors() -> list[torch.Tensor]:
+    """Every tensor that Python knows of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what looking at a deprecated object says
+        return [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
