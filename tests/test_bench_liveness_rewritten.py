@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import itertools
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,14 +19,19 @@ from profiled import profiled
 from skipcost.bench import liveness
 from skipcost.bench.cases import CHOICES, Case
 from skipcost.bench.counting import predicted_peaks
+from skipcost.bench.errors import BenchError
+from skipcost.bench.fit_lattice import lattice, read_axes
+from skipcost.bench.fit_search import widest
 from skipcost.bench.lifetimes import lives, moments
-from skipcost.bench.liveness import at_peak, envelope, peak_bytes, peaks_of, timeline, tracks
+from skipcost.bench.liveness import at_peak, envelope, peak_bytes, peaks_of, timeline, tracks, workspace_bytes
 from skipcost.bench.memory import LiveBytes
+from skipcost.bench.metrics import METRICS
 from skipcost.bench.subject import AUTOCAST, Subject, make_subject
 from skipcost.bench.tracing import trace
 from skipcost.kernels import rewritten, tap_costs, tap_first
 from skipcost.kernels.tap_axis import Axis
 from skipcost.kernels.tap_choice import Choice, choose, rewritings
+from skipcost.kernels.timing import Budget
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -224,6 +231,69 @@ def test_a_timeline_keeps_its_promises(case: Case, mode: str) -> None:
     assert [envelope(case).peak(batch) for batch in batches] == [
         max(peak_bytes(replace(case, batch=batch))) for batch in batches
     ]
+
+
+@pytest.mark.parametrize("mode", CHOICES["mode"])
+def test_the_row_is_counted(mode: str) -> None:
+    """A sweep's figure is the arithmetic's, without a note, and says what a call adds inside; eager's has no such."""
+    case = Case(ModelSpec("unet3+", 2, 24), height=32, width=32, mode=mode, backend="rewritten")
+    row = METRICS["peak_memory_predicted_bytes"]
+
+    (result, *_), (plain, *_) = (row.measure(it, Budget()) for it in (case, replace(case, backend="eager")))
+
+    assert result.samples == (peak_bytes(case)[1],)
+    assert not result.note
+    assert result.detail["workspace_bytes"] == workspace_bytes(case) > 0
+    assert "workspace_bytes" not in plain.detail
+
+
+def test_the_documented_peaks_are_these() -> None:
+    """Every peak in the table of docs/rewritten.md, eager and rewritten, to the MiB."""
+    names = {"UNet 3+": "unet3+", "UNet++, bilinear": "unet++", "U-Net, bilinear": "unet"}
+    text = (Path(__file__).parents[1] / "docs" / "rewritten.md").read_text()
+    row = re.compile(r"^\| ([^|]+) \| (\d+)x\d+ \|[^|]+\| (\d+) -> (\d+) MiB [^|]+\| (\d+) -> (\d+) MiB", re.MULTILINE)
+
+    rows = row.findall(text)
+
+    assert len(rows) == 2 * len(names)
+    for name, side, *documented in rows:
+        spec = ModelSpec(names[name], 4, 64, upsample="bilinear")
+        cases = [
+            Case(spec, height=int(side), width=int(side), mode=mode, backend=backend)
+            for mode in CHOICES["mode"]
+            for backend in ("eager", "rewritten")
+        ]
+        assert [str(round(peak_bytes(case)[1] / 2**20)) for case in cases] == documented
+
+
+FIXED = {"device": "cpu", "mode": "training", "size": "128", "precision": "fp32"}
+CHOSEN = {"variant": ["unet3+"], "skip": ["concat"], "depth": ["3"], "width": ["8..64"]}
+
+
+def test_fit_finds_the_widest_rewritten_network() -> None:
+    """Width by width, since what is rewritten depends on it; at least as wide as the widest under eager."""
+    (eager, line) = lattice(read_axes({**CHOSEN, "backend": ["eager", "rewritten"]}), FIXED, 2).lines
+    limit = max(peak_bytes(eager.at(32)))
+
+    found = widest(line, line.widths, lambda case: max(peak_bytes(case)) <= limit)
+
+    fitting = [width for width in line.widths if max(peak_bytes(line.at(width))) <= limit]
+    assert line.uneven
+    assert line.widths[found] == max(fitting) > 32
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "sentence"),
+    [
+        ("compile", "cpu", "backend=compile cannot be predicted by arithmetic"),
+        ("rewritten", "cuda", "what a GPU reports of backend=rewritten is not predicted.*use backend=eager"),
+        ("fastest", "cpu", "unknown backend 'fastest'.*accepted: eager"),
+    ],
+)
+def test_fit_refuses_what_nobody_can_tell(backend: str, device: str, sentence: str) -> None:
+    """A backend without arithmetic, or without what a GPU's kernels take, is refused with the reason."""
+    with pytest.raises(BenchError, match=sentence):
+        lattice(read_axes({**CHOSEN, "backend": [backend]}), FIXED | {"device": device}, 1)
 
 
 AXES = [(5, 6, 2, 7, 3, 1), (40, 9, 2, 16, 8, 1), (33, 20, 4, 5, 6, 0), (17, 5, 8, 1, 2, 1)]
