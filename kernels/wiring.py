@@ -23,7 +23,7 @@ CONV = (functional.conv2d, torch.conv2d)
 MAX_POOL = (functional.max_pool2d, torch.max_pool2d)
 DROPOUT = (functional.dropout, functional.dropout2d, functional.alpha_dropout, functional.feature_alpha_dropout)
 EMPTY = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)  # in evaluation
-# What gives a map in memory of its own, nothing that others may hold a view of; of ReLU that depends
+# What gives a map in memory of its own, nothing that others may hold a view of; ReLU if it is not in place
 OWN_LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.GroupNorm, nn.Upsample, nn.MaxPool2d, nn.AvgPool2d)
 OWN_CALLS = (*CAT, *CONV, *MAX_POOL, functional.interpolate)
 POOLING = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
@@ -143,26 +143,30 @@ class Wiring:
         """For each node the nodes whose memory its result may lie in: its own, or that of anything it was given."""
         found: dict[Node, frozenset[Node]] = {}
         for node in self.graph.nodes:
-            given = self._writes(node) or node.all_input_nodes
+            given = self.writes.get(node) or node.all_input_nodes
             own = self._makes_memory(node) or not given
             found[node] = frozenset((node,)) if own else frozenset().union(*(found[each] for each in given))
+        return found
+
+    @cached_property
+    def writes(self) -> dict[Node, list[Node]]:
+        """For each node that may write what it may write to: all that it is given where only a user's module knows."""
+        found = {}
+        for node in self.graph.nodes:
+            if self.may_write(node):
+                module = self.module(node)
+                known = node.args and "out" not in node.kwargs and (module is None or is_layer(module))
+                first = node.args[0] if known else None
+                found[node] = [first] if isinstance(first, Node) else node.all_input_nodes
         return found
 
     def changes_after(self, node: Node, start: Node) -> bool:
         """Whether a map may be written to behind a node, under whatever name."""
         memory = self.memories[node]
-        return any(
-            memory & self.memories[each] for later in self.graph.nodes if start < later for each in self._writes(later)
-        )
-
-    def _writes(self, node: Node) -> list[Node]:
-        """Return what a node may write to: all that it is given where only modules of the user's own know."""
-        if not self.may_write(node):
-            return []
-        first = node.args[0] if node.args and node not in self.unknown() and "out" not in node.kwargs else None
-        return [first] if isinstance(first, Node) else node.all_input_nodes
+        later = (each for writer, written in self.writes.items() if start < writer for each in written)
+        return any(memory & self.memories[each] for each in later)
 
     def _makes_memory(self, node: Node) -> bool:
         relu = self.layer(node, nn.ReLU)
         own = any(self.layer(node, kind) for kind in OWN_LAYERS) or self.is_call(node, OWN_CALLS)
-        return own or (relu is not None and not relu.inplace)
+        return node not in self.writes and (own or relu is not None)

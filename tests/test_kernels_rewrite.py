@@ -382,3 +382,15 @@ def test_less_is_alive_at_the_peak(mode: str, monkeypatch: pytest.MonkeyPatch) -
     before, after = (trace_peaks(partial(step, each), present, 1)[0] for each in (model, faster))
 
     assert after < before
+
+
+def test_a_write_to_the_input_before_backward_is_an_error_and_no_wrong_gradient() -> None:
+    """The op reads the small map again, where the original kept a copy of the enlarged one."""
+    faster, _ = rewrite(nn.Sequential(nn.Upsample(scale_factor=4), nn.Conv2d(64, 8, 3)))
+    x = torch.randn(1, 64, 8, 8)
+    loss = faster(x).sum()
+
+    x.zero_()
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
