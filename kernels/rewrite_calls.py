@@ -179,10 +179,9 @@ def _called(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 
 def _pad(x: Any, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:  # noqa: ARG001 - torch's signature
-    """Pad by nothing, or crop, which is to pad by less."""
-    if not isinstance(x, Enlarged) or len(pad) not in (2, 4) or any(each > 0 for each in pad):
-        return NotImplemented
-    if mode != "constant" and (len(pad) == 2 or any(pad)):  # noqa: PLR2004 - columns alone
+    """Pad by nothing, or crop, which is to pad by less, in any mode; only constants pad columns alone."""
+    lengths = (2, 4) if mode == "constant" else (4,)
+    if not isinstance(x, Enlarged) or len(pad) not in lengths or any(each > 0 for each in pad):
         return NotImplemented
     left, right, top, bottom = (*(-each for each in pad), 0, 0)[:4]
     height, width = x.window[2] - top - bottom, x.window[3] - left - right
@@ -215,24 +214,27 @@ def _convolve(
     taken = [_taken(each, weight, pad) for each in parts]
     if not any(taken):
         return NotImplemented
-    weights = weight.split([each.shape[1] for each in parts], 1)
-    dtype = computing_type(weight)
+    shares = list(zip(parts, weight.split([each.shape[1] for each in parts], 1), taken, strict=True))
     result = None
     if not all(taken):
-        rest = [(_made(each), own) for each, own, tap in zip(parts, weights, taken, strict=True) if not tap]
+        rest = [(_made(each), own) for each, own, tap in shares if not tap]
         read, over = (each[0] if len(each) == 1 else torch.cat(each, 1) for each in zip(*rest, strict=True))
         result = functional.conv2d(read, over, bias, padding=pad)
         del rest, read
-    for each, own, tap in zip(parts, weights, taken, strict=True):
+    for each, own, tap in shares:
         if tap:
-            assert isinstance(each, Enlarged)
-            added = None if result is not None or bias is None else bias.to(dtype)
-            term = tap_first(
-                each.x.to(dtype), own.to(dtype), added, factor=each.factor, mode=each.mode,
-                align_corners=each.align_corners, padding=pad, window=each.window,
-            )  # fmt: skip
+            term = _tap_first(each, own, bias if result is None else None, pad)
             result = term if result is None else result.add_(term)
     return result
+
+
+def _tap_first(map_: Any, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+    """Call the op in the type that PyTorch's convolution would compute in."""
+    dtype = computing_type(weight)
+    return tap_first(
+        map_.x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), factor=map_.factor,
+        mode=map_.mode, align_corners=map_.align_corners, padding=padding, window=map_.window,
+    )  # fmt: skip
 
 
 def unsuited(kernel: Sequence[int], stride: Any, padding: Any, dilation: Any, groups: int) -> str:

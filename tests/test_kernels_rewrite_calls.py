@@ -122,7 +122,7 @@ PADS = st.lists(st.integers(-4, 2), min_size=2, max_size=4).filter(lambda pad: l
 
 
 @settings(max_examples=100)
-@given(PADS, st.sampled_from(("constant", "replicate")), st.floats(0, 1))
+@given(PADS, st.sampled_from(("constant", "replicate", "reflect", "circular")), st.floats(0, 1))
 def test_pads_are_those_of_a_tensor(pad: list[int], mode: str, value: float) -> None:
     """Less than nothing crops; anything else is PyTorch's."""
     x = small()
@@ -134,6 +134,12 @@ def test_pads_are_those_of_a_tensor(pad: list[int], mode: str, value: float) -> 
 
     expected = functional.pad(functional.interpolate(x, scale_factor=2), pad, mode=mode, **more)
     assert torch.equal(result.made() if isinstance(result, Enlarged) else result, expected)
+
+
+def test_a_pad_that_pytorch_does_not_take_fails_in_its_words() -> None:
+    """Also one that would do nothing."""
+    with pytest.raises(NotImplementedError, match="Padding size 2 is not supported"):
+        functional.pad(enlarge(small(), scale_factor=2), (0, 0), mode="replicate")
 
 
 def _normed(x: Any) -> Tensor:
