@@ -11,7 +11,15 @@ from dataclasses import dataclass
 
 from skipcost.unet_models.spec import check_flag, check_integer, suggest
 
-OPS = ("conv_bn_relu", "conv_bn_relu_pool", "concat_conv_bn_relu", "conv_bn_relu_train", "up_conv", "crop_concat")
+OPS = (
+    "conv_bn_relu",
+    "conv_bn_relu_pool",
+    "concat_conv_bn_relu",
+    "conv_bn_relu_train",
+    "up_conv",
+    "tap_first",
+    "crop_concat",
+)
 MERGING = ("concat_conv_bn_relu", "conv_bn_relu_train", "crop_concat")  # the ops that read more than one map
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 MODES = ("inference", "training")
@@ -20,7 +28,8 @@ AFFINE_BYTES = 8  # scale and shift of a channel, in fp32
 
 _KEY = re.compile(
     r"(?P<op>\w+) n(?P<batch>\d+) (?P<sources>\d+x\d+x\d+(?:\+\d+x\d+x\d+)*)(?:>(?P<out_channels>\d+))?"
-    r"(?: k(?P<kernel>\d+) p(?P<padding>\d+)(?P<relu> relu)?)? (?P<precision>\w+) (?P<mode>\w+)"
+    r"(?: k(?P<kernel>\d+) p(?P<padding>\d+)(?P<relu> relu)?)?(?: x(?P<factor>\d+))?"
+    r" (?P<precision>\w+) (?P<mode>\w+)"
 )
 
 
@@ -30,8 +39,9 @@ class Call:
 
     sources: (C, H, W) of every map that is read, in order, before it is cropped to the smallest of them.
     out_channels: 0 for crop_concat, whose result has those of its sources. mode: "training" where gradients will be
-    asked for. Fields that an op has no use for are put into one form, so that equal work has one key: a crop_concat
-    has kernel 0, an up_conv is always kernel 2 with stride 2, neither has padding or ReLU.
+    asked for. factor: by which tap_first's convolution sees the map up-sampled, bilinear. Fields that an op has no use
+    for are put into one form, so that equal work has one key: a crop_concat has kernel 0, an up_conv is always kernel 2
+    with stride 2, neither has padding or ReLU, a tap_first has no ReLU, and factor is 1 for all others.
     ValueError where no kernel could be asked for that.
     """
 
@@ -44,6 +54,7 @@ class Call:
     relu: bool = True
     precision: str = "bf16"
     mode: str = "inference"
+    factor: int = 1
 
     def __post_init__(self) -> None:
         """Check each field, then the combination."""
@@ -55,7 +66,12 @@ class Call:
         if self.op in ("crop_concat", "up_conv"):
             for name, value in (("kernel", 2 if self.op == "up_conv" else 0), ("padding", 0), ("relu", False)):
                 object.__setattr__(self, name, value)
+        if self.op == "tap_first":
+            check_integer("factor", self.factor, 1, LARGEST)
+            object.__setattr__(self, "relu", False)
         else:
+            object.__setattr__(self, "factor", 1)
+        if self.op not in ("crop_concat", "up_conv"):
             self._check_convolution()
         check_integer("out_channels", self.out_channels, *((0, 0) if self.op == "crop_concat" else (1, LARGEST)))
 
@@ -107,7 +123,7 @@ class Call:
         if self.op == "up_conv":
             return 2 * height, 2 * width
         lost = self.kernel - 1 - 2 * self.padding if self.kernel else 0
-        return height - lost, width - lost
+        return height * self.factor - lost, width * self.factor - lost
 
     @property
     def weights(self) -> int:
@@ -116,7 +132,7 @@ class Call:
 
     @property
     def macs(self) -> int:
-        """Multiply-adds of the forward pass, for the whole batch."""
+        """Multiply-adds of the forward pass, for the whole batch; of tap_first those over the up-sampled map."""
         height, width = self.window if self.op == "up_conv" else self.out_size
         return self.batch * self.weights * height * width
 
@@ -142,6 +158,8 @@ class Call:
             text += f">{self.out_channels}"
         if self.op not in ("crop_concat", "up_conv"):
             text += f" k{self.kernel} p{self.padding}" + " relu" * self.relu
+        if self.op == "tap_first":
+            text += f" x{self.factor}"
         return f"{text} {self.precision} {self.mode}"
 
     @classmethod
@@ -154,7 +172,7 @@ class Call:
             )
             raise ValueError(message)
         sources = tuple(_size(text) for text in found["sources"].split("+"))
-        numbers = {name: int(found[name]) for name in ("kernel", "padding") if found[name] is not None}
+        numbers = {name: int(found[name]) for name in ("kernel", "padding", "factor") if found[name] is not None}
         call = cls(
             op=found["op"],
             batch=int(found["batch"]),

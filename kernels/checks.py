@@ -157,6 +157,31 @@ def check_buffer(x: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor,
         raise ValueError(message)
 
 
+def check_result_buffer(
+    op: str, size: Sequence[int], inputs: Sequence[Tensor | None], buffer: Tensor, channel: int
+) -> None:
+    """Refuse a buffer that a result of `size` = (N, O, H, W) does not fit, and one that nothing may be written to.
+
+    inputs: the op's other tensors, the map first.
+    """
+    x = inputs[0]
+    assert x is not None
+    check_maps(op, [x, buffer])
+    name = f"the buffer of {op} has shape {tuple(buffer.shape)}"
+    if channel < 0 or channel + size[1] > buffer.shape[1]:
+        message = f"{name}: {size[1]} channels from channel {channel} on do not fit; give it more channels"
+        raise ValueError(message)
+    if buffer.shape[2:] != tuple(size[2:]):
+        message = f"{name}: the result has {size[2]}x{size[3]} pixels, and so must the buffer"
+        raise ValueError(message)
+    if any(stride == 0 and extent > 1 for stride, extent in zip(buffer.stride(), buffer.shape, strict=True)):
+        message = f"{name} and strides {buffer.stride()}: nothing may be repeated in what is written to; make it whole"
+        raise ValueError(message)
+    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (*inputs, buffer)):
+        message = f"{op} has no gradient, but an argument requires one: use the op that returns its result, or no_grad"
+        raise ValueError(message)
+
+
 def output_size(maps: Sequence[Tensor], side: int, padding: int) -> tuple[int, int]:
     """Height and width of a convolution over maps that are cropped to the smallest of them."""
     shrink = side - 1 - 2 * padding

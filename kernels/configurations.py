@@ -14,6 +14,7 @@ from math import gcd
 from skipcost.kernels.calls import OPS, Call
 from skipcost.kernels.network_calls import network_calls
 from skipcost.kernels.tiles import CANDIDATES, FEW_CHANNELS, Need, Tile, tile_for
+from skipcost.unet_models.geometry import sizes
 from skipcost.unet_models.spec import ModelSpec, check_integer, suggest
 
 LIBRARIES = ("reference", "cudnn")  # implementations that are PyTorch's own; all others are ours
@@ -27,7 +28,7 @@ FAMILY = tuple(f"{variant}/d4/w64/concat/in_channels=3/bias=false" for variant i
 VALID = "unet/d4/w64/concat/padding=valid/norm=none"
 NETWORKS = (*(f"{label}@512" for label in FAMILY), f"{VALID}@572")
 # For Triton's interpreter, which takes 10 ms for what a GPU does in one step: one of each op, ragged and cropped.
-TINY = ("unet/d1/w16/concat/in_channels=3@14", f"{VALID.replace('d4/w64', 'd1/w16')}@24")
+TINY = ("unet/d1/w16/concat/in_channels=3@14", f"{VALID.replace('d4/w64', 'd1/w16')}@24", "unet3+/d1/w8/concat@6")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +41,29 @@ class Setting:
     mode: str
 
     def calls(self, precision: str) -> list[Call]:
-        """Everything that the network may ask of the kernels: behind each merge also what it takes to concatenate."""
+        """Everything that the network may ask of the kernels: behind each merge also what it takes to concatenate.
+
+        And what it asks for under `backend=rewritten`, where a convolution follows an up-sampled map.
+        """
         size = self.size
         asked = [call for _, call in network_calls(self.spec, self.batch, size, size, self.mode, precision)]
-        return [each for call in asked for each in (call, *_concatenated(call))]
+        return [*(each for call in asked for each in (call, *_concatenated(call))), *self._up_sampled(precision)]
+
+    def _up_sampled(self, precision: str) -> list[Call]:
+        """Return the convolutions that read nothing but a map that was up-sampled bilinearly, as UNet 3+ has them."""
+        network = self.spec.graph()
+        source = sizes(network, self.size, self.size)[0].edges
+        padding = 0 if network.padding == "valid" else 1
+        made = []
+        for edge in network.edges:
+            if edge.conv and edge.shift > 0 and edge.mode == "bilinear":
+                side = source[edge.name].source
+                call = Call(
+                    "tap_first", self.batch, ((edge.in_channels, side, side),), edge.conv.out_channels,
+                    padding=padding, precision=precision, mode=self.mode, factor=1 << edge.shift,
+                )  # fmt: skip
+                made.append(call)
+        return made
 
 
 def _concatenated(call: Call) -> list[Call]:

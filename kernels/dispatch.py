@@ -18,6 +18,7 @@ TRITON_SHARE = 0.74 * CUDNN_SHARE  # the best published Triton convolution again
 MARGIN = 0.05  # a predicted win must be this large: the prediction is no better than that
 ALIGNED = 16  # channels: what Triton knows of a stride, or nothing, and the least depth of a product
 WIDE_LOAD = 8  # elements of 16 bits in 16 bytes: fewer channels in a row are loaded one by one
+TAP_MACS = 44  # in fp32 for each output of tap_first: 12 in rows, 32 in columns; at factor 2 the most
 VALUE_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {  # by op, what can run it; the first is what a card is judged against
     "conv_bn_relu": ("cudnn", "tma", "triton"),
@@ -25,6 +26,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {  # by op, what can run it; the f
     "concat_conv_bn_relu": ("cudnn", "tma", "triton"),
     "conv_bn_relu_train": ("cudnn", "triton", "reference"),
     "up_conv": ("reference", "triton"),
+    "tap_first": ("reference", "triton"),
     "crop_concat": ("reference", "triton"),
 }
 
@@ -105,7 +107,7 @@ def choose(call: Call, card: Card | None) -> Choice:
 
 def why_not(call: Call, name: str, card: Card) -> str:
     """Say why an implementation cannot run a call on a card, or never should; empty where it may."""
-    if name not in ("triton", "tma") or call.op in ("up_conv", "crop_concat"):
+    if name not in ("triton", "tma") or call.op in ("up_conv", "tap_first", "crop_concat"):
         return ""
     if call.precision == "fp32":
         return "full 32-bit products run without tensor cores"
@@ -123,10 +125,28 @@ def predict(call: Call, name: str, card: Card) -> float:
 
     Each tensor is read and written once per kernel; what a small map keeps in the L2 cache is not taken off.
     """
+    if call.op == "tap_first":
+        return _predict_tap_first(call, name, card)
     ours = name in ("triton", "tma")
     rate = card.matrix_rate(call.precision) * (TRITON_SHARE if ours else CUDNN_SHARE)
     product = max(2 * call.macs / rate, call.bytes / card.copy_bytes_per_s)
     return product + (0 if ours else extra_bytes(call, name) / card.copy_bytes_per_s)
+
+
+def _predict_tap_first(call: Call, name: str, card: Card) -> float:
+    """Return seconds of a convolution over an up-sampled map: its product, and what is written and read beside it.
+
+    Both products are a library's. The reference forms the up-sampled map; ours the tap maps, and adds them up in fp32.
+    """
+    (height, width), (rows, columns) = call.window, call.out_size
+    pixels = call.batch * height * width
+    rate = card.matrix_rate(call.precision) * CUDNN_SHARE
+    if name == "reference":
+        product, extra = call.macs, call.in_channels * pixels * call.factor**2 * VALUE_BYTES[call.precision]
+        return max(2 * product / rate, call.bytes / card.copy_bytes_per_s) + 2 * extra / card.copy_bytes_per_s
+    product, taps = call.weights * pixels, call.kernel**2 * call.out_channels * pixels * VALUE_BYTES["fp32"]
+    sums = 2 * TAP_MACS * call.batch * call.out_channels * rows * columns / card.plain_flop_per_s
+    return 2 * product / rate + max(sums, (call.bytes + 2 * taps) / card.copy_bytes_per_s)
 
 
 def extra_bytes(call: Call, name: str) -> float:
@@ -142,12 +162,14 @@ def extra_bytes(call: Call, name: str) -> float:
         extra += full
     if call.op == "conv_bn_relu_train":  # statistics, normalize: three passes; eager's ReLU two more
         extra += (5 if name == "reference" else 3) * full
-    elif name == "reference" and call.op not in ("up_conv", "crop_concat"):
+    elif name == "reference" and call.op not in ("up_conv", "tap_first", "crop_concat"):
         extra += 4 * full
     return extra
 
 
 def _saving(call: Call) -> str:
+    if call.op == "tap_first":
+        return f"multiplies channels on a map of 1/{call.factor**2} of the pixels"
     megabytes = extra_bytes(call, "cudnn") / 1e6
     return f"saves {megabytes:.3g} MB of traffic" if megabytes else "reads few channels better"
 
@@ -159,10 +181,11 @@ def _why_first(call: Call, first: str, card: Card, guessed: dict[str, float]) ->
         if name == "reference":
             continue
         if not (reason := why_not(call, name, card)):
-            reason = "there is no pass over memory to save"
-            if extra_bytes(call, first):
-                ratio, need = guessed[first] / guessed[name], _break_even(call, card)
-                reason = f"{ratio:.2f}x of {first}; wins from {need:.0%} of cuDNN's rate on"
+            ratio, reason = guessed[first] / guessed[name], "there is no pass over memory to save"
+            if call.op == "tap_first":
+                reason = f"{ratio:.2f}x of {first}: tap maps in fp32, written and read"
+            elif extra_bytes(call, first):
+                reason = f"{ratio:.2f}x of {first}; wins from {_break_even(call, card):.0%} of cuDNN's rate on"
         reasons.setdefault(reason, []).append(name)
     return "; ".join(f"{' and '.join(names)}: {reason}" for reason, names in reasons.items())
 

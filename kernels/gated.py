@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipcost.kernels import batch_norm, conv_bn_relu, crop_concat, up_conv
+from skipcost.kernels import batch_norm, conv_bn_relu, crop_concat, tap_upsample_add, up_conv
 from skipcost.kernels.calls import Call
 from skipcost.kernels.conv import conv_launch, need_of, statistics_tiles
 from skipcost.kernels.launch import Launch
+from skipcost.kernels.tap_first import axes
 from skipcost.kernels.tiles import Tile, default_tile, tuned_rows
 from skipcost.kernels.weight_gradient import weight_gradient_launches
 
@@ -89,6 +90,19 @@ def _up_conv(size: int, precision: str) -> Launch:
     return _one("up_conv.up_conv", up_conv.launches(x, weight, bias, out, tf32=precision == "tf32"))
 
 
+def _taps(
+    factor: int, precision: str, *, add: bool = False, channels: int = 320, memory_format: torch.memory_format = LAST,
+    batch: int = 1,
+) -> Launch:  # fmt: skip
+    """To 64 channels at 512x512, which are the last of a map of `channels`, as a decoder node of UNet 3+ has them."""
+    low = 512 // factor
+    taps = torch.empty(batch, low, low, 3, 3, 64, device="meta")
+    out = _map(channels, 512, precision, batch=batch, memory_format=memory_format).narrow(1, channels - 64, 64)
+    made = axes((low, low), (3, 3), factor, "bilinear", False, 1, (0, 0, 512, 512))
+    (launch,) = tap_upsample_add.launches(taps, _vector(64, precision), out, made, add=add)
+    return launch
+
+
 def _weight_gradient(
     kernel: str, channels: tuple[int, ...], outputs: int, size: int, precision: str, *, batch: int = BATCH
 ) -> Launch:  # fmt: skip
@@ -149,6 +163,11 @@ GATED: dict[str, Callable[[], Launch]] = {
         for shape, size in UP.items()
         for precision in PRECISIONS
     },
+    **{f"tap_upsample_add/x{factor}/bf16": partial(_taps, factor, "bf16") for factor in (2, 4, 8)},
+    "tap_upsample_add/x2/fp32": partial(_taps, 2, "fp32"),
+    "tap_upsample_add/x2-add/bf16": partial(_taps, 2, "bf16", add=True, channels=64),
+    "tap_upsample_add/x2-nchw/bf16": partial(_taps, 2, "bf16", memory_format=torch.contiguous_format),
+    "tap_upsample_add/x2-wide/bf16": partial(_taps, 2, "bf16", batch=HUGE),
     **{
         f"weight_gradient/{shape}/{precision}": partial(
             _weight_gradient, "weight_gradient_few" if sizes is FIRST else "weight_gradient", *sizes, precision

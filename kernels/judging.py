@@ -60,7 +60,8 @@ def limits_for(device: str, until: float) -> Limits:
 def job_bytes(call: Call) -> int:
     """Estimate what judging a call takes: its maps, and in float64 those of one image, or of two of a whole step."""
     (height, width), (out_height, out_width) = call.window, call.out_size
-    image = call.in_channels * height * width + (call.out_channels or call.in_channels) * out_height * out_width
+    image = call.in_channels * height * width * call.factor**2
+    image += (call.out_channels or call.in_channels) * out_height * out_width
     if call.op == "conv_bn_relu_train":
         return min(call.batch, STEP_IMAGES) * image * 8 * 14
     return call.batch * image * 16 + image * 8 * 8

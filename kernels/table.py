@@ -20,6 +20,7 @@ from skipcost.kernels.conv import pack_weight, why_not_few
 from skipcost.kernels.crop_concat import crop_concat
 from skipcost.kernels.launch import run
 from skipcost.kernels.prepack import Pack, run_folded
+from skipcost.kernels.tap_first import tap_first
 from skipcost.kernels.tiles import Tile
 from skipcost.unet_models.ops import crop_all
 
@@ -188,6 +189,23 @@ def _up_conv_errors(given: Operands, results: Results, ours: bool) -> dict[str, 
     return {"out": _worst(given, results[0], exact, roundings=0 if ours else 1)}
 
 
+def _tap_first(given: Operands, _tile: Tile | None) -> Results:
+    x, weight, bias = given.maps[0], given.weight, given.pack.bias
+    return (tap_first(x, weight, bias, factor=given.call.factor, padding=given.call.padding),)
+
+
+def _tap_first_eager(given: Operands, _tile: Tile | None) -> Results:
+    up = functional.interpolate(given.maps[0], scale_factor=given.call.factor, mode="bilinear")
+    return (functional.conv2d(up, given.weight, given.pack.bias, padding=given.call.padding),)
+
+
+def _tap_first_errors(given: Operands, results: Results, ours: bool) -> dict[str, float]:
+    """PyTorch's way rounds the up-sampled map too."""
+    x, weight, bias, call = given.maps[0], given.weight, given.pack.bias, given.call
+    exact = validate.up_sampled_conv(x, weight, bias, factor=call.factor, padding=call.padding)
+    return {"out": _worst(given, results[0], exact, roundings=0 if ours else 2)}
+
+
 def _crop_concat_errors(given: Operands, results: Results, _ours: bool) -> dict[str, float]:
     return {"out": 0.0 if torch.equal(results[0], given.joined()) else float("inf")}
 
@@ -279,6 +297,12 @@ KERNELS: dict[str, Kernel] = {
         "conv_transpose2d",
         {"reference": _up_conv_eager, "triton": _up_conv},
         _up_conv_errors,
+    ),
+    "tap_first": Kernel(
+        "convolution over an up-sampled map, at low resolution",
+        "interpolate, conv2d",
+        {"reference": _tap_first_eager, "triton": _tap_first},
+        _tap_first_errors,
     ),
     "crop_concat": Kernel(
         "crop and concatenate",

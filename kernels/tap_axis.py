@@ -86,8 +86,12 @@ class Axis:
     @cached_property
     def bands(self) -> tuple[Band, ...]:
         """The matrix in blocks along the output, each of at most BLOCK * factor outputs; every output is in one."""
+        return self.blocks(BLOCK * self.factor)
+
+    def blocks(self, outputs: int) -> tuple[Band, ...]:
+        """Return the same in blocks of so many outputs, of which the last may have fewer."""
         out, tap, pixel, weight = self._entries()
-        return _blocks(out, tap, pixel, weight, (self.output, BLOCK * self.factor, self.kernel))
+        return _blocks(out, tap, pixel, weight, (self.output, outputs, self.kernel))
 
     @cached_property
     def adjoint_bands(self) -> tuple[Band, ...]:
@@ -95,15 +99,24 @@ class Axis:
         out, tap, pixel, weight = self._entries()
         return _blocks(pixel, tap, out, weight, (self.extent, BLOCK, self.kernel))
 
-    def _entries(self) -> tuple[Integers, Integers, Integers, Reals]:
-        """Every (output, tap, pixel) with a weight that is not zero by construction; weights of equal ones add up."""
-        out, tap = (each.ravel() for each in np.mgrid[: self.output, : self.kernel])
+    @cached_property
+    def reads(self) -> tuple[Integers, Reals]:
+        """The two pixels that each tap of each output reads, and their weights: (output, kernel, 2).
+
+        Both weights of a tap outside of the up-sampled map are 0; then the pixel may be any.
+        """
+        out, tap = np.mgrid[: self.output, : self.kernel]
         read = out + tap - self.padding
         inside = (read >= 0) & (read < self.length)
-        out, tap = out[inside], tap[inside]
-        low, high, share = self._sources(read[inside] + self.start)
-        twice = [np.concatenate(pair) for pair in ((out, out), (tap, tap), (low, high))]
-        return twice[0], twice[1], twice[2], np.concatenate((1 - share, share))
+        low, high, share = self._sources(np.clip(read, 0, self.length - 1) + self.start)
+        weights = np.stack((1 - share, share), -1) * inside[..., None]
+        return np.stack((low, high), -1), weights
+
+    def _entries(self) -> tuple[Integers, Integers, Integers, Reals]:
+        """Every (output, tap, pixel) with its weight; weights of equal ones add up."""
+        pixels, weights = self.reads
+        out, tap, _ = np.indices(pixels.shape)
+        return out.ravel(), tap.ravel(), pixels.ravel(), weights.ravel()
 
     def _sources(self, up: Integers) -> tuple[Integers, Integers, Reals]:
         """Return the two pixels that pixels of the up-sampled map lie between, and the share of the second.
@@ -113,7 +126,7 @@ class Axis:
         """
         if self.mode == "nearest":
             low = up // self.factor
-            return low, low, np.zeros(len(up))
+            return low, low, np.zeros(up.shape)
         if self.align_corners:
             at = up.astype(np.float64) * ((self.extent - 1) / max(1, self.extent * self.factor - 1))
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ SMALLEST = {torch.float64: 2.0**-1074, torch.float32: 2.0**-149, torch.float16: 
 TF32 = 2.0**-9  # of a product: tensor cores cut both operands to 10 bits of mantissa, each by less than 2**-10
 ORDER = 3.0  # K positive numbers added one after the other in float32 erred by up to 1.06 * sqrt(K) units
 EXTRA_TERMS = 4  # beside the products: scale, shift, and the rounding of each
+TWO_MEANS = 24  # beside them where taps are added up last: 3 taps of 2 rows, 3 of 2 columns, each with a rounded weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,25 @@ def up_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Exact:
     value = functional.conv_transpose2d(x, weight, bias, stride=2)
     magnitude = functional.conv_transpose2d(x.abs(), weight.abs(), None if bias is None else bias.abs(), stride=2)
     return Exact(value, magnitude, len(weight) + EXTRA_TERMS)
+
+
+@torch.no_grad()
+def up_sampled_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
+    factor: int, padding: int, window: Sequence[int] | None = None, **interpolation: Any,
+) -> Exact:  # fmt: skip
+    """Convolution over x (N, C, h, w), up-sampled as `interpolation` says and cut to (top, left, height, width)."""
+    options = {"mode": "bilinear", **interpolation}
+
+    def computed(change: Callable[[Tensor], Tensor]) -> Tensor:
+        up = functional.interpolate(change(x.double()), scale_factor=factor, **options)
+        top, left, height, width = window or (0, 0, *up.shape[2:])
+        up = up[:, :, top : top + height, left : left + width]
+        return functional.conv2d(
+            up, change(weight.double()), None if bias is None else change(bias.double()), padding=padding
+        )
+
+    return Exact(computed(lambda each: each), computed(torch.abs), weight[0].numel() + EXTRA_TERMS + TWO_MEANS)
 
 
 def gradients(

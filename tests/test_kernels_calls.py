@@ -38,6 +38,7 @@ def calls(draw: st.DrawFn) -> Call:
         draw(st.booleans()),
         draw(st.sampled_from(PRECISIONS)),
         draw(st.sampled_from(MODES)),
+        draw(st.integers(1, 32)),
     )
 
 
@@ -53,10 +54,12 @@ def test_keys_read_as_they_are_documented() -> None:
     concat = Call("concat_conv_bn_relu", 1, ((64, 568, 568), (64, 392, 392)), 64, padding=0)
     up = Call("up_conv", 8, ((128, 16, 16),), 64, mode="training")
     merge = Call("crop_concat", 8, ((64, 9, 9), (64, 8, 8)), 0, precision="fp32")
+    low = Call("tap_first", 1, ((320, 32, 32),), 64, factor=16)
 
     assert concat.key == "concat_conv_bn_relu n1 64x568x568+64x392x392>64 k3 p0 relu bf16 inference"
     assert up.key == "up_conv n8 128x16x16>64 bf16 training"
     assert merge.key == "crop_concat n8 64x9x9+64x8x8 fp32 inference"
+    assert low.key == "tap_first n1 320x32x32>64 k3 p1 x16 bf16 inference"
 
 
 @pytest.mark.parametrize("op", ["crop_concat", "up_conv"])
@@ -65,7 +68,7 @@ def test_fields_without_a_use_make_no_second_call(op: str) -> None:
     channels = 0 if op == "crop_concat" else 4
 
     plain = Call(op, 1, ((8, 6, 6),), channels)
-    dressed = Call(op, 1, ((8, 6, 6),), channels, kernel=1, padding=0, relu=False)
+    dressed = Call(op, 1, ((8, 6, 6),), channels, kernel=1, padding=0, relu=False, factor=2)
 
     assert plain == dressed
 
@@ -90,6 +93,7 @@ def test_fields_without_a_use_make_no_second_call(op: str) -> None:
         ({"out_channels": 0}, "out_channels=0 is not a whole number from 1"),
         ({"sources": ((3, 2, 9),), "padding": 0}, "of a 2x9 map with kernel=3 and padding=0 has no pixel"),
         ({"op": "crop_concat"}, "out_channels=5 is not a whole number from 0 to 0"),
+        ({"op": "tap_first", "factor": 0}, "factor=0 is not a whole number from 1"),
     ],
 )
 def test_a_call_that_no_kernel_could_run_is_refused(changed: dict[str, Any], message: str) -> None:
@@ -107,6 +111,8 @@ def test_a_call_that_no_kernel_could_run_is_refused(changed: dict[str, Any], mes
         "conv_bn_relu n1 64x8x8>64 k3 p1 relu bf16 inference\n",
         "conv_bn_relu n01 64x8x8>64 k3 p1 relu bf16 inference",  # two texts of one call would be two calls in a table
         "up_conv n1 64x8x8>64 k2 p0 bf16 inference",
+        "tap_first n1 64x8x8>64 k3 p1 bf16 inference",
+        "conv_bn_relu n1 64x8x8>64 k3 p1 relu x2 bf16 inference",
     ],
 )
 def test_what_is_no_key_is_refused(text: str) -> None:
@@ -118,12 +124,14 @@ def test_what_is_no_key_is_refused(text: str) -> None:
 def test_macs_and_sizes_are_those_of_pytorchs_convolutions() -> None:
     """PyTorch's own count of each op's convolution, a MAC being two of its operations, and its result's size."""
     x = torch.empty(2, 6, 9, 7, device="meta")
+    up = nn.Upsample(scale_factor=4, mode="bilinear")
     layers = {
         Call("conv_bn_relu", 2, ((6, 9, 7),), 5): nn.Conv2d(6, 5, 3, padding=1),
         Call("conv_bn_relu", 2, ((6, 9, 7),), 5, padding=0): nn.Conv2d(6, 5, 3),
         Call("conv_bn_relu", 2, ((6, 9, 7),), 5, kernel=1, padding=0): nn.Conv2d(6, 5, 1),
         Call("concat_conv_bn_relu", 2, ((2, 11, 7), (4, 9, 8)), 5): nn.Conv2d(6, 5, 3, padding=1),
         Call("up_conv", 2, ((6, 9, 7),), 5): nn.ConvTranspose2d(6, 5, 2, stride=2),
+        Call("tap_first", 2, ((6, 9, 7),), 5, padding=0, factor=4): nn.Sequential(up, nn.Conv2d(6, 5, 3)),
     }
     for call, layer in layers.items():
         with FlopCounterMode(display=False) as counter:
@@ -131,7 +139,7 @@ def test_macs_and_sizes_are_those_of_pytorchs_convolutions() -> None:
 
         assert call.macs * 2 == counter.get_total_flops()
         assert call.out_size == result.shape[-2:]
-        assert call.weights == layer.weight.numel()
+        assert call.weights == next(layer.parameters()).numel()
 
 
 def test_compulsory_bytes_are_each_map_once() -> None:
@@ -143,6 +151,7 @@ def test_compulsory_bytes_are_each_map_once() -> None:
     assert Call("conv_bn_relu_pool", 1, ((3, 5, 4),), 5, **same).bytes == 2 * (8 * 20 + 5 * 4 + 15) + 40
     assert Call("crop_concat", 1, ((3, 9, 4), (2, 4, 9)), 0).bytes == 2 * 2 * 5 * 16
     assert Call("up_conv", 1, ((3, 4, 4),), 5).bytes == 2 * (3 * 16 + 5 * 64 + 60) + 40
+    assert Call("tap_first", 1, ((3, 4, 4),), 5, factor=4).bytes == 2 * (3 * 16 + 5 * 256 + 135) + 40
 
 
 @pytest.mark.parametrize("mode", MODES)

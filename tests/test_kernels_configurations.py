@@ -116,6 +116,18 @@ def test_a_merge_is_also_checked_as_a_concatenation() -> None:
     assert Call("conv_bn_relu", 1, ((virtual.in_channels, *virtual.window),), virtual.out_channels) in found
 
 
+def test_convolutions_of_up_sampled_maps_are_checked_at_low_resolution() -> None:
+    """Every edge of UNet 3+ that up-samples, from the map as it is; none where a transposed convolution does."""
+    found = distinct(calls_of((f"{FAMILY[2]}@512",)), ("tap_first",))
+
+    deepest = [
+        call for call in found if call.sources == ((1024, 32, 32),) and (call.batch, call.mode) == (1, "inference")
+    ]
+    assert sorted(call.factor for call in deepest) == [2, 4, 8, 16]
+    assert {(call.out_channels, call.kernel, call.padding) for call in found} == {(64, 3, 1)}
+    assert not distinct(calls_of((f"{FAMILY[0]}@64",)), ("tap_first",))
+
+
 def test_each_call_comes_once_and_only_if_its_op_is_asked_for() -> None:
     """Networks share most of their calls."""
     found = distinct((call for each in settings(NETWORKS, BATCHES) for call in each.calls("bf16")), ("up_conv",))

@@ -113,6 +113,7 @@ def test_every_call_of_the_family_has_a_reason(call: Call) -> None:
         (replace(PLAIN, sources=((3, 64, 64),)), "triton", H200, ""),
         (replace(PLAIN, sources=((3, 64, 64),)), "tma", H200, "16 does not divide"),
         (Call("crop_concat", 1, ((5, 9, 9), (3, 7, 7)), 0), "triton", H200, ""),
+        (Call("tap_first", 1, ((5, 9, 9),), 3, precision="fp32", factor=2), "triton", H200, ""),
     ],
 )
 def test_what_cannot_run_says_why(call: Call, name: str, card: Card, reason: str) -> None:
@@ -227,3 +228,27 @@ def test_a_size_that_is_none_is_refused() -> None:
     """One sentence says how sizes are written."""
     with pytest.raises(ValueError, match="--size '5a' is not a size: write 512, or 480x640"):
         main(["unet/d1/w8/concat", "--size", "5a"])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
+def test_convolutions_of_enlarged_maps_gain_more_the_larger_the_factor(precision: str) -> None:
+    """UNet 3+'s edges to 512x512: 320 channels, x2 to x8; of few channels, the tap maps are more than they save."""
+    edges = [Call("tap_first", 1, ((320, 512 // f, 512 // f),), 64, precision=precision, factor=f) for f in (2, 4, 8)]
+
+    gains = [predict(each, "reference", H200) / predict(each, "triton", H200) for each in edges]
+    few = choose(Call("tap_first", 1, ((4, 256, 256),), 64, precision=precision, factor=2), H200)
+
+    assert 1 < gains[0] < gains[1] < gains[2]
+    assert choose(edges[2], H200).why.startswith("multiplies channels on a map of 1/64 of the pixels: ")
+    assert few.implementation == "reference"
+    assert few.why.endswith("x of reference: tap maps in fp32, written and read")
+
+
+def test_tap_maps_are_counted_twice_beside_the_compulsory_bytes() -> None:
+    """Where sums and products are nothing beside the bytes, these alone are the prediction."""
+    call = Call("tap_first", 2, ((4, 64, 64),), 8, factor=2)
+    card = replace(H200, plain_flop_per_s=1e30, matrix_flop_per_s=1e30)
+
+    seconds = predict(call, "triton", card)
+
+    assert seconds * card.copy_bytes_per_s == pytest.approx(call.bytes + 2 * 2 * 64 * 64 * 9 * 8 * 4)

@@ -65,7 +65,14 @@ def one_off(image: int) -> Doctor:
 
 
 @pytest.mark.parametrize(
-    "call", [CALL, STEP, Call("up_conv", 2, ((4, 6, 5),), 3), Call("crop_concat", 2, ((4, 6, 5), (3, 5, 6)), 0)]
+    "call",
+    [
+        CALL,
+        STEP,
+        Call("up_conv", 2, ((4, 6, 5),), 3),
+        Call("tap_first", 2, ((4, 6, 5),), 3, factor=4),
+        Call("crop_concat", 2, ((4, 6, 5), (3, 5, 6)), 0),
+    ],
 )
 def test_the_reference_passes(call: Call) -> None:
     """PyTorch itself is within the bound, so the bound is no fiction."""

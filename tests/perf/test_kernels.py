@@ -16,7 +16,7 @@ def call_of(op: str) -> Call:
     """A small call of an op, in 32 bits: what a decoder node at 64x64 asks for."""
     sources = (SOURCE, SOURCE) if op in MERGING else (SOURCE,)
     mode = MODES[op.endswith("train")]
-    return Call(op, 2, sources, 0 if op == "crop_concat" else 16, precision="fp32", mode=mode)
+    return Call(op, 2, sources, 0 if op == "crop_concat" else 16, precision="fp32", mode=mode, factor=2)
 
 
 @pytest.mark.parametrize("op", KERNELS)
