@@ -80,7 +80,7 @@ def _executed_macs(case: Case, _budget: Budget) -> list[Result]:
         return _ok("executed_macs", case.batch * case.graph().conv_macs(case.height, case.width))
     from skipcost.kernels.tap_choice import executed_macs  # noqa: PLC0415 - numpy, for this row alone
 
-    where = {"precision": case.precision, "device": case.device}
+    where = {"precision": case.precision, "device": case.device, "mode": case.mode}
     return _ok("executed_macs", executed_macs(case.graph(), case.height, case.width, batch=case.batch, **where))
 
 

@@ -26,6 +26,7 @@ def rewritings_command(
     size: SIZE = "512",
     batch: int = 1,
     precision: Annotated[str, typer.Option(help=", ".join(CHOICES["precision"]))] = "fp32",
+    mode: Annotated[str, typer.Option(help=", ".join(CHOICES["mode"]))] = "inference",
     device: Annotated[str, typer.Option(help="whose rates are counted with: " + ", ".join(CHOICES["device"]))] = "cpu",
     as_json: JSON = False,  # noqa: FBT002 - a flag of the command line
 ) -> None:
@@ -33,7 +34,7 @@ def rewritings_command(
     height, width = parse_size(size)
     try:
         spec = ModelSpec.parse(label)
-        case = Case(spec, batch, height, width, precision=precision, device=device, backend="rewritten")
+        case = Case(spec, batch, height, width, mode, precision, device=device, backend="rewritten")
         facts = facts_of(case)
     except ValueError as error:
         raise BenchError(str(error)) from None
@@ -42,7 +43,7 @@ def rewritings_command(
 
 def facts_of(case: Case) -> dict[str, Any]:
     """Everything that the command shows, as JSON values, for the whole batch; ValueError where a map would vanish."""
-    graph, where = case.graph(), {"precision": case.precision, "device": case.device}
+    graph, where = case.graph(), {"precision": case.precision, "device": case.device, "mode": case.mode}
     made = rewritings(graph, case.height, case.width, batch=case.batch, **where)
     return {
         "label": case.spec.label,
@@ -51,7 +52,7 @@ def facts_of(case: Case) -> dict[str, Any]:
         **where,
         "conv_macs": case.batch * graph.conv_macs(case.height, case.width),
         "executed_macs": executed_macs(graph, case.height, case.width, batch=case.batch, **where),
-        "edges": [{"edge": each.edge, **asdict(each.choice)} for each in made],
+        "edges": [{"edge": each.edge, "form": each.form, **asdict(each.choice)} for each in made],
     }
 
 
@@ -60,7 +61,8 @@ def print_rewritings(facts: dict[str, Any], console: Console) -> None:
     ratio = facts["conv_macs"] / facts["executed_macs"]
     console.print(
         f"[bold]{facts['label']}[/bold]  {facts['input'][0]}x{facts['input'][1]}, batch {facts['batch']}, "
-        f"{facts['precision']} on {facts['device']}: {figures.text(facts['conv_macs'], 'macs')} as defined, "
+        f"{facts['mode']} in {facts['precision']} on {facts['device']}: "
+        f"{figures.text(facts['conv_macs'], 'macs')} as defined, "
         f"{figures.text(facts['executed_macs'], 'macs')} as rewritten ({ratio:.2f}x less)"
     )
     if not facts["edges"]:
@@ -69,13 +71,13 @@ def print_rewritings(facts: dict[str, Any], console: Console) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("edge", no_wrap=True)
     table.add_column("form", no_wrap=True)
-    for name in ("MACs direct", "tap-first", "bytes direct", "tap-first"):
+    for name in ("MACs direct", "at low res.", "bytes direct", "at low res."):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("why", ratio=1)
     for each in facts["edges"]:
         table.add_row(
             each["edge"],
-            "tap-first" if each["taken"] else "direct",
+            each["form"],
             *(figures.text(each[name], "macs") for name in ("direct_macs", "tap_macs")),
             *(figures.text(each[name], "bytes") for name in ("direct_bytes", "tap_bytes")),
             each["why"],

@@ -1,8 +1,9 @@
 """`backend=rewritten`: the executor's ops, with convolutions over up-sampled maps computed at low resolution.
 
-Two rows of the reference are replaced: an edge's up-sampling and convolution (`tap_first`), and a node's convolution
-over a concatenation with an up-sampled map (`split_concat`). Every call counts both forms and takes the cheaper
-(`tap_choice`). The functions are the reference's but for rounding, in inference and training; weights stay as they are.
+Three rows of the reference are replaced: an edge's up-sampling and convolution (`tap_first`), a node's convolution over
+a concatenation with an up-sampled map (`split_concat`), and at inference over one with the map of a transposed
+convolution (`composed_up_conv`). Every call counts both forms and takes the cheaper (`tap_choice`). The functions are
+the reference's but for rounding; parameters and state_dict stay as they are.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from skipcost.kernels.composed_up_conv import composed, composed_up_conv
 from skipcost.kernels.launch import tf32_allowed
 from skipcost.kernels.split_concat import seen_of, split_concat
-from skipcost.kernels.tap_choice import choose
+from skipcost.kernels.tap_choice import choose, choose_composed
 from skipcost.kernels.tap_first import axes, tap_first
 from skipcost.unet_models.ops import REFERENCE, ConvNormAct, Ops
 
@@ -35,7 +37,12 @@ class RewrittenOps:
 
     def ops(self) -> Ops:
         """Return the table to build a network on."""
-        return replace(REFERENCE, up_sample_conv=self.up_sample_conv, up_concat_conv=self.up_concat_conv)
+        return replace(
+            REFERENCE,
+            up_sample_conv=self.up_sample_conv,
+            merge_conv=self.merge_conv,
+            up_concat_conv=self.up_concat_conv,
+        )
 
     def up_sample_conv(self, layer: ConvNormAct, x: Tensor, factor: int, mode: str) -> Tensor:
         """Take the place of `Ops.up_sample_conv`."""
@@ -63,13 +70,50 @@ class RewrittenOps:
         del others
         return _norm_act(layer, held)
 
+    def merge_conv(
+        self, layer: ConvNormAct, maps: list[Tensor], how: str, up: nn.ConvTranspose2d | None
+    ) -> Tensor:  # fmt: skip
+        """Take the place of merging, and up-sampling the last map before, and convolving."""
+        if up is None or how != "concat" or not self._composes(layer, maps, up):
+            if up is not None:
+                maps.append(REFERENCE.up_conv(up, maps.pop()))
+            merged = [REFERENCE.merge(maps, how)]
+            maps.clear()
+            return REFERENCE.conv_norm_act(layer, merged.pop())
+        x, weight, _ = _cast(layer, maps.pop())
+        others = [each.to(x.dtype) for each in maps]
+        maps.clear()
+        made = composed(up, layer.conv, x.dtype)
+        of_maps = weight[:, : weight.shape[1] - up.out_channels]
+        held = [composed_up_conv(others, x, of_maps, made, padding=_padding(layer))]
+        del x
+        return _norm_act(layer, held)
+
+    def _composes(self, layer: ConvNormAct, maps: list[Tensor], up: nn.ConvTranspose2d) -> bool:
+        """Whether the composed form can run and is counted as the cheaper: not for a compiler, nor with gradients."""
+        if torch.compiler.is_compiling() or layer.training or _needs_gradients(maps, layer.conv, up):
+            return False
+        *others, x = maps
+        batch, in_channels, height, width = (int(size) for size in x.shape)
+        if any(each.shape[2] < 2 * height or each.shape[3] < 2 * width for each in others):
+            return False  # the up-sampled map would be cropped
+        size, channels = (height, width), (in_channels, up.out_channels, layer.conv.out_channels)
+        kind, device = self._rates(x)
+        alone = not others
+        choice = choose_composed(size, channels, _padding(layer), batch, kind=kind, device=device, alone=alone)
+        return choice.taken
+
+    def _rates(self, x: Tensor) -> tuple[str, str]:
+        """Return what the rates are filed under, for convolutions of a map: the kind of number, and the device."""
+        kind = "16 bits" if _computing(x).itemsize == 2 else "tf32" if tf32_allowed() else "fp32"  # noqa: PLR2004 - bytes
+        return kind, self.device or ("cuda" if x.is_cuda else "cpu")
+
     def _takes(
         self, layer: ConvNormAct, x: Tensor, factor: int, mode: str, window: tuple[int, int, int, int]
     ) -> bool:  # fmt: skip
         """Whether tap-first is counted as the cheaper form of a call."""
         batch, in_channels, height, width = (int(size) for size in x.shape)
-        device = self.device or ("cuda" if x.is_cuda else "cpu")
-        kind = "16 bits" if _computing(x).itemsize == 2 else "tf32" if tf32_allowed() else "fp32"  # noqa: PLR2004 - bytes
+        kind, device = self._rates(x)
         settings = (factor, mode, False, _padding(layer), tuple(int(each) for each in window))
         channels = in_channels, layer.conv.out_channels
         taken: bool = _taken((height, width), layer.conv.kernel_size, settings, channels, batch, kind, device)
@@ -99,6 +143,11 @@ def _computing(x: Tensor) -> torch.dtype:
     if device in AUTOCAST and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def _needs_gradients(maps: list[Tensor], *layers: nn.Module) -> bool:
+    given = (*maps, *(each for layer in layers for each in layer.parameters()))
+    return torch.is_grad_enabled() and any(each.requires_grad for each in given)
 
 
 def _cast(layer: ConvNormAct, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

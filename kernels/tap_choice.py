@@ -1,8 +1,9 @@
 """Which form a convolution over an up-sampled map takes under `backend=rewritten`, by counting, with the reason.
 
-`choose` decides one call; `rewritings` lists the calls of a network, and `executed_macs` adds up what then runs. The
-rule sees MACs, because bytes and live memory are always in favour of tap-first: it forms no up-sampled map. Arithmetic
-alone, no torch.
+`choose` decides one call over an interpolated map, `choose_composed` one over a transposed convolution's; `rewritings`
+lists the calls of a network, and `executed_macs` adds up what then runs. For tap-first the rule sees MACs, because
+bytes and live memory are always in its favour: it forms no up-sampled map. The composed form does not form it either,
+but keeps weights of its own, so there the rule sees both. Arithmetic alone, no torch.
 """
 
 from __future__ import annotations
@@ -26,14 +27,19 @@ RATES = {
     ("cuda", "tf32"): 7.4,
     ("cuda", "16 bits"): 14.8,
 }
+# A MAC of the composed form, its phases put in place, takes as long as this many of the direct form's: a Xeon with
+# AVX-512 and AMX, small maps of 32x32 and more. fp32: 0.7 (128 channels) to 1.06 (1024); 16 bits: 1.3 to 2.0, where it
+# pays for no network of the suite. GPUs: nobody has measured.
+COMPOSED = {("cpu", "fp32"): 1.1, ("cpu", "tf32"): 1.1, ("cpu", "16 bits"): 1.7}
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
     """Both forms of one call, whole batch: MACs, bytes of maps read and written, and bytes alive beside the input.
 
-    tap_bytes and tap_live_bytes leave out blocks that are used again for the next 16 rows. taken: whether tap-first
-    runs. why: the reason, in numbers.
+    tap_macs, tap_bytes and tap_live_bytes are those of the form at low resolution, which `rewritten` names: tap-first,
+    without blocks that are used again for the next 16 rows, or composed, without the `kept_bytes` of its weights, which
+    stay. taken: whether that form runs. why: the reason, in numbers.
     """
 
     direct_macs: int
@@ -44,11 +50,18 @@ class Choice:
     tap_live_bytes: int
     taken: bool
     why: str
+    rewritten: str = "tap-first"
+    kept_bytes: int = 0
 
     @property
     def macs(self) -> int:
         """MACs of the form that is taken."""
         return self.tap_macs if self.taken else self.direct_macs
+
+    @property
+    def form(self) -> str:
+        """The form that is taken: tap-first, composed or direct."""
+        return self.rewritten if self.taken else "direct"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +70,11 @@ class Rewriting:
 
     edge: str
     choice: Choice
+
+    @property
+    def form(self) -> str:
+        """The form that is taken: tap-first, composed or direct."""
+        return self.choice.form
 
 
 def precision_kind(precision: str) -> str:
@@ -85,26 +103,87 @@ def choose(
     return Choice(direct, products.macs, low + 2 * up + out, low + out, up + out, out, taken, why)
 
 
+def choose_composed(
+    size: tuple[int, int], channels: tuple[int, int, int], padding: int, batch: int = 1, *,
+    kind: str = "fp32", device: str = "cpu", mode: str = "inference", alone: bool = False,
+) -> Choice:  # fmt: skip
+    """Count both forms of a transposed convolution of a map of `size` and the 3x3 convolution behind it.
+
+    channels: in, in between, out. alone: nothing is concatenated with the up-sampled map, so it is not copied. The
+    composed form is taken where it is cheaper, a copy is saved, whose place its phases take, and what it keeps is no
+    larger than the up-sampled map that it does not form: so it takes no more memory.
+    """
+    (height, width), (in_channels, between, out_channels) = size, channels
+    pixels, up_pixels = batch * height * width, 4 * batch * height * width
+    result = 4 * batch * (height - 1 + padding) * (width - 1 + padding)
+    positions = batch * (height - 1 + 2 * padding) * (width - 1 + 2 * padding)
+    direct = 4 * in_channels * between * pixels + 9 * between * out_channels * result
+    macs = 16 * in_channels * out_channels * positions
+    value = 2 if kind == "16 bits" else 4
+    low, up, out = value * in_channels * pixels, value * between * up_pixels, value * out_channels * result
+    phases, kept = value * 4 * out_channels * positions, value * (16 * in_channels + 10) * out_channels
+    factor = COMPOSED.get((device, kind), 0.0)
+    why = _why_not_composed(mode, alone=alone, measured=factor > 0)
+    taken, why = (False, why) if why else _weigh_composed(factor, (macs, direct), kept, up)
+    moved = low + (2 if alone else 4) * up + out, low + 2 * phases + 3 * out
+    return Choice(direct, macs, *moved, up + out, phases + out, taken, why, "composed", kept)
+
+
+def _why_not_composed(mode: str, *, alone: bool, measured: bool) -> str:
+    """Return why the composed form is not taken whatever it costs; empty where its costs decide."""
+    if mode != "inference":
+        return "composed weights have no gradients, and would be made anew in every step of training"
+    if not measured:
+        return "nobody has measured the composed form on this device"
+    return "nothing is concatenated, so no copy is saved, and the phases are no smaller than the map" if alone else ""
+
+
+def _weigh_composed(factor: float, macs: tuple[int, int], kept: int, up: int) -> tuple[bool, str]:
+    """Return whether the composed form is the cheaper of both (composed, direct) and keeps little, and why."""
+    composed, direct = macs
+    cheaper, small = factor * composed < direct, kept <= up
+    why = (
+        f"{factor} times {composed / 1e6:,.1f} M MACs, composed, are {'less' if cheaper else 'not less'} than the "
+        f"direct form's {direct / 1e6:,.1f} M"
+    )
+    if cheaper:
+        more = "not more" if small else "more"
+        why += f", and the {kept / 2**20:,.1f} MiB of weights kept are {more} than the map's {up / 2**20:,.1f} MiB"
+    return cheaper and small, why
+
+
 def rewritings(
-    graph: SkipGraph, height: int, width: int, *, batch: int = 1, precision: str = "fp32", device: str = "cpu"
+    graph: SkipGraph, height: int, width: int, *,
+    batch: int = 1, precision: str = "fp32", device: str = "cpu", mode: str = "inference",
 ) -> tuple[Rewriting, ...]:  # fmt: skip
     """List every edge that can be rewritten, with both forms counted and the one that runs."""
     along_rows, along_columns = sizes(graph, height, width)
-    kind = precision_kind(precision)
+    where = {"kind": precision_kind(precision), "device": device}
+    padding = 0 if graph.padding == "valid" else 1
     made = []
     for node in graph.nodes:
         for edge, channels in _linear(node):
             y, x = along_rows.edges[edge.name], along_columns.edges[edge.name]
-            rows, columns = (_axis(edge, size, graph.padding, merged=not edge.conv) for size in (y, x))
-            made.append(Rewriting(edge.name, choose(rows, columns, channels, batch, kind=kind, device=device)))
+            rows, columns = (_axis(edge, size, padding, merged=not edge.conv) for size in (y, x))
+            made.append(Rewriting(edge.name, choose(rows, columns, channels, batch, **where)))
+        for edge, three in _transposed(node):
+            y, x = along_rows.edges[edge.name], along_columns.edges[edge.name]
+            if (y.merged, x.merged) == (y.resampled, x.resampled):
+                alone = len(node.inputs) == 1
+                choice = choose_composed((y.source, x.source), three, padding, batch, **where, mode=mode, alone=alone)
+                made.append(Rewriting(edge.name, choice))
     return tuple(made)
 
 
 def executed_macs(
-    graph: SkipGraph, height: int, width: int, *, batch: int = 1, precision: str = "fp32", device: str = "cpu"
+    graph: SkipGraph, height: int, width: int, *,
+    batch: int = 1, precision: str = "fp32", device: str = "cpu", mode: str = "inference",
 ) -> int:  # fmt: skip
-    """Count the MACs that `backend=rewritten` runs forwards, its banded products included."""
-    made = rewritings(graph, height, width, batch=batch, precision=precision, device=device)
+    """Count the MACs that `backend=rewritten` runs forwards, its banded products included.
+
+    Composing weights, once after they change, is not in it.
+    """
+    made = rewritings(graph, height, width, batch=batch, precision=precision, device=device, mode=mode)
     saved = sum(each.choice.direct_macs - each.choice.macs for each in made)
     return batch * graph.conv_macs(height, width) - saved
 
@@ -124,9 +203,20 @@ def _linear(node: Node) -> Iterator[tuple[Edge, tuple[int, int]]]:
             yield edge, (edge.in_channels, node.convs[0].out_channels)
 
 
-def _axis(edge: Edge, size: EdgeSize, padding: str, *, merged: bool) -> Axis:
+def _transposed(node: Node) -> Iterator[tuple[Edge, tuple[int, int, int]]]:
+    """Yield the edge whose transposed convolution the node's first convolution reads, concatenated and not gated.
+
+    With it the channels before, behind the transposed convolution, and behind the node's.
+    """
+    edge = node.inputs[-1]
+    plain = edge is node.deeper and not edge.conv and not edge.project and not any(each.gate for each in node.inputs)
+    if plain and edge.up and node.merge == "concat":
+        yield edge, (edge.in_channels, edge.up.out_channels, node.convs[0].out_channels)
+
+
+def _axis(edge: Edge, size: EdgeSize, padding: int, *, merged: bool) -> Axis:
     """Return one axis of an edge's convolution, or of its part of the node's, which reads the map cropped."""
     length = size.merged if merged else size.resampled
     start = (size.resampled - length) // 2
     mode = edge.mode or "bilinear"
-    return Axis(size.source, 1 << edge.shift, mode, False, start, length, 3, 0 if padding == "valid" else 1)
+    return Axis(size.source, 1 << edge.shift, mode, False, start, length, 3, padding)

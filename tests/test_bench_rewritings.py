@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from skipcost.bench.cases import Case
+from skipcost.bench.cases import CHOICES, Case
 from skipcost.bench.cli import app
 from skipcost.bench.errors import BenchError
 from skipcost.bench.metrics import METRICS
@@ -18,9 +18,11 @@ from skipcost.bench.rewritings_command import facts_of, print_rewritings
 from skipcost.kernels.timing import Budget
 from skipcost.unet_models import VARIANTS, ModelSpec
 
+NETWORKS = [(variant, upsample) for variant, row in VARIANTS.items() for upsample in row.upsamples]
 
-def _case(variant: str, **values: Any) -> Case:
-    return Case(ModelSpec(variant, 2, 32, upsample="bilinear"), 3, 64, 48, backend="rewritten", **values)
+
+def _case(variant: str, upsample: str = "bilinear", **values: Any) -> Case:
+    return Case(ModelSpec(variant, 2, 32, upsample=upsample), 3, 64, 48, backend="rewritten", **values)
 
 
 def _shown(facts: dict[str, Any]) -> str:
@@ -29,10 +31,11 @@ def _shown(facts: dict[str, Any]) -> str:
     return text.getvalue()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_edges_add_up_to_what_runs(variant: str) -> None:
-    """The metric's number is conv_macs less what the edges save."""
-    case = _case(variant)
+@pytest.mark.parametrize("mode", CHOICES["mode"])
+@pytest.mark.parametrize(("variant", "upsample"), NETWORKS)
+def test_edges_add_up_to_what_runs(variant: str, upsample: str, mode: str) -> None:
+    """The metric's number is conv_macs less what the edges save, in either mode."""
+    case = _case(variant, upsample, mode=mode)
 
     facts = facts_of(case)
 
@@ -42,19 +45,31 @@ def test_edges_add_up_to_what_runs(variant: str) -> None:
     assert METRICS["executed_macs"].measure(case, Budget())[0].samples == (facts["executed_macs"],)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_table_shows_every_edge_with_its_reason(variant: str) -> None:
+@pytest.mark.parametrize(("variant", "upsample"), NETWORKS)
+def test_table_shows_every_edge_with_its_form_and_reason(variant: str, upsample: str) -> None:
     """Also those that are left as they are."""
-    facts = facts_of(_case(variant))
+    facts = facts_of(_case(variant, upsample))
 
     shown = _shown(facts)
 
-    assert all(each["edge"] in shown and each["why"] in shown for each in facts["edges"])
+    rows = [(each["edge"], each["form"], each["why"]) for each in facts["edges"]]
+    lines = shown.splitlines()
+    assert all(any(all(part in line for part in row) for line in lines) for row in rows)
+
+
+def test_transposed_convolutions_are_composed_at_inference_alone() -> None:
+    """`--mode training` shows the same edges, direct, and says why."""
+    made = {mode: facts_of(_case("unet", "transpose", mode=mode)) for mode in CHOICES["mode"]}
+
+    forms = {mode: {each["form"] for each in facts["edges"]} for mode, facts in made.items()}
+    assert forms == {"inference": {"composed"}, "training": {"direct"}}
+    assert made["training"]["executed_macs"] == made["training"]["conv_macs"]
+    assert "would be made anew in every step of training" in _shown(made["training"])
 
 
 def test_a_network_without_such_edges_says_so() -> None:
-    """Transposed convolutions are not rewritten."""
-    case = Case(ModelSpec("unet", 2, 8), backend="rewritten")
+    """What is added to other maps, and not concatenated, is not rewritten."""
+    case = Case(ModelSpec("unet", 2, 8, "sum"), backend="rewritten")
 
     assert "nothing can be rewritten" in _shown(facts_of(case))
 
@@ -73,6 +88,7 @@ def test_command_prints_json() -> None:
     [
         (["unet3+/d4/w64"], "is not a label"),
         (["unet3+/d4/w64/concat", "--precision", "bf61"], "unknown precision 'bf61'; did you mean 'bf16'"),
+        (["unet3+/d4/w64/concat", "--mode", "train"], "unknown mode 'train'; did you mean 'training'"),
         (["unet3+/d4/w64/concat", "--size", "8"], "this network needs at least"),
         (["unet3+/d4/w64/concat", "--batch", "0"], "batch=0 is not a whole number"),
     ],

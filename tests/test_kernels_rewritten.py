@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import itertools
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from model_cells import by_label, outputs_of
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from skipcost.kernels import rewritten, tap_choice
+from skipcost.bench.cases import CHOICES as CASES
+from skipcost.bench.cases import Case
+from skipcost.bench.counting import predicted_peaks
+from skipcost.kernels import rewritten
+from skipcost.kernels.composed_up_conv import ATTRIBUTE
 from skipcost.kernels.rewritten import RewrittenOps
-from skipcost.kernels.tap_axis import Axis
-from skipcost.kernels.tap_choice import choose, executed_macs, rewritings
+from skipcost.kernels.tap_choice import Choice, choose, choose_composed, rewritings
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec, SkipNet, build
+from skipcost.unet_models.spec import CHOICES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CELLS = [
@@ -30,6 +34,9 @@ SPECS = [
     *CELLS,
     ModelSpec("unet++", 2, 4, padding="valid", upsample="bilinear"),
     ModelSpec("unet3+", 2, 4, padding="valid"),
+    ModelSpec("unet", 2, 4, padding="valid", norm="none"),
+    ModelSpec("unet++", 2, 4, padding="valid", head="deep", bias=False),
+    ModelSpec("unet", 2, 4, "none", padding="valid"),
     ModelSpec("unet3+", 3, 4, head="deep", norm="instance"),
     ModelSpec("unet3+", 2, 4, head="guided", classes=1, bias=False),
     ModelSpec("unet", 2, 4, upsample="nearest", norm="group", bias=False),
@@ -39,11 +46,26 @@ SPECS = [
 
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Take tap-first wherever it can be: networks small enough for tests would be left as they are."""
+    """Take the other forms wherever they can be: networks small enough for tests would be left as they are."""
+    yield from _decided(monkeypatch, taken=True)
+
+
+@pytest.fixture
+def nowhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Take the direct form everywhere."""
+    yield from _decided(monkeypatch, taken=False)
+
+
+def _decided(monkeypatch: pytest.MonkeyPatch, *, taken: bool) -> Iterator[None]:
     rewritten._counted.cache_clear()
-    monkeypatch.setattr(rewritten, "choose", lambda *args, **given: replace(choose(*args, **given), taken=True))
+    for name, count in (("choose", choose), ("choose_composed", choose_composed)):
+        monkeypatch.setattr(rewritten, name, partial(_choice, count, taken))
     yield
     rewritten._counted.cache_clear()
+
+
+def _choice(count: Callable[..., Choice], taken: bool, *args: Any, **given: Any) -> Choice:  # noqa: FBT001 - bound
+    return replace(count(*args, **given), taken=taken)
 
 
 def _pair(spec: ModelSpec) -> tuple[SkipNet, SkipNet]:
@@ -123,11 +145,91 @@ def test_autocast_gives_the_references_types(variant: str, dtype: torch.dtype) -
     assert all(each.grad is not None and each.grad.dtype == torch.float32 for each in network.parameters())
 
 
+TRANSPOSED = [variant for variant, row in VARIANTS.items() if "transpose" in row.upsamples]
+
+
+def _composed_edges(network: SkipNet) -> int:
+    """How many edges have composed their weights."""
+    return sum(ATTRIBUTE in vars(module) for module in network.modules())
+
+
 @pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("variant", TRANSPOSED)
+def test_autocast_composes_in_its_type(variant: str, dtype: torch.dtype) -> None:
+    """The parameters stay in 32 bits; what is composed of them is rounded to 16 once."""
+    spec = ModelSpec(variant, 2, 4)
+    reference, network = (net.float().eval() for net in _pair(spec))
+    image = _image(spec).float()
+
+    with torch.autocast("cpu", dtype), torch.no_grad():
+        result, wanted = network(image), reference(image)
+
+    assert result.dtype == wanted.dtype == dtype
+    assert _composed_edges(network) == sum(edge.up is not None for edge in spec.graph().edges)
+    torch.testing.assert_close(result, wanted, rtol=0.05, atol=0.05 * wanted.abs().max().item())
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("variant", TRANSPOSED)
+def test_nothing_is_composed_where_gradients_are_asked_for(variant: str) -> None:
+    """In training and in evaluation with gradients the reference's own steps run, to the bit."""
+    spec = ModelSpec(variant, 2, 4)
+    reference, network = _pair(spec)
+    image = _image(spec)
+
+    for mode in (True, False):
+        assert torch.equal(network.train(mode)(image), reference.train(mode)(image))
+    with torch.no_grad():
+        assert torch.equal(network.train()(image), reference.train()(image))
+    assert not _composed_edges(network)
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("variant", TRANSPOSED)
+def test_training_between_evaluations_is_seen(variant: str) -> None:
+    """An optimizer's step changes weights in place: what was composed of them before is composed anew."""
+    spec = ModelSpec(variant, 2, 4)
+    reference, network = _pair(spec)
+    image = _image(spec)
+    for net in (reference, network):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for _ in range(2):
+            with torch.inference_mode():
+                result = net.eval()(image)
+            net.train()(image).square().mean().backward()
+            optimizer.step()
+
+    with torch.inference_mode():
+        before, result, wanted = result, network.eval()(image), reference.eval()(image)
+
+    assert not torch.allclose(before, wanted)
+    torch.testing.assert_close(result, wanted, rtol=0, atol=1e-9 * wanted.abs().max().item())  # two steps apart
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("variant", TRANSPOSED)
+def test_composed_weights_stay_out_of_the_state(variant: str) -> None:
+    """The state_dict is the reference's before and after, name by name and bit by bit."""
+    spec = ModelSpec(variant, 2, 4)
+    reference, network = (net.eval() for net in _pair(spec))
+
+    with torch.inference_mode():
+        network(_image(spec))
+
+    before, after = reference.state_dict(), network.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("upsample", CHOICES["upsample"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_compiled_network_is_the_same(variant: str) -> None:
-    """torch.compile takes the whole network without a graph break."""
-    spec = ModelSpec(variant, 1, 4, upsample="bilinear")
+def test_compiled_network_is_the_same(variant: str, upsample: str) -> None:
+    """torch.compile takes the whole network without a graph break; transposed convolutions go to it as they are."""
+    if upsample not in VARIANTS[variant].upsamples:
+        return
+    spec = ModelSpec(variant, 1, 4, upsample=upsample)
     _, network = (net.eval() for net in _pair(spec))
     image = _image(spec)
 
@@ -135,25 +237,6 @@ def test_compiled_network_is_the_same(variant: str) -> None:
         result = torch.compile(network, backend="aot_eager", fullgraph=True)(image)
 
         _assert_equal(result, network(image))
-
-
-WIDE = [replace(spec, width=24) for spec in CELLS]
-
-
-@pytest.mark.parametrize("size", [(64, 64), (61, 58)])
-@by_label([*WIDE, *(replace(spec, padding="valid") for spec in WIDE if spec.skip == "concat")])
-def test_executed_macs_are_what_torch_counts(spec: ModelSpec, size: tuple[int, int]) -> None:
-    """FlopCounterMode / 2 on the meta device, banded products included, as an integer; left alone, it is conv_macs."""
-    graph = spec.graph()
-    with torch.device("meta"):
-        network, image = build(spec, RewrittenOps().ops()).eval(), torch.empty(3, 1, *size)
-
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(image)
-
-    taken = [each for each in rewritings(graph, *size, batch=3) if each.choice.taken]
-    assert counter.get_total_flops() == 2 * executed_macs(graph, *size, batch=3)
-    assert (executed_macs(graph, *size) < graph.conv_macs(*size)) == bool(taken)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -169,39 +252,28 @@ def test_networks_of_small_maps_are_left_alone(variant: str) -> None:
     assert not any(each.choice.taken for each in rewritings(spec.graph(), 13, 18) if "x2_0" not in each.edge)
 
 
-def _call(factor: int, channels: tuple[int, int], extent: int = 16, **where: Any) -> tap_choice.Choice:
-    axis = Axis(extent, factor, "bilinear", False, 0, extent * factor, 3, 1)
-    return choose(axis, axis, channels, **where)
+def _peaks(spec: ModelSpec, backend: str, mode: str) -> tuple[int, int]:
+    case = Case(spec, 2, 64, 64, mode=mode, backend=backend)
+    return predicted_peaks(case)[:2]
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("kind", ["fp32", "tf32", "16 bits"])
-def test_choice_turns_once_with_the_channels(kind: str, device: str) -> None:
-    """More input channels are always in favour of tap-first, and at some number it is taken."""
-    taken = [_call(16, (channels, 64), kind=kind, device=device).taken for channels in (1, 4, 16, 64, 256, 1024)]
-
-    assert taken == sorted(taken)
-    assert not taken[0]
-    assert taken[-1]
+@pytest.mark.usefixtures("nowhere")
+@pytest.mark.parametrize("mode", CASES["mode"])
+@by_label([spec for spec in CELLS if spec.upsample == "transpose"])
+def test_what_is_left_as_it_is_holds_no_more(spec: ModelSpec, mode: str) -> None:
+    """A network in which nothing is rewritten has eager's peaks to the byte: the joined op lets go of maps as soon."""
+    assert _peaks(spec, "rewritten", mode) == _peaks(spec, "eager", mode)
 
 
-def test_choice_says_why_in_numbers() -> None:
-    """MACs of both forms, and which is less."""
-    few, many = _call(2, (4, 8)), _call(2, (512, 256))
+@pytest.mark.parametrize("skip", SKIPS)
+@pytest.mark.parametrize("variant", TRANSPOSED)
+def test_composed_networks_hold_no_more(variant: str, skip: str) -> None:
+    """Kept weights included, the peak of live bytes is not above eager's."""
+    spec = ModelSpec(variant, 3, 16, skip)
 
-    assert few.why.endswith("are not less than the direct form's 0.3 M")
-    assert "M MACs over channels and 2.5 times" in many.why
-    assert many.why.endswith("are less than the direct form's 1,208.0 M")
-    assert "all times 3.0 for products in fp32" in _call(2, (512, 256), kind="16 bits").why
+    rewritten_peak, eager_peak = (_peaks(spec, backend, "inference")[0] for backend in ("rewritten", "eager"))
 
-
-def test_tap_first_never_holds_or_moves_more() -> None:
-    """It forms no up-sampled map: bytes and live bytes are the direct form's without that map."""
-    choice = _call(4, (10, 6), batch=2)
-
-    up = 2 * 10 * 64 * 64 * 4
-    assert choice.direct_live_bytes - choice.tap_live_bytes == up
-    assert choice.direct_bytes - choice.tap_bytes == 2 * up
+    assert rewritten_peak <= eager_peak
 
 
 def test_networks_can_be_pickled() -> None:
@@ -212,17 +284,3 @@ def test_networks_can_be_pickled() -> None:
     copied = pickle.loads(pickle.dumps(network))  # noqa: S301 - its own
 
     assert torch.equal(copied(image), network(image))
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_trace_chooses_as_the_device_that_it_stands_for(device: str) -> None:
-    """On meta tensors, in 16 bits, where a GPU's products in fp32 are far slower than the direct form's."""
-    spec = ModelSpec("unet3+", 2, 64)
-    with torch.device("meta"):
-        network = build(spec, RewrittenOps(device).ops()).eval().bfloat16()
-        image = torch.empty(1, 1, 32, 32, dtype=torch.bfloat16)
-
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(image)
-
-    assert counter.get_total_flops() == 2 * executed_macs(spec.graph(), 32, 32, precision="bf16", device=device)

@@ -52,7 +52,8 @@ def test_networks(label: str, mode: str, size: int, threads: int) -> None:
     found = take_turns(steps, ROUNDS[size], threads)
 
     peaks = [predicted_peaks(cases[name])[1] / 2**20 for name in ("eager", "rewritten")]
-    macs = [count / 1e9 for count in (case.graph().conv_macs(size, size), executed_macs(case.graph(), size, size))]
+    executed = executed_macs(case.graph(), size, size, mode=mode)
+    macs = [count / 1e9 for count in (case.graph().conv_macs(size, size), executed)]
     print(
         found.table(f"{label} {mode} {size}x{size}"),
         f"\n  as rewritten: {macs[0]:.1f} -> {macs[1]:.1f} GMAC forwards ({macs[0] / macs[1]:.2f}x less), peak "
