@@ -193,10 +193,15 @@ def _bound(
     if len(args) > len(order):
         return None
     bound = {**dict(zip(order, args, strict=False)), **kwargs}
-    told = {name: value for name, value in bound.items() if name not in defaults or value is not defaults[name]}
+    told = {name: value for name, value in bound.items() if name not in defaults or not _equal(value, defaults[name])}
     deciding = any(value is None or isinstance(value, bool) for value in told.values())
     plain = all(isinstance(value, Tensor) for name, value in told.items() if name in defaults)
     return None if deciding or not plain else told
+
+
+def _equal(value: Any, default: Any) -> bool:
+    plain = type(value) is type(default) and isinstance(value, bool | int | float | str)
+    return value is default or (plain and value == default)
 
 
 def _may_run(module: Rewired, index: int, given: Sequence[Any]) -> bool:

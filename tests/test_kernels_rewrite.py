@@ -121,6 +121,52 @@ def test_a_place_of_one_mode_or_of_some_arguments_says_so() -> None:
     ]
 
 
+class Asking(nn.Module):
+    """Decides by what it is given beside the map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 3)
+
+    def forward(
+        self, x: Tensor, skip: Tensor | None, gain: float | Tensor = 2.0, other: Tensor | None = None
+    ) -> Tensor:
+        """(N, 3, h, w) -> (N, 2, 2h - 2, 2w - 2)."""
+        result = self.conv(nn.functional.interpolate(x, scale_factor=2))
+        result = result if skip is None else result + skip
+        return result * gain if other is None else result * other
+
+
+@pytest.mark.parametrize(
+    ("given", "more", "runs"),
+    [
+        ((torch.ones(1),), {}, True),
+        ((), {"skip": torch.ones(1)}, True),
+        ((torch.ones(1), 2.0), {}, True),
+        ((torch.ones(1),), {"gain": 2.0, "other": None}, True),
+        ((torch.ones(1), torch.ones(2, 1, 1)), {"other": torch.ones(1) * 3}, True),
+        ((None,), {}, False),
+        ((True,), {}, False),
+        ((torch.ones(1), 3.0), {}, False),
+        ((torch.ones(1), torch.ones(1)), {}, False),
+        ((torch.ones(1), 3.0), {"other": torch.ones(1)}, False),
+    ],
+)
+def test_arguments_that_a_graph_is_not_for_run_the_modules_own_forward(
+    given: tuple[Any, ...], more: dict[str, Any], *, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph is for those without a default, or for all as tensors; by None, True or a number Python may decide."""
+    always(monkeypatch)
+    x, model = torch.randn(1, 3, 5, 6), Asking()
+
+    faster, _ = rewrite(model)
+
+    with Called() as called:
+        result = faster(x, *given, **more)
+    assert bool(called.names) == runs
+    torch.testing.assert_close(result, model(x, *given, **more))
+
+
 def test_python_that_looks_at_sizes_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hand-written UNet 3+ as it is, with its trimming."""
     monkeypatch.undo()

@@ -172,6 +172,10 @@ REFUSED: dict[str, tuple[Function, nn.Module | None, str]] = {
         lambda m, x: _with(m.up(x), lambda u: m.wide(torch.cat([u, u], 1))), None, "cat stands between",
     ),
     "other dimension": (lambda m, x: m.conv(torch.cat([m.up(x), m.up(x).relu()], 2)), None, "cat stands between"),
+    "part of the batch": (lambda m, x: m.conv(m.up(x)[1:, :, 1:]), None, "getitem stands between"),
+    "one image": (lambda m, x: m.conv(m.up(x)[:1]), None, "getitem stands between"),
+    "every other row": (lambda m, x: m.conv(m.up(x)[:, :, ::2]), None, "getitem stands between"),
+    "some channels": (lambda m, x: m.conv(m.up(torch.cat([x, x], 1))[:, 1:4, :]), None, "getitem stands between"),
     "bicubic": (lambda m, x: m.conv(doubled(x, "bicubic")), None, "mode 'bicubic': only bilinear and nearest"),
     "antialias": (
         lambda m, x: m.conv(functional.interpolate(x, scale_factor=2, mode="bilinear", antialias=True)), None,
@@ -208,6 +212,13 @@ REFUSED: dict[str, tuple[Function, nn.Module | None, str]] = {
     ),
     "written view of the source": (
         lambda m, x: _with(m.before(x), lambda y: _with(m.up(y), lambda u: (y.flatten(1).relu_(), m.conv(u))[1])), None,
+        "a map that it would read is written to later",
+    ),
+    "written behind another name": (
+        lambda m, x: _with(
+            x * 0,
+            lambda y: _with(m.up(torch.cat([x], 1, out=y)), lambda u: (y.relu_(), m.conv(u))[1]),
+        ), None,
         "a map that it would read is written to later",
     ),
     "written other": (
