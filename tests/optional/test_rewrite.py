@@ -154,10 +154,10 @@ def test_a_public_model_computes_the_same_with_fewer_macs(name: str, capsys: pyt
         assert after.macs < before.macs
     assert {each.why.partition(" (")[0] for each in changes if each.after} == {TAKEN}
     assert reasons_of(changes) == reasons
-    before, after = (macs_of_an_image(each, x.shape[1]) / 1e9 for each in (model, faster))
+    direct, low = (macs_of_an_image(each, x.shape[1]) / 1e9 for each in (model, faster))
     with capsys.disabled():
         places = len({each.where[-1] for each in changes if each.after})
-        print(f"\n| {name} | {places} | {before:.2f} -> {after:.2f} G ({before / after:.2f}x) |")  # noqa: T201 - the table's line
+        print(f"\n| {name} | {places} | {direct:.2f} -> {low:.2f} G ({direct / low:.2f}x) |")  # noqa: T201 - the table's line
 
 
 @pytest.mark.parametrize("name", UNCHANGED)
