@@ -28,8 +28,8 @@ RATES = {
     ("cuda", "16 bits"): 14.8,
 }
 # A MAC of the composed form, its phases put in place, takes as long as this many of the direct form's: a Xeon with
-# AVX-512 and AMX, small maps of 32x32 and more. fp32: 0.7 (128 channels) to 1.06 (1024); 16 bits: 1.3 to 2.0, where it
-# pays for no network of the suite. GPUs: nobody has measured.
+# AVX-512 and AMX, small maps of 32x32 and more, twice the channels that are in between. fp32: 0.7 (128 channels) to 1.06
+# (1024); 16 bits: 1.3 to 2.0. GPUs: nobody has measured.
 COMPOSED = {("cpu", "fp32"): 1.1, ("cpu", "tf32"): 1.1, ("cpu", "16 bits"): 1.7}
 
 
