@@ -207,18 +207,24 @@ def _equal(value: Any, default: Any) -> bool:
 def _may_run(module: Rewired, index: int, given: Sequence[Any]) -> bool:
     """Whether a graph does, now, what the module's own forward would do."""
     route, watched = module.routes[index], module.__dict__["_watched"][index]
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # torch's
-        return False  # compilers fuse by themselves, and what is exported should need nothing of ours
-    if route.gradients and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):  # noqa: SLF001 - no public names
-        return False  # our ops have a backward, and no rule for vmap and forward mode
-    if any(isinstance(each, fx.Proxy) or (isinstance(each, Tensor) and type(each) is not Tensor) for each in given):
-        return False
     mode = route.training
     if mode is not None and (module.training != mode or any(each.training != mode for each in watched)):
         return False
-    if any(hooked(each, gradients=route.gradients) for each in watched):
+    if _seen_through(route, given) or any(hooked(each, gradients=route.gradients) for each in watched):
         return False
     return route.gradients or not _asked(module, given)
+
+
+def _seen_through(route: Route, given: Sequence[Any]) -> bool:
+    """Whether somebody traces, compiles or transforms this call for whom the module's own forward is the right one."""
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined, no-untyped-call]  # torch's
+        return True  # what is exported should need nothing of ours
+    if any(isinstance(each, fx.Proxy) or (isinstance(each, Tensor) and type(each) is not Tensor) for each in given):
+        return True
+    if not route.gradients:
+        return torch.compiler.is_compiling()  # compilers fuse by themselves
+    # Our ops have a backward, and no rule for vmap and forward mode
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # noqa: SLF001 - no public names
 
 
 def _asked(module: Rewired, given: Sequence[Any]) -> bool:

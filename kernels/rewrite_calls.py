@@ -83,7 +83,8 @@ class Enlarged(_Unmade):
 
     def cropped(self, top: int, left: int, height: int, width: int) -> Enlarged:
         """Return what is left of it."""
-        return replace(self, window=(self.window[0] + top, self.window[1] + left, height, width))
+        top, left, height, width = _numbers((self.window[0] + top, self.window[1] + left, height, width))
+        return replace(self, window=(top, left, height, width))
 
     def made(self) -> Tensor:
         """Return the map."""
@@ -136,11 +137,11 @@ def _enlarged(
     if type(x) not in (Tensor, nn.Parameter) or x.ndim != 4 or x.device.type not in DEVICES or x.dtype not in DTYPES:  # noqa: PLR2004 - N, C, H, W
         return call()
     known = MODES.get(mode)
-    factor = whole_factor(size, scale, (x.shape[2], x.shape[3]))
+    height, width = _numbers(x.shape[2:])
+    factor = whole_factor(size, scale, (height, width))
     if factor is None or known is None or (known == "nearest" and (align_corners is not None or not _exact(factor))):
         return call()
-    window = (0, 0, x.shape[2] * factor, x.shape[3] * factor)
-    return Enlarged(x, call, factor, known, bool(align_corners), window)
+    return Enlarged(x, call, factor, known, bool(align_corners), (0, 0, height * factor, width * factor))
 
 
 def whole_factor(size: Any, scale: Any, small: tuple[int, int] | None = None) -> int | None:
@@ -150,7 +151,7 @@ def whole_factor(size: Any, scale: Any, small: tuple[int, int] | None = None) ->
     """
     if size is not None and small is not None:
         sides = size if isinstance(size, Sequence) else (size, size)
-        factors = [float(side) / each for side, each in zip(sides, small, strict=False)]
+        factors = [side / each for side, each in zip(_numbers(sides), small, strict=False)]
     elif scale is not None:
         factors = [float(each) for each in (scale if isinstance(scale, Sequence) else (scale,))]
     else:
@@ -159,9 +160,14 @@ def whole_factor(size: Any, scale: Any, small: tuple[int, int] | None = None) ->
     return int(factors[0]) if same and factors[0] > 1 else None
 
 
-@lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _exact(factor: int) -> bool:
     """Whether PyTorch's fp32 arithmetic finds the nearest pixel of every row up to 16,384, as whole numbers would."""
+    return _rows_are_exact(factor)
+
+
+@lru_cache(maxsize=64)
+def _rows_are_exact(factor: int) -> bool:
     rows = np.arange(1 << 14)
     return bool((np.floor(rows.astype(np.float32) * np.float32(1 / factor)) == rows // factor).all())
 
@@ -277,13 +283,24 @@ def _taken(part: Tensor | Enlarged, weight: Tensor, padding: int) -> bool:
     """Whether tap-first is counted as the cheaper form of a map's share of a convolution."""
     if not isinstance(part, Enlarged):
         return False
-    batch, in_channels, height, width = part.x.shape
+    batch, in_channels, height, width = _numbers(part.x.shape)
     size = computing_type(weight).itemsize
     kind = {2: "16 bits", 4: "tf32" if tf32_allowed() else "fp32", 8: "fp32"}[size]
     device = "cuda" if weight.is_cuda else "cpu"
     settings = (part.factor, part.mode, part.align_corners, padding, part.window)
-    channels = in_channels, weight.shape[0]
-    return _counted((height, width), tuple(weight.shape[2:]), settings, channels, batch, kind, device)
+    channels, kernel = (in_channels, weight.shape[0]), _numbers(weight.shape[2:])
+    taken: bool = _chosen((height, width), kernel, settings, channels, batch, kind, device)
+    return taken
+
+
+def _numbers(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return sizes as plain numbers, for which a compiler then makes its code; int() leaves them symbols to Dynamo."""
+    return tuple(len(range(each)) for each in sizes)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # sizes are constants to a compiler here
+def _chosen(*call: Any) -> bool:
+    return _counted(*call)
 
 
 @lru_cache(maxsize=1024)  # the same few in every step

@@ -7,8 +7,9 @@ and the cheaper runs: `tap_first`, or the model's own layers, called as they are
 The function is the same in inference and in training, gradients included, differentiable once, and weights stay where
 they are. A module is followed in both modes; where its Python is another in training, each mode has a graph of its own,
 and a module of which only parts are in training runs its own forward. Arguments with a default can be left at it, or
-all be given as tensors; anything else runs the module's own forward. So do torch.compile, torch.export, torch.jit,
-torch.fx and torch.func. Python that asks for the type of a tensor sees a Proxy, as with any trace by torch.fx.
+all be given as tensors; anything else runs the module's own forward. So do torch.export, torch.jit, torch.fx and
+torch.func; torch.compile compiles what is rewritten, anew for each size of maps. Python that looks at type(x) sees a
+Proxy, as with any trace by torch.fx.
 
 When it loses: on maps so small that Python decides, and where the count does not tell the time (docs/rewritten.md).
 """
