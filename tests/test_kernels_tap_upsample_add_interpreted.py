@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from kernel_checks import LAYOUTS, amid, far_apart, run_checks
 from torch import Tensor
@@ -117,19 +117,19 @@ def cases(draw: st.DrawFn) -> Case:
 EDGE = Case((2, 5, 5, 9), 24, 2, dtype=torch.bfloat16, layouts=("channels_last", "channel_slice"))
 
 
-@settings(max_examples=25)
-@given(cases())
-@example(EDGE)
-@example(replace(EDGE, add=True, dtype=torch.float16, data="positive"))
-@example(replace(EDGE, size=(1, 3, 3, 20), factor=1, layouts=("contiguous", "contiguous")))  # two tiles, a copy of rows
-@example(replace(EDGE, size=(1, 3, 2, 20), factor=8, outputs=3, dtype=torch.float32))  # three tiles, the last ragged
-@example(replace(EDGE, size=(1, 2, 4, 3), factor=3, way=("bilinear", True), window=(2, 1, 7, 6), padding=2))
-@example(
-    replace(EDGE, size=(1, 2, 3, 4), factor=4, way=("nearest", False), window=(3, 2, 8, 11), padding=0, bias=False)
-)
-@example(replace(EDGE, size=(1, 2, 2, 2), factor=16, outputs=70))
-def check_the_convolution_of_the_up_sampled_map_and_nothing_beside_it(case: Case) -> None:
-    """Any call, in any strides: all of the result is written and within the bound, its neighbours are untouched."""
+EDGES = {
+    "slice": EDGE,
+    "added": replace(EDGE, add=True, dtype=torch.float16, data="positive"),
+    "rows copied": replace(EDGE, size=(1, 3, 3, 20), factor=1, layouts=("contiguous", "contiguous")),
+    "ragged tiles": replace(EDGE, size=(1, 3, 2, 20), factor=8, outputs=3, dtype=torch.float32),
+    "aligned": replace(EDGE, size=(1, 2, 4, 3), factor=3, way=("bilinear", True), window=(2, 1, 7, 6), padding=2),
+    "nearest": replace(EDGE, size=(1, 2, 3, 4), factor=4, way=WAYS[2], window=(3, 2, 8, 11), padding=0, bias=False),
+    "blocks of channels": replace(EDGE, size=(1, 2, 2, 2), factor=16, outputs=70),
+    "tall kernel": replace(EDGE, size=(2, 2, 4, 4), kernel=(5, 3), padding=2, dtype=torch.float32),
+}
+
+
+def _assert_right(case: Case) -> None:
     inputs, (out, held) = case.inputs(), case.target()
 
     fill(out, *inputs, case.axes(), add=case.add)
@@ -137,6 +137,19 @@ def check_the_convolution_of_the_up_sampled_map_and_nothing_beside_it(case: Case
     assert written_beside(out) == ""
     assert unwritten(out) == ""
     assert case.error(out, inputs, held) <= 1
+
+
+@pytest.mark.parametrize("name", EDGES)
+def check_edges_of_tiles_and_maps(name: str) -> None:
+    """Ragged tiles, several of them, crops, slices: all of the result is within the bound, its neighbours untouched."""
+    _assert_right(EDGES[name])
+
+
+@settings(max_examples=20)
+@given(cases())
+def check_any_call_is_within_the_bound(case: Case) -> None:
+    """Of any size, factor, crop, kernel and type, in any strides: the same."""
+    _assert_right(case)
 
 
 def _taps(inputs: tuple[Tensor, Tensor, Tensor | None]) -> Tensor:
