@@ -13,7 +13,7 @@ from skipcost.unet_models.topology import Conv, SkipGraph
 MAP, CHANNELS, WEIGHTS, GROUPS, ONE = range(5)  # columns of the table of numbers
 Place = tuple[int, int, int]  # where a convolution's weights are registered: sorting gives the parameters' order
 Shape = tuple[int, int, int]  # channels, height, width
-OWNERS = ("conv", "weight")  # calls that have a layer's parameters
+OWNERS = ("conv", "weight", "layer")  # calls that have a layer's parameters
 
 
 class Call(NamedTuple):

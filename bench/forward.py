@@ -54,6 +54,7 @@ class Forward:
     weights: dict[int, Weights]
     values: list[Value] = field(default_factory=list)
     cached: list[Value] = field(default_factory=list)  # autocast's copies of the parameters
+    kept: dict[int, tuple[Value, ...]] = field(default_factory=dict)  # what a call made in the first step, for all
 
     @property
     def compute_item(self) -> int:

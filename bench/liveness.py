@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from skipcost.bench import step
 from skipcost.bench.cases import Case
 from skipcost.bench.forward import FLOAT, HALF, Setting
-from skipcost.bench.low_resolution import Takes
+from skipcost.bench.low_resolution import Rule
 from skipcost.bench.schedule import Schedule, schedule
 from skipcost.bench.tape import KINDS
 from skipcost.kernels import tap_costs
 from skipcost.kernels.tap_axis import Axis
-from skipcost.kernels.tap_choice import choose, precision_kind
+from skipcost.kernels.tap_choice import choose, choose_composed, precision_kind
 
 __all__ = [
     "KINDS",
@@ -56,7 +56,7 @@ class Timeline:
     """What is alive when. In `events`, i + 1 makes storage i and -(i + 1) ends it.
 
     `moments`: from which event on what runs. `steady_from` is the first event of the step that repeats: at inference
-    the first after what is there before, in training the first of the second step.
+    the first after what is there before, in training, and where weights are composed, the first of the second step.
     """
 
     storages: tuple[Storage, ...]
@@ -146,21 +146,33 @@ def _resolve(case: Case, *, traced: bool) -> tuple[_Compiled, Whole]:
     reason = why_not(case)
     if reason:
         raise ValueError(reason)
-    planned = _planned(case, partial(_taken, precision_kind(case.precision), case.device))
+    planned = _planned(case, _rule(case))
     one_class = case.suite_spec.classes == 1
     structure = step.Structure(planned.calls, planned.logits, planned.class_logits, one_class, _setting(case))
     return _compiled(structure, traced=traced), np.array(planned.numbers, dtype=np.int64)
 
 
+def _rule(case: Case) -> Rule:
+    """What is rewritten of a case. Tap-first is chosen by terms that all grow with the batch, so it does not matter."""
+    kind, device = precision_kind(case.precision), case.device
+    composes = partial(_composed, case.batch, kind, device, case.mode)
+    return Rule(partial(_taken, kind, device), composes)
+
+
 @lru_cache(maxsize=4096)
 def _taken(kind: str, device: str, rows: Axis, columns: Axis, channels: tuple[int, int]) -> bool:
-    """Whether a convolution is rewritten; all terms of the count are multiples of the batch, so it does not matter."""
     return choose(rows, columns, channels, kind=kind, device=device).taken
 
 
-def _planned(case: Case, takes: Takes) -> Schedule:
-    rule = takes if case.backend == "rewritten" else None
-    return schedule(case.graph(), case.height, case.width, training=case.mode == "training", takes=rule)
+def _composed(
+    batch: int, kind: str, device: str, mode: str, size: tuple[int, int], channels: tuple[int, int, int], padding: int
+) -> bool:  # fmt: skip
+    return choose_composed(size, channels, padding, batch, kind=kind, device=device, mode=mode).taken
+
+
+def _planned(case: Case, rule: Rule) -> Schedule:
+    rewritten = rule if case.backend == "rewritten" else None
+    return schedule(case.graph(), case.height, case.width, training=case.mode == "training", rule=rewritten)
 
 
 def workspace_bytes(case: Case) -> int:
@@ -172,7 +184,7 @@ def workspace_bytes(case: Case) -> int:
         calls.extend([(rows, columns, channels)] * taken)
         return taken
 
-    _planned(case, listed)
+    _planned(case, _rule(case)._replace(takes=listed))
     value = HALF if precision_kind(case.precision) == "16 bits" else FLOAT
     ways = (False, True) if case.mode == "training" else (False,)
     sizes = (tap_costs.workspace_bytes(*call, value, backward=backward) for call in calls for backward in ways)
@@ -186,12 +198,16 @@ def why_not(case: Case) -> str:
             f"backend={case.backend} cannot be predicted by arithmetic, which follows PyTorch's operators one by one; "
             f"use backend={' or '.join(BACKENDS)}"
         )
-    if case.backend == "rewritten" and case.mode == "inference" and any(edge.up for edge in case.graph().edges):
-        return (
-            "at inference backend=rewritten composes transposed convolutions, which the arithmetic does not follow; "
-            "use backend=eager, or upsample=bilinear or nearest"
-        )
     return ""
+
+
+def why_no_envelope(case: Case) -> str:
+    """Say why there is no peak as a function of the batch; empty where there is."""
+    up = case.backend == "rewritten" and case.mode == "inference" and any(edge.up for edge in case.graph().edges)
+    return why_not(case) or up * (
+        "at inference the batch decides which transposed convolutions backend=rewritten composes, so that no line over "
+        "batches has the peak; use upsample=bilinear or nearest, or backend=eager"
+    )
 
 
 def peak_bytes(case: Case, *, traced: bool = False) -> tuple[int, int]:
@@ -199,11 +215,7 @@ def peak_bytes(case: Case, *, traced: bool = False) -> tuple[int, int]:
     compiled, numbers = _resolve(case, traced=traced)
     fixed, per_image = compiled.live(numbers)
     live = fixed + case.batch * per_image
-    if case.mode == "inference":
-        peak = int(live.max())
-        return peak, peak
-    start = compiled.program.steady_from
-    return int(live[:start].max()), int(live[start - 1 :].max())
+    return _peaks(live, compiled.program)
 
 
 def timeline(case: Case, *, traced: bool = False) -> Timeline:
@@ -218,9 +230,14 @@ def timeline(case: Case, *, traced: bool = False) -> Timeline:
 def peaks_of(line: Timeline) -> tuple[int, int]:
     """Peak of live bytes in the first step and in the steady one; at inference they are the same."""
     live = np.cumsum([line.storages[abs(event) - 1].bytes * (1 if event > 0 else -1) for event in line.events])
-    steady = int(live[line.steady_from - 1 :].max())
-    trained = any(each.kind == "gradient" for each in line.storages)
-    return int(live[: line.steady_from].max()) if trained else steady, steady
+    return _peaks(live, line)
+
+
+def _peaks(live: Whole, told: Timeline | step.Program) -> tuple[int, int]:
+    """Peaks of the first and the steady step; where there is one step alone they are the same."""
+    steady = int(live[told.steady_from - 1 :].max())
+    repeated = any(0 < start < told.steady_from for start, _ in told.moments)
+    return int(live[: told.steady_from].max()) if repeated else steady, steady
 
 
 def tracks(line: Timeline) -> tuple[Track, ...]:
@@ -252,6 +269,9 @@ def at_peak(line: Timeline) -> tuple[str, tuple[Storage, ...]]:
 
 def envelope(case: Case) -> Envelope:
     """The peak over all batches, of the first or a steady step, whichever is larger; `case.batch` does not matter."""
+    reason = why_no_envelope(case)
+    if reason:
+        raise ValueError(reason)
     compiled, numbers = _resolve(replace(case, batch=2), traced=False)
     fixed, per_image = compiled.live(numbers)
     return Envelope(_upper(fixed, per_image))

@@ -8,13 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from skipcost.bench.calls import WEIGHTS, Calls, ConvDetail, Place, Shape
 from skipcost.kernels.tap_axis import Axis
 from skipcost.unet_models.topology import Conv, Edge
 
 Takes = Callable[[Axis, Axis, tuple[int, int]], bool]  # whether rows, columns and channels (in, out) go tap-first
+Composes = Callable[[tuple[int, int], tuple[int, int, int], int], bool]  # size, channels (in, between, out), padding
+
+
+class Rule(NamedTuple):
+    """Which convolutions over up-sampled maps run at low resolution, by interpolation and by transposed convolution."""
+
+    takes: Takes
+    composes: Composes
 
 
 class Joint(NamedTuple):
@@ -26,22 +34,29 @@ class Joint(NamedTuple):
     conv: Conv
 
 
-def is_low(calls: Calls, joint: Joint, takes: Takes) -> bool:
+def is_low(calls: Calls, joint: Joint, rule: Rule) -> bool:
     """Whether the rule takes a convolution to low resolution; ValueError where its result would vanish."""
     edge, conv = joint.edge, joint.conv
     calls.check(_shape(calls, joint))
     channels, *small = calls.shapes[joint.x]
     padding, factor = 0 if calls.valid else conv.kernel // 2, 1 << edge.shift
+    if edge.up:
+        whole = _seen(calls, joint) == (small[0] * factor, small[1] * factor)
+        through = channels, edge.up.out_channels, conv.out_channels
+        return bool(joint.others) and whole and rule.composes((small[0], small[1]), through, padding)
     rows, columns = (
         _axis(side, factor, edge.mode or "", (side * factor - length) // 2, length, conv.kernel, padding)
         for side, length in zip(small, _seen(calls, joint), strict=True)
     )
-    return takes(rows, columns, (channels, conv.out_channels))
+    return rule.takes(rows, columns, (channels, conv.out_channels))
 
 
-def at_low(calls: Calls, joint: Joint, where: str, place: Place) -> int:
-    """Add the calls of a convolution at low resolution, its norm and ReLU; the op's frame holds what it has cast."""
-    conv, shape, alone = joint.conv, _shape(calls, joint), not joint.others
+def at_low(calls: Calls, joint: Joint, where: str, places: tuple[Place, Place]) -> int:
+    """Add the calls of a convolution at low resolution, its norm and ReLU; the op's frame holds what it has cast.
+
+    places: that of the convolution's weights, and of those that the edge up-samples with, if any.
+    """
+    conv, shape, alone, place = joint.conv, _shape(calls, joint), not joint.others, places[0]
     narrow = alone and calls.shapes[joint.x][0] == 1
     flat = narrow or shape[0] == 1 or shape[1] * shape[2] == 1
     detail = ConvDetail(conv.bias, conv.norm, conv.act, flat, first=False, place=place, narrow=narrow, tap=alone)
@@ -50,12 +65,14 @@ def at_low(calls: Calls, joint: Joint, where: str, place: Place) -> int:
     groups = conv.norm_groups if conv.norm == "group" else 0
     weight = calls.call("weight", where, (), vector, detail, conv.weights, groups)
     layer = (weight, calls.call("bias", where, (weight,), vector)) if conv.bias else (weight,)
-    if alone:
+    if joint.edge.up:
+        result = _compose(calls, joint._replace(x=x), weight, where, places[1])
+    elif alone:
         result = calls.call("tap_first", where, (x, *layer), shape)
     else:
         result = _split(calls, joint._replace(x=x), layer, where)
     result = calls.call("norm_act", where, (result, weight), shape, detail)
-    calls.hold(x, *layer)
+    calls.hold(*layer) if joint.edge.up else calls.hold(x, *layer)
     return result
 
 
@@ -73,6 +90,32 @@ def _split(calls: Calls, joint: Joint, layer: tuple[int, ...], where: str) -> in
     low = calls.call("tap_first", where, (joint.x, last), shape)
     result = calls.call("add_", where, (result, low), shape)
     calls.hold(*others)
+    return result
+
+
+def _compose(calls: Calls, joint: Joint, weight: int, where: str, place: Place) -> int:
+    """A convolution over the other maps, and the composed one of x, whose phases and border are added to it.
+
+    What kernels/composed_up_conv.py does. The composed weights are kept from the first step on.
+    """
+    up, conv, shape = cast("Conv", joint.edge.up), joint.conv, _shape(calls, joint)
+    channels, height, width = calls.shapes[joint.x]
+    vector, more = calls.shapes[weight], 1 - 2 * calls.valid
+    own = ConvDetail(up.bias, up.norm, up.act, flat=True, first=False, place=place)
+    name = f"{joint.edge.name}: transposed convolution"
+    layer = calls.call("layer", name, (), (up.out_channels, 1, 1), own, up.weights)
+    others = [calls.call("cast", where, (each,), calls.shapes[each]) for each in joint.others]
+    kept = calls.call("compose", where, (layer,), (conv.out_channels, 3, 3), weights=16 * channels * conv.out_channels)
+    rest = conv.weights // conv.in_channels * (conv.in_channels - up.out_channels)
+    first = calls.call("part", where, (weight,), vector, weights=rest)
+    cropped = [calls.crop(each, *_seen(calls, joint), where) for each in others]
+    result = calls.call("convolve", where, (calls.merge(cropped, "concat", where), first), shape)
+    positions = 4 * conv.out_channels, height + more, width + more
+    phases = calls.call("convolve", f"{where}, four phases", (joint.x, kept), positions)
+    calls.hold(result, phases)
+    if not calls.valid:
+        result = calls.call("border", where, (result, kept), shape)
+    calls.hold(joint.x)
     return result
 
 

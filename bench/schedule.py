@@ -2,7 +2,7 @@
 
 The calls say what is done to what and are the same for all widths and image sizes that need the same steps; the
 numbers beside them are this network's. Maps arrive, are merged and are dropped in the executor's order; a `hold` stands
-where its Python frames keep a map longer than its last reader. With `takes` they are those of `backend=rewritten`
+where its Python frames keep a map longer than its last reader. With a `rule` they are those of `backend=rewritten`
 (kernels/rewritten.py, kernels/split_concat.py).
 """
 
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from skipcost.bench.calls import Call, Calls, Place
-from skipcost.bench.low_resolution import Joint, Takes, at_low, is_low
+from skipcost.bench.calls import Call, Calls
+from skipcost.bench.low_resolution import Joint, Rule, at_low, is_low
 from skipcost.unet_models.topology import IMAGE, Edge, Gate, Head, Node, SkipGraph
 
 
@@ -28,11 +28,11 @@ class Schedule(NamedTuple):
 
 
 class _Walk(Calls):
-    """The walk over the graph; with `takes` that of `backend=rewritten`."""
+    """The walk over the graph; with a `rule` that of `backend=rewritten`."""
 
-    def __init__(self, graph: SkipGraph, height: int, width: int, takes: Takes | None) -> None:
+    def __init__(self, graph: SkipGraph, height: int, width: int, rule: Rule | None) -> None:
         super().__init__(graph, height, width)
-        self.takes = takes
+        self.rule = rule
 
     def resample(self, x: int, edge: Edge, place: int) -> int:
         if edge.up:
@@ -61,8 +61,8 @@ class _Walk(Calls):
     def carry(self, source: int, edge: Edge, place: int, signal: int | None) -> int:
         """Take a map along its edge up to the merge; an op that up-samples and convolves holds the map it was given."""
         joined = Joint((), source, edge, edge.conv) if edge.conv and edge.shift > 0 and not edge.gate else None
-        if joined and self.takes and is_low(self, joined, self.takes):
-            x = at_low(self, joined, f"{edge.name}: convolution", (0, place, 4))
+        if joined and self.rule and is_low(self, joined, self.rule):
+            x = at_low(self, joined, f"{edge.name}: convolution", ((0, place, 4), (0, place, 0)))
         else:
             x = self.resample(source, edge, place)
             if edge.gate and signal is not None:
@@ -85,7 +85,7 @@ class _Walk(Calls):
         deeper = node.deeper
         if deeper and any(edge.gate for edge in node.inputs):
             signal = self.resample(maps[deeper.source], deeper, first_edge + node.inputs.index(deeper))
-        raw, arrivals = self.takes is not None and _joins(node), []
+        raw, arrivals = self.rule is not None and _joins(node), []
         for place, edge in enumerate(node.inputs, first_edge):
             if signal is not None and edge is deeper:
                 arrivals.append(self.project(self.convolve(signal, edge, place), edge, place))
@@ -93,24 +93,28 @@ class _Walk(Calls):
                 arrivals.append(maps[edge.source])
             else:
                 arrivals.append(self.carry(maps[edge.source], edge, place, signal))
-        x = self.enter(node, arrivals, (1, number, 0))
+        x = self.enter(node, arrivals, (first_edge, number))
         for index, conv in enumerate(node.convs[1:], 1):
             x = self.conv(x, conv, f"{node.name}: convolution {index + 1}", (1, number, index), valid=self.valid)
         return x
 
-    def enter(self, node: Node, arrivals: list[int], place: Place) -> int:
-        """Merge and run the node's first convolution; where that is one op, the last map comes as it is and is held."""
-        conv, where = node.convs[0], f"{node.name}: convolution 1"
-        if not self.takes or not _joins(node):
+    def enter(self, node: Node, arrivals: list[int], places: tuple[int, int]) -> int:
+        """Merge and run the node's first convolution; where that is one op, the last map comes as it is.
+
+        An interpolated one is held there, too.
+        """
+        conv, where, place = node.convs[0], f"{node.name}: convolution 1", (1, places[1], 0)
+        if not self.rule or not _joins(node):
             return self.conv(self.merge(arrivals, node.merge, node.name), conv, where, place, valid=self.valid)
-        (*others, x), edge = arrivals, node.inputs[-1]
+        (*others, x), edge, last = arrivals, node.inputs[-1], places[0] + len(node.inputs) - 1
         joint = Joint(tuple(others), x, edge, conv)
-        if is_low(self, joint, self.takes):
-            return at_low(self, joint, where, place)
-        up = self.up_sample(x, edge.shift, f"{edge.name}: up-sampling")
+        if is_low(self, joint, self.rule):
+            return at_low(self, joint, where, (place, (0, last, 0)))
+        up = self.resample(x, edge, last)
         merged = self.merge([*others, up], node.merge, node.name)
         result = self.conv(merged, conv, where, place, valid=self.valid)
-        self.hold(x)
+        if not edge.up:
+            self.hold(x)
         return result
 
     def head(self, head: Head, x: int, number: int) -> int:
@@ -139,20 +143,20 @@ class _Walk(Calls):
 
 
 def _joins(node: Node) -> bool:
-    """Whether up-sampling, concatenation and first convolution of a node are one op (`Ops.up_concat_conv`)."""
+    """Whether up-sampling, concatenating and the first convolution are one op (`up_concat_conv`, `merge_conv`)."""
     edge = node.inputs[-1]
     plain = edge is node.deeper and not (edge.conv or edge.project or any(each.gate for each in node.inputs))
-    return plain and not edge.up and node.merge == "concat"
+    return plain and node.merge == "concat"
 
 
 def schedule(
-    graph: SkipGraph, height: int, width: int, *, training: bool, takes: Takes | None = None
+    graph: SkipGraph, height: int, width: int, *, training: bool, rule: Rule | None = None
 ) -> Schedule:  # fmt: skip
     """Follow one forward pass on images of height x width pixels; ValueError where a map would vanish.
 
-    takes: the rule of `backend=rewritten`; without one nothing is rewritten, as with eager.
+    rule: that of `backend=rewritten`; without one nothing is rewritten, as with eager.
     """
-    walk = _Walk(graph, height, width, takes)
+    walk = _Walk(graph, height, width, rule)
     maps, logits, class_logits, first_edge = {IMAGE: walk.image}, {}, None, 0
     heads = {head.node: (number, head) for number, head in enumerate(graph.heads)}
     for number, node in enumerate(graph.nodes):

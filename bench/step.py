@@ -43,7 +43,10 @@ class Program:
 
 
 def write(structure: Structure, *, traced: bool) -> Program:
-    """Write the program of one inference step or two training steps: the first makes the optimizer's state."""
+    """Write the program of one inference step, or of two where the first makes what stays.
+
+    That is the optimizer's state in training, composed weights at inference.
+    """
     calls, setting = structure.calls, structure.setting
     tape = Tape(traced=traced, replays_views=setting.autocast, recording=setting.training)
     weights: dict[int, Weights] = {}
@@ -69,10 +72,18 @@ def write(structure: Structure, *, traced: bool) -> Program:
         steady = len(tape.lines)
         _training_step(run, structure, inputs, (optimizer, scaler))
     else:
-        run_forward(run, calls, inputs[0])
-        scores = () if structure.class_logits is None else (structure.class_logits,)
-        tape.hold(*(run.values[each] for each in (*structure.logits, *scores)))
-    return _program(tape, present, steady)
+        _inference_step(run, structure, inputs[0])
+        if run.kept:
+            steady = len(tape.lines)
+            _inference_step(run, structure, inputs[0])
+    kept = [value for made in run.kept.values() for value in made]
+    return _program(tape, [*present, *kept], steady)
+
+
+def _inference_step(run: Forward, structure: Structure, image: Value) -> None:
+    run_forward(run, structure.calls, image)
+    scores = () if structure.class_logits is None else (structure.class_logits,)
+    run.tape.hold(*(run.values[each] for each in (*structure.logits, *scores)))
 
 
 def _training_step(run: Forward, structure: Structure, inputs: list[Value], after: tuple[Optimizer, Scaler]) -> None:
@@ -102,9 +113,9 @@ def _training_step(run: Forward, structure: Structure, inputs: list[Value], afte
     tape.hold(loss)
 
 
-def _program(tape: Tape, present: list[Value], steady: int) -> Program:
-    """Lay the tape's lines out as events; what is there before the first step, and gradients of the last, stay."""
-    lasting = {value.storage for value in (*present, *tape.gradients.values())}
+def _program(tape: Tape, staying: list[Value], steady: int) -> Program:
+    """Lay the tape's lines out as events; of gradients those of the last step stay."""
+    lasting = {value.storage for value in (*staying, *tape.gradients.values())}
     lasting |= {index for index, kind in enumerate(tape.kinds) if kind == "optimizer"}
     ends, steady_from = tape.ends(), 0
     events: list[int] = []

@@ -2,7 +2,8 @@
 
 A call of kernels/tap_first.py is one operator. It keeps the small map and the weight; its backward pass is one operator
 with two results, and a sum for the bias. What it makes and drops inside (tap maps of 18 rows, copies in fp32, packed
-weights) is not modelled here: `tap_costs.workspace_bytes` bounds it.
+weights) is not modelled here: `tap_costs.workspace_bytes` counts it. The weights of kernels/composed_up_conv.py are
+made by one operator in the first step, whose sums in float64 are not modelled either.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
-from skipcost.bench.calls import MAP, WEIGHTS, Call, ConvDetail
+from skipcost.bench.calls import CHANNELS, MAP, WEIGHTS, Call, ConvDetail
 from skipcost.bench.forward import Forward, Given, cast_to
 from skipcost.bench.tape import Size, Tape, Value
 
@@ -85,6 +86,28 @@ def tap_first(run: Forward, row: int, call: Call, x: Value, weight: Value, *bias
     return run.tape.differentiate(result, inputs, backward, (x, weight))
 
 
+def layer(run: Forward, row: int, _call: Call) -> Value:
+    """A layer's weight, as it is."""
+    return run.weights[row].weight
+
+
+def compose(run: Forward, row: int, call: Call, _weight: Value) -> Value:
+    """Compose two layers' weights: kernel, bias and what the border misses of it, kept from the first step on."""
+    if row not in run.kept:
+        sizes = (Size(row, column, run.compute_item, per_image=False) for column in (WEIGHTS, CHANNELS, MAP))
+        names = (f"{call.where}: composed {name}" for name in ("weight", "bias", "border"))
+        run.kept[row] = tuple(run.tape.make(size, name, "buffer") for size, name in zip(sizes, names, strict=True))
+        run.tape.run(run.kept[row])
+    return run.kept[row][0]
+
+
+def border(run: Forward, _row: int, call: Call, x: Value, kernel: Value) -> Value:
+    """Take what taps outside would pass on from the border of x: two rows and two columns, a sum of vectors each."""
+    for _ in range(4):
+        run.tape.result(Size(kernel.size.row, CHANNELS, kernel.item, per_image=False), (x,), call.where)
+    return x
+
+
 TAP_OPERATORS: dict[str, Callable[..., Value]] = {
     "cast": cast_map,
     "weight": weight,
@@ -92,4 +115,7 @@ TAP_OPERATORS: dict[str, Callable[..., Value]] = {
     "part": part,
     "rest": rest,
     "tap_first": tap_first,
+    "layer": layer,
+    "compose": compose,
+    "border": border,
 }

@@ -67,14 +67,10 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _steps(case: Case) -> int:
-    return 2 if case.mode == "training" else 1
-
-
-def _operators(case: Case) -> frozenset[str]:
+def _operators(case: Case, steps: int) -> frozenset[str]:
     def names(subject: Any) -> set[str]:
         with _Operators() as mode:
-            for _ in range(_steps(case)):
+            for _ in range(steps):
                 subject.step()
         return mode.names
 
@@ -118,18 +114,19 @@ def _peak(changed: list[tuple[int, int]], before: int, span: tuple[int, int]) ->
     return most
 
 
-def profiled(case: Case) -> Profiled:
-    """Run one inference step, or two training steps, on the CPU under the profiler alone."""
-    operators, subject = _operators(case), make_subject(case, "cpu")
+def profiled(case: Case, steps: int | None = None) -> Profiled:
+    """Run so many steps, else one of inference or two of training, on the CPU under the profiler alone."""
+    steps = steps or (2 if case.mode == "training" else 1)
+    operators, subject = _operators(case, steps), make_subject(case, "cpu")
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in subject.tensors}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        for step in range(_steps(case)):
+        for step in range(steps):
             with record_function(f"step {step}"):
                 subject.step()
     tree = list(_walk(recorded.profiler.kineto_results.experimental_event_tree()))
-    steps = [event for event, _ in tree if event.name.startswith("step ")]
+    whole = [event for event, _ in tree if event.name.startswith("step ")]
     blocks = [each for each in _blocks(tree) if not (each.is_number or each.within(operators))]
-    spans = [(each.start_time_ns, each.start_time_ns + each.duration_time_ns) for each in steps]
+    spans = [(each.start_time_ns, each.start_time_ns + each.duration_time_ns) for each in whole]
     before, changed = sum(storages.values()), _changes(blocks)
     peaks = tuple(_peak(changed, before, span) for span in spans)
     return Profiled(peaks, turns([before, *(change for _, change in changed)]))
