@@ -28,9 +28,9 @@ RATES = {
     ("cuda", "16 bits"): 14.8,
 }
 # A MAC of the composed form, its phases put in place, takes as long as this many of the direct form's: a Xeon with
-# AVX-512 and AMX, small maps of 32x32 and more, twice the channels that are in between. fp32: 0.7 (128 channels) to 1.06
-# (1024); 16 bits: 1.3 to 2.0. GPUs: nobody has measured.
-COMPOSED = {("cpu", "fp32"): 1.1, ("cpu", "tf32"): 1.1, ("cpu", "16 bits"): 1.7}
+# AVX-512 and AMX, 64 to 1024 channels, small maps of 32x32 and more. fp32: 0.7 to 1.13. 16 bits: 1.3 to 3.7; the worst
+# stands here, because it would win little and rounds more. GPUs: nobody has measured.
+COMPOSED = {("cpu", "fp32"): 1.1, ("cpu", "tf32"): 1.1, ("cpu", "16 bits"): 3.7}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def choose_composed(
 
     channels: in, in between, out. alone: nothing is concatenated with the up-sampled map, so it is not copied. The
     composed form is taken where it is cheaper, a copy is saved, whose place its phases take, and what it keeps is no
-    larger than the up-sampled map that it does not form: so it takes no more memory.
+    larger than the up-sampled map that it does not form: so the edge takes no more memory.
     """
     (height, width), (in_channels, between, out_channels) = size, channels
     pixels, up_pixels = batch * height * width, 4 * batch * height * width
