@@ -1,0 +1,57 @@
+"""`skipcost instructions`: how many instructions the suite's own Python takes, and whether a change made it more."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from skipcost.bench import verdicts as telling
+from skipcost.bench.console import ERR, JSON, JUNIT, KEPT, OUT
+from skipcost.bench.errors import BenchError
+from skipcost.bench.instructions import TOLERANCE, Counts, count, count_both, judge
+from skipcost.bench.revisions import WORKING_TREE, Revision, checked_out, merge_base
+
+TITLE = "skipcost instructions"
+
+
+def instructions(
+    against: Annotated[
+        str | None, typer.Option(help="a revision: both sides are counted, at the merge base and in the working tree")
+    ] = None,
+    junit: JUNIT = None,
+    kept: KEPT = None,
+    as_json: JSON = False,  # noqa: FBT002 - a flag of the command line
+) -> None:
+    """Count instructions with valgrind's callgrind; against a revision 0 says none takes more, 1 that one does."""
+    if against is None:
+        if junit or kept:
+            message = "--junit and --verdicts take verdicts, and there are none without --against REV"
+            raise BenchError(message)
+        _print(count(Revision("this code", os.environ.get("PYTHONPATH", ""), Path())), as_json=as_json)
+        return
+    with checked_out(merge_base(against)) as base, checked_out(WORKING_TREE) as now:
+        verdicts = judge(*count_both(base, now))
+    telling.write_json(verdicts, OUT) if as_json else telling.print_verdicts(verdicts, OUT)
+    telling.pass_on(verdicts, TITLE, ERR, junit, kept)
+    if not verdicts or any(each.fails for each in verdicts):
+        raise typer.Exit(1)
+
+
+def _print(found: Counts, *, as_json: bool) -> None:
+    """Print a side's counts."""
+    if as_json:
+        OUT.print_json(data={"instructions": found.instructions, "failed": found.failed, "tolerance": TOLERANCE})
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("subject")
+    table.add_column("instructions a call", justify="right")
+    table.add_column("tolerance", justify="right")
+    for name, number in found.instructions.items():
+        table.add_row(name, f"{number:,}", f"{TOLERANCE:.1%}")
+    OUT.print(table)
+    for name, why in found.failed.items():
+        ERR.print(f"skipcost: {name} cannot be counted: {why}", soft_wrap=True, highlight=False, markup=False)
