@@ -192,6 +192,23 @@ def test_the_arithmetic_equals_a_run(case: Case) -> None:
     assert turns(changes(line)) == real.turns
 
 
+@pytest.mark.parametrize("rule", ["all"], indirect=True)
+@pytest.mark.parametrize("mode", CHOICES["mode"])
+@pytest.mark.parametrize("norm", ["instance", "group"])
+@pytest.mark.usefixtures("rule")
+def test_a_single_channel_has_one_layout(norm: str, mode: str) -> None:
+    """From one channel tap-first answers contiguous in channels-last networks too: no norm copies, no gradient is."""
+    spec = ModelSpec("unet3+", 2, 1, max_width=1, norm=norm)
+    case = Case(spec, 2, 16, 20, mode, layout="channels_last", backend="rewritten")
+    line, traced = timeline(case), timeline(case, traced=True)
+    make_subject(case, "cpu").step()
+
+    real, (peaks, course) = profiled(case), _traced(case, _steps(traced))
+
+    assert (peaks_of(line), turns(changes(line))) == ((real.peaks[0], real.peaks[-1]), real.turns)
+    assert (peaks_of(traced), turns(changes(traced))) == (peaks, course)
+
+
 @pytest.mark.parametrize("mode", CHOICES["mode"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_counting_decides_as_in_the_network(variant: str, mode: str) -> None:
