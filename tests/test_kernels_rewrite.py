@@ -458,3 +458,19 @@ def test_a_write_to_the_input_before_backward_is_an_error_and_no_wrong_gradient(
 
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_hook_on_gradients_of_a_block_leaves_the_others_rewritten() -> None:
+    """The block is called as it is, and is rewritten inside with a graph of its own."""
+    model, x = made("dividing")
+    seen: list[Tensor] = []
+    model.get_submodule("up2").register_full_backward_hook(lambda _module, given, _results: seen.append(given[0]))
+    expected = run(model, x, training=True)
+
+    faster, changes = rewrite(model)
+
+    assert [type(faster.get_submodule(name)).__name__ for name in ("up1", "up2")] == ["Up", "RewrittenUp"]
+    assert len(ours(changes)) == 2
+    assert_same(expected, run(faster, x, training=True))
+    assert len(seen) == 2
+    torch.testing.assert_close(*seen, rtol=1e-12, atol=1e-12)
