@@ -22,7 +22,9 @@ from skipcost.kernels.composed_up_conv import ATTRIBUTE
 from skipcost.kernels.rewritten import RewrittenOps
 from skipcost.kernels.tap_choice import Choice, choose, choose_composed, rewritings
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec, SkipNet, build
+from skipcost.unet_models.ops import ConvNormAct, conv_norm_act, merge
 from skipcost.unet_models.spec import CHOICES
+from skipcost.unet_models.topology import Conv
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CELLS = [
@@ -183,6 +185,22 @@ def test_nothing_is_composed_where_gradients_are_asked_for(variant: str) -> None
     with torch.no_grad():
         assert torch.equal(network.train()(image), reference.train()(image))
     assert not _composed_edges(network)
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("beside", [(6, 7), (5, 8)], ids=str)
+def test_a_cropped_up_sampled_map_takes_its_own_steps(beside: tuple[int, int]) -> None:
+    """No network of the suite has one; beside a smaller map the two convolutions run, to the bit."""
+    layer = ConvNormAct(Conv(8, 4, 3, norm="batch", act=True), valid=False).eval()
+    up = torch.nn.ConvTranspose2d(6, 5, 2, stride=2)
+    maps = [torch.randn(2, 3, *beside), torch.randn(2, 6, 3, 4)]
+
+    with torch.no_grad():
+        wanted = conv_norm_act(layer, merge([maps[0], up(maps[1])], "concat"))
+        result = RewrittenOps().merge_conv(layer, maps, "concat", up)
+
+    assert torch.equal(result, wanted)
+    assert not maps
 
 
 @pytest.mark.usefixtures("everywhere")
