@@ -152,7 +152,16 @@ def test_equal_numbers_of_another_triton_are_equal() -> None:
     assert verdicts(_other_triton(ROWS)) == []
 
 
-@pytest.mark.parametrize("broken", [Compiling("", 4), Compiling("", 1), Compiling("no JSON"), Compiling("", 0)])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        Compiling("", 4),
+        Compiling("", 1),
+        Compiling("", 0),
+        Compiling("no JSON"),
+        Compiling('{"rows": [], "problems": []}', 4),
+    ],
+)
 def test_where_nothing_can_be_compiled_the_environment_is_at_fault(broken: Compiling) -> None:
     """Exit code 4 with what the command said, never an empty side."""
     with pytest.raises(MachineError, match=r"`skipcost kernels resources` fails at revision 0123456789ab: it broke"):
