@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from skipcost.bench import cli, gate_command
@@ -19,7 +20,7 @@ from skipcost.bench.gate import compared, judge
 from skipcost.bench.metrics import METRICS
 from skipcost.bench.records import OUTCOMES, Result
 from skipcost.bench.store import create_store, open_store
-from skipcost.bench.verdicts import PASSING, VERDICTS, read_json
+from skipcost.bench.verdicts import PASSING, VERDICTS, Verdict, read_json
 from skipcost.unet_models import ModelSpec
 
 CASES = tuple(Case(spec=ModelSpec(width=width), threads=1) for width in (8, 16))
@@ -214,13 +215,17 @@ def test_zero_compared_numbers_fail(tmp_path: Path) -> None:
 
 
 def test_what_neither_side_supports_is_no_comparison() -> None:
-    """A metric that is unsupported on both sides is unchanged, but it is no number that was compared."""
+    """A metric that is unsupported on both sides is unchanged, but no number that was compared; a gate of such fails."""
     base = Baseline("ci", {}, {"k": Entry("k", {"params": "unsupported"})})
 
     verdicts = judge(base, base)
 
     assert [each.verdict for each in verdicts] == ["unchanged"]
     assert compared(verdicts) == 0
+    for part in (verdicts, []):
+        with pytest.raises(typer.Exit) as ended:
+            gate_command._end([("", [Verdict("a", "params", "unchanged", 1, 1)]), ("", part)])
+        assert ended.value.exit_code == 1
 
 
 @pytest.mark.parametrize("outcome", [each for each in OUTCOMES if each not in ("ok", "unsupported")])
