@@ -215,7 +215,7 @@ def test_zero_compared_numbers_fail(tmp_path: Path) -> None:
 
 
 def test_what_neither_side_supports_is_no_comparison() -> None:
-    """A metric that is unsupported on both sides is unchanged, but no number that was compared; a gate of such fails."""
+    """A metric that is unsupported on both sides is unchanged, but no number that was compared: the gate fails."""
     base = Baseline("ci", {}, {"k": Entry("k", {"params": "unsupported"})})
 
     verdicts = judge(base, base)
