@@ -37,7 +37,7 @@ class Rules:
     inconclusive. alpha: chance of a false suspicion in a run; confirm: of its false confirmation.
     """
 
-    pairs: int = 8
+    pairs: int = 6
     seconds: float = 1.5
     floor: float = 0.01
     effect: float = 0.05
