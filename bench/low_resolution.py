@@ -111,8 +111,7 @@ def _compose(calls: Calls, joint: Joint, weight: int, where: str, place: Place) 
     cropped = [calls.crop(each, *_seen(calls, joint), where) for each in others]
     result = calls.call("convolve", where, (calls.merge(cropped, "concat", where), first), shape)
     positions = 4 * conv.out_channels, height + more, width + more
-    phases = calls.call("convolve", f"{where}, four phases", (joint.x, kept), positions)
-    calls.hold(result, phases)
+    calls.call("convolve", f"{where}, four phases", (joint.x, kept), positions)  # added to the result, and dropped
     if not calls.valid:
         result = calls.call("border", where, (result, kept), shape)
     calls.hold(joint.x)

@@ -67,14 +67,21 @@ def _runs(case: Case) -> bool:
     return "fp16" not in case.precision or case.mode == "inference"
 
 
-TRACED = list(zip(itertools.islice(_rewritten(10), 120), itertools.cycle(RULES), strict=False))
-RUN = list(
-    zip(
-        itertools.islice((replace(case, device="cpu") for case in _rewritten(11) if _runs(case)), 40),
-        itertools.cycle(RULES),
-        strict=False,
+def _transposed(seed: int) -> Iterator[tuple[Case, str]]:
+    """Cases at inference in which transposed convolutions may be composed, with the rule that does so."""
+    return (
+        (case, "all") for case in _rewritten(seed) if case.spec.upsample == "transpose" and case.mode == "inference"
     )
-)
+
+
+TRACED = [
+    *zip(itertools.islice(_rewritten(10), 100), itertools.cycle(RULES), strict=False),
+    *itertools.islice(_transposed(12), 40),
+]
+RUN = [
+    *zip(itertools.islice(filter(_runs, _rewritten(11)), 36), itertools.cycle(RULES), strict=False),
+    *itertools.islice(_transposed(13), 20),
+]
 CELLS = [
     (variant, skip, upsample, padding, mode)
     for variant, skip, padding, mode in itertools.product(VARIANTS, SKIPS, ("same", "valid"), CHOICES["mode"])
@@ -183,6 +190,7 @@ def test_the_arithmetic_equals_a_run(case: Case) -> None:
     What an operator makes and frees itself is its own, tap-first's blocks included, and left out; so are the matrices
     of its bands, which the first run makes and later ones find.
     """
+    case = replace(case, device="cpu")
     make_subject(case, "cpu").step()
 
     line = timeline(case)
@@ -195,10 +203,11 @@ def test_the_arithmetic_equals_a_run(case: Case) -> None:
 @pytest.mark.parametrize("rule", ["all"], indirect=True)
 @pytest.mark.parametrize("mode", CHOICES["mode"])
 @pytest.mark.parametrize("norm", ["instance", "group"])
+@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.usefixtures("rule")
-def test_a_single_channel_has_one_layout(norm: str, mode: str) -> None:
-    """From one channel tap-first answers contiguous in channels-last networks too: no norm copies, no gradient is."""
-    spec = ModelSpec("unet3+", 2, 1, max_width=1, norm=norm)
+def test_layouts_decide_what_is_copied(channels: int, norm: str, mode: str) -> None:
+    """Norms copy what tap-first answers in channels-last, and autograd its gradients; of one channel there is one."""
+    spec = ModelSpec("unet3+", 2, channels, max_width=channels, norm=norm)
     case = Case(spec, 2, 16, 20, mode, layout="channels_last", backend="rewritten")
     line, traced = timeline(case), timeline(case, traced=True)
     make_subject(case, "cpu").step()
@@ -346,7 +355,7 @@ def test_fit_refuses_what_nobody_can_tell(backend: str, device: str, sentence: s
         lattice(read_axes({**CHOSEN, "backend": [backend]}), FIXED | {"device": device}, 1)
 
 
-AXES = [(5, 6, 2, 7, 3, 1), (40, 9, 2, 16, 8, 1), (33, 20, 4, 5, 6, 0), (17, 5, 8, 1, 2, 1)]
+AXES = [(5, 6, 2, 7, 3, 1), (2, 2, 2, 48, 32, 1), (40, 9, 2, 16, 8, 1), (33, 20, 4, 5, 6, 0), (17, 5, 8, 1, 2, 1)]
 
 
 @pytest.mark.parametrize("backward", [False, True])
