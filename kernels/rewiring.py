@@ -99,7 +99,7 @@ def twin(model: nn.Module) -> nn.Module:
 def calls_of(module: nn.Module) -> Traced:
     """Return what a module of a twin calls, in a graph of the caller's own: `trace`, or what it was rewired to."""
     if not isinstance(module, Rewired):
-        return trace(module, whole=lambda each: isinstance(each, Rewired))
+        return trace(module, whole=lambda each: isinstance(each, Rewired), strict=True)
     if len(module.routes) > 1 or module.routes[0].gradients:
         message = "it was rewritten, and what runs in training too is not changed once more"
         raise ValueError(message)

@@ -130,7 +130,7 @@ def _product(
     arguments = {
         "x": x,
         "weight": packed,
-        "bias": bias,
+        "bias": None if bias is None else bias.contiguous(),
         "out": out,
         "x_strides": (x.stride(0), x.stride(2), x.stride(3)),
         "out_strides": (out.stride(0), out.stride(2), out.stride(3)),

@@ -309,3 +309,40 @@ def test_only_modules_are_fused(given: Any) -> None:
     """Anything else is refused with what it is."""
     with pytest.raises(ValueError, match=rf"^fuse got a {type(given).__name__}, whose code it cannot change: give it"):
         fuse(given)
+
+
+class AsksForAType(nn.Module):
+    """Takes the sum where it is given a tensor, as MONAI's BasicUNet decides on its concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
+        """Convolve, and add the other where there is one."""
+        x = self.layers(x)
+        return x + other if isinstance(other, torch.Tensor) else x
+
+
+class Asked(nn.Module):
+    """Has a block that asks for a type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = AsksForAType()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Give the block its input twice."""
+        return self.block(x, x)
+
+
+def test_python_that_asks_for_a_type_is_called_as_it_is() -> None:
+    """A Proxy is no tensor, so that the other branch would be traced: the block stays, and is fused inside."""
+    model = Asked().eval()
+    fused, changes = fuse(model)
+    x = torch.randn(1, 4, 8, 8)
+
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x))
+
+    assert any(each.after and "block.layers.0" in each.where for each in changes)

@@ -54,6 +54,15 @@ def check_the_concatenation_is_within_the_bound(case: Case) -> None:
     assert error(result[:, -case.outputs :], case, inputs) <= 1
 
 
+def check_a_bias_may_lie_anywhere() -> None:
+    """A column of a matrix is a bias like any other."""
+    x, weight, bias = Case(1, (5, 3, 4), 6, "fp32").inputs()
+    column = torch.stack([bias, -bias], 1)[:, 0]
+
+    assert column.stride() == (2,)
+    assert_same(up_conv(x, weight, column), up_conv(x, weight, bias))
+
+
 @settings(max_examples=25)
 @given(cases(), st.integers(0, 7), st.integers(0, 7), st.sampled_from(CHANNELS_ADJACENT))
 @example(Case(2, (16, 3, 5), 24, "bf16", tile=TILES[1]), 0, 0, "channel_slice")  # two images, all of their pixels
