@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from skipcost.bench import callgrind
+from skipcost.bench.callgrind import SUBJECTS
 from skipcost.bench.errors import MachineError
 from skipcost.bench.revisions import Revision
 from skipcost.bench.verdicts import Verdict
 
 METRIC = "instructions"
-TOLERANCE = 0.002  # either way; equal code differed by up to 0.00026, see docs/method.md
 TOOLS = ("valgrind", "callgrind_control", "callgrind_annotate")  # of one package
 SCRIPT = Path(callgrind.__file__)
 
@@ -87,6 +87,7 @@ def _verdict(name: str, base: Counts, now: Counts) -> Verdict:
         why = "; ".join(side.failed[name] for side in (base, now) if name in side.failed)
         return Verdict(name, METRIC, word, then, today, why)
     ratio = today / then
-    interval = (ratio * (1 - TOLERANCE), ratio * (1 + TOLERANCE))
+    tolerance = SUBJECTS[name].tolerance
+    interval = (ratio * (1 - tolerance), ratio * (1 + tolerance))
     word = "regressed" if interval[0] > 1 else "improved" if interval[1] < 1 else "unchanged"
     return Verdict(name, METRIC, word, then, today, ratio=ratio, interval=interval)

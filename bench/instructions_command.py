@@ -10,9 +10,10 @@ import typer
 from rich.table import Table
 
 from skipcost.bench import verdicts as telling
+from skipcost.bench.callgrind import SUBJECTS
 from skipcost.bench.console import ERR, JSON, JUNIT, KEPT, OUT
 from skipcost.bench.errors import BenchError
-from skipcost.bench.instructions import TOLERANCE, Counts, count, count_both, judge
+from skipcost.bench.instructions import Counts, count, count_both, judge
 from skipcost.bench.revisions import WORKING_TREE, Revision, checked_out, merge_base
 
 TITLE = "skipcost instructions"
@@ -44,14 +45,20 @@ def instructions(
 def _print(found: Counts, *, as_json: bool) -> None:
     """Print a side's counts."""
     if as_json:
-        OUT.print_json(data={"instructions": found.instructions, "failed": found.failed, "tolerance": TOLERANCE})
+        OUT.print_json(
+            data={
+                "instructions": found.instructions,
+                "failed": found.failed,
+                "tolerance": {name: subject.tolerance for name, subject in SUBJECTS.items()},
+            }
+        )
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("subject")
     table.add_column("instructions a call", justify="right")
     table.add_column("tolerance", justify="right")
     for name, number in found.instructions.items():
-        table.add_row(name, f"{number:,}", f"{TOLERANCE:.1%}")
+        table.add_row(name, f"{number:,}", f"{SUBJECTS[name].tolerance:.1%}")
     OUT.print(table)
     for name, why in found.failed.items():
         ERR.print(f"skipcost: {name} cannot be counted: {why}", soft_wrap=True, highlight=False, markup=False)

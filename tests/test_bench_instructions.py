@@ -16,8 +16,9 @@ import pytest
 from typer.testing import CliRunner
 
 from skipcost.bench import callgrind, cli, instructions
+from skipcost.bench.callgrind import SUBJECTS, Subject
 from skipcost.bench.errors import BenchError, MachineError
-from skipcost.bench.instructions import TOLERANCE, TOOLS, Counts, count, count_both, judge
+from skipcost.bench.instructions import TOOLS, Counts, count, count_both, judge
 from skipcost.bench.revisions import Revision
 from skipcost.unet_models import VARIANTS
 
@@ -39,22 +40,25 @@ def answering(monkeypatch: pytest.MonkeyPatch, folder: Path, program: str) -> No
     monkeypatch.setattr(instructions, "SCRIPT", script)
 
 
+@pytest.mark.parametrize("name", SUBJECTS)
 @pytest.mark.parametrize(
-    ("now", "word", "fails"),
+    ("tolerances", "word", "fails"),
     [
-        (BASE, "unchanged", False),
-        (round(BASE * (1 + TOLERANCE * 0.9)), "unchanged", False),
-        (round(BASE * (1 - TOLERANCE * 0.9)), "unchanged", False),
-        (round(BASE * (1 + TOLERANCE * 1.1)), "regressed", True),
-        (round(BASE * (1 - TOLERANCE * 1.1)), "improved", False),
-        (2 * BASE, "regressed", True),
+        (0, "unchanged", False),
+        (0.9, "unchanged", False),
+        (-0.9, "unchanged", False),
+        (1.1, "regressed", True),
+        (-1.1, "improved", False),
+        (100, "regressed", True),
     ],
 )
-def test_a_change_beyond_the_tolerance_is_a_verdict(now: int, word: str, fails: bool) -> None:  # noqa: FBT001
+def test_a_change_beyond_the_tolerance_is_a_verdict(name: str, tolerances: float, word: str, fails: bool) -> None:  # noqa: FBT001
     """More instructions fail; fewer pass, since no stored baseline has to be updated for them."""
-    (verdict,) = judge(Counts({"a": BASE}, {}), Counts({"a": now}, {}))
+    now = round(BASE * (1 + tolerances * SUBJECTS[name].tolerance))
 
-    assert (verdict.case, verdict.metric, verdict.verdict, verdict.fails) == ("a", "instructions", word, fails)
+    (verdict,) = judge(Counts({name: BASE}, {}), Counts({name: now}, {}))
+
+    assert (verdict.case, verdict.metric, verdict.verdict, verdict.fails) == (name, "instructions", word, fails)
     assert (verdict.base, verdict.now) == (BASE, now)
 
 
@@ -94,8 +98,8 @@ def test_what_a_revision_cannot_do_is_left_out_with_the_reason(monkeypatch: pyte
         message = "no such variant"
         raise ValueError(message)
 
-    subjects = {"works": lambda: list, "unmade": unmade, "uncallable": lambda: lambda: 1 / 0}
-    monkeypatch.setattr(callgrind, "SUBJECTS", subjects)
+    makers = {"works": lambda: list, "unmade": unmade, "uncallable": lambda: lambda: 1 / 0}
+    monkeypatch.setattr(callgrind, "SUBJECTS", {name: Subject(make, 0.1) for name, make in makers.items()})
 
     calls, failed = callgrind.prepared()
 
@@ -115,7 +119,7 @@ def _collecting() -> Iterator[None]:
 def test_calls_come_warm_one_at_a_time_and_without_collections(monkeypatch: pytest.MonkeyPatch) -> None:
     """The timer's first, unseen call warms everything up; each later one is a subject, in the table's order."""
     called: list[str] = []
-    subjects = {name: lambda name=name: lambda: called.append(name) for name in "ab"}
+    subjects = {name: Subject(lambda name=name: lambda: called.append(name), 0.1) for name in "ab"}
     monkeypatch.setattr(callgrind, "SUBJECTS", subjects)
     turns = callgrind.turns()
     called.clear()
@@ -182,17 +186,18 @@ def test_without_valgrind_the_command_names_the_package(monkeypatch: pytest.Monk
 @pytest.mark.usefixtures("_tools")
 def test_counts_are_shown_with_the_tolerance_and_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line for each subject, and on stderr what cannot be counted."""
-    answer = {"instructions": {"a": 1234567}, "failed": {"b": "it broke"}}
+    first, second, *_ = SUBJECTS
+    answer = {"instructions": {first: 1234567}, "failed": {second: "it broke"}}
     answering(monkeypatch, tmp_path, f"print({json.dumps(answer)!r})")
 
     table = CliRunner().invoke(cli.app, ["instructions"])
     data = CliRunner().invoke(cli.app, ["instructions", "--json"])
 
     assert table.exit_code == data.exit_code == 0
-    assert f"{TOLERANCE:.1%}" in table.stdout
+    assert f"{SUBJECTS[first].tolerance:.1%}" in table.stdout
     assert "1,234,567" in table.stdout
-    assert "b cannot be counted: it broke" in table.output
-    assert json.loads(data.stdout) == {**answer, "tolerance": TOLERANCE}
+    assert f"{second} cannot be counted: it broke" in table.output
+    assert json.loads(data.stdout) == {**answer, "tolerance": {name: each.tolerance for name, each in SUBJECTS.items()}}
 
 
 @pytest.mark.parametrize("option", ["--junit", "--verdicts"])
@@ -217,9 +222,11 @@ def test_against_a_revision_more_instructions_fail(tmp_path: Path, monkeypatch: 
     """Exit code 1 and a row that says by how much; 0 where nothing changed or less is done; nothing counted fails."""
     kept, junit = tmp_path / "verdicts.json", tmp_path / "junit.xml"
 
-    more = against(monkeypatch, {"a": 100}, {"a": 110}, "--verdicts", str(kept), "--junit", str(junit))
-    same = against(monkeypatch, {"a": 100}, {"a": 100})
-    less = against(monkeypatch, {"a": 100}, {"a": 90})
+    name = next(iter(SUBJECTS))
+
+    more = against(monkeypatch, {name: 100}, {name: 110}, "--verdicts", str(kept), "--junit", str(junit))
+    same = against(monkeypatch, {name: 100}, {name: 100})
+    less = against(monkeypatch, {name: 100}, {name: 90})
     none = against(monkeypatch, {}, {})
 
     assert [each.exit_code for each in (more, same, less, none)] == [1, 0, 0, 1]
