@@ -11,6 +11,7 @@ from functools import lru_cache
 
 from skipcost.kernels import winners
 from skipcost.kernels.calls import Call
+from skipcost.kernels.tap_costs import KERNEL_SUMS
 from skipcost.kernels.tiles import FEW_CHANNELS
 
 CUDNN_SHARE = 0.65  # of the matrix peak that cuDNN's convolutions reach: an assumption, until a card is measured
@@ -18,7 +19,6 @@ TRITON_SHARE = 0.74 * CUDNN_SHARE  # the best published Triton convolution again
 MARGIN = 0.05  # a predicted win must be this large: the prediction is no better than that
 ALIGNED = 16  # channels: what Triton knows of a stride, or nothing, and the least depth of a product
 WIDE_LOAD = 8  # elements of 16 bits in 16 bytes: fewer channels in a row are loaded one by one
-TAP_MACS = 44  # in fp32 for each output of tap_first: 12 in rows, 32 in columns; at factor 2 the most
 VALUE_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {  # by op, what can run it; the first is what a card is judged against
     "conv_bn_relu": ("cudnn", "tma", "triton"),
@@ -145,7 +145,7 @@ def _predict_tap_first(call: Call, name: str, card: Card) -> float:
         product, extra = call.macs, call.in_channels * pixels * call.factor**2 * VALUE_BYTES[call.precision]
         return max(2 * product / rate, call.bytes / card.copy_bytes_per_s) + 2 * extra / card.copy_bytes_per_s
     product, taps = call.weights * pixels, call.kernel**2 * call.out_channels * pixels * VALUE_BYTES["fp32"]
-    sums = 2 * TAP_MACS * call.batch * call.out_channels * rows * columns / card.plain_flop_per_s
+    sums = 2 * KERNEL_SUMS * call.batch * call.out_channels * rows * columns / card.plain_flop_per_s
     return 2 * product / rate + max(sums, (call.bytes + 2 * taps) / card.copy_bytes_per_s)
 
 

@@ -17,16 +17,12 @@ from skipcost.unet_models.geometry import EdgeSize, sizes
 from skipcost.unet_models.topology import Edge, Node, SkipGraph
 
 BAND = 2.5  # a MAC of the banded products takes as long as this many of a convolution: two cores, Xeon, AVX-512, fp32
-# How many MACs of the direct form a device does in the time of one of tap-first's, which is in fp32. CPUs: measured
-# with AMX, which multiplies bf16 (512 to 256 channels, x2: 2.5; 160 to 32, x8: 1.8). GPUs: an H100's published rates.
-RATES = {
-    ("cpu", "fp32"): 1.0,
-    ("cpu", "tf32"): 1.0,
-    ("cpu", "16 bits"): 3.0,
-    ("cuda", "fp32"): 1.0,
-    ("cuda", "tf32"): 7.4,
-    ("cuda", "16 bits"): 14.8,
-}
+# How many MACs of the direct form a CPU does in the time of one of tap-first's, which is in fp32. Measured with AMX,
+# which multiplies bf16 (512 to 256 channels, x2: 2.5; 160 to 32, x8: 1.8).
+CPU_RATES = {"fp32": 1.0, "tf32": 1.0, "16 bits": 3.0}
+# A GPU multiplies 16 bits and adds in fp32, then a kernel adds the tap maps up. An H100's data sheet: MACs, bytes a second.
+GPU_MACS = {"fp32": 33.5e12, "tf32": 247e12, "16 bits": 494e12}
+GPU_BYTES = 3.35e12
 # A MAC of the composed form, its phases put in place, takes as long as this many of the direct form's: a Xeon with
 # AVX-512 and AMX, 64 to 1024 channels, small maps of 32x32 and more. fp32: 0.7 to 1.13. 16 bits: 1.3 to 3.7; the worst
 # stands here, because it would win little and rounds more. GPUs: nobody has measured.
@@ -78,7 +74,7 @@ class Rewriting:
 
 
 def precision_kind(precision: str) -> str:
-    """Return the key of RATES for a case's precision: fp32, tf32 or 16 bits."""
+    """Return the key of the rates for a case's precision: fp32, tf32 or 16 bits."""
     return precision if precision in ("fp32", "tf32") else "16 bits"
 
 
@@ -88,19 +84,43 @@ def choose(
     """Count both forms of a convolution of `channels` = (in, out) over an up-sampled map, and take the cheaper."""
     direct = tap_costs.direct(rows, columns, channels, batch)
     products = tap_costs.forward(rows, columns, channels, batch)
-    rate = RATES[device, kind]
-    weighed = rate * (products.taps + BAND * products.bands)
-    taken = weighed < direct
     value = 2 if kind == "16 bits" else 4
     low = batch * channels[0] * rows.extent * columns.extent * value
     up = batch * channels[0] * rows.length * columns.length * value
     out = batch * channels[1] * rows.output * columns.output * value
+    if device == "cuda":
+        taken, why = _weigh_on_gpu(rows, columns, channels, batch, kind)
+    else:
+        taken, why = _weigh_on_cpu(products, direct, CPU_RATES[kind])
+    return Choice(direct, products.macs, low + 2 * up + out, low + out, up + out, out, taken, why)
+
+
+def _weigh_on_cpu(products: tap_costs.Products, direct: int, rate: float) -> tuple[bool, str]:
+    """Return whether tap-first is taken, and why: MACs, in those of a convolution."""
+    taken = rate * (products.taps + BAND * products.bands) < direct
     why = (
         f"{products.taps / 1e6:,.1f} M MACs over channels and {BAND} times {products.bands / 1e6:,.1f} M in bands"
         + (f", all times {rate} for products in fp32" if rate != 1 else "")
         + f", are {'less' if taken else 'not less'} than the direct form's {direct / 1e6:,.1f} M"
     )
-    return Choice(direct, products.macs, low + 2 * up + out, low + out, up + out, out, taken, why)
+    return taken, why
+
+
+def _weigh_on_gpu(
+    rows: Axis, columns: Axis, channels: tuple[int, int], batch: int, kind: str
+) -> tuple[bool, str]:  # fmt: skip
+    """Return whether tap-first is taken, and why: predicted time, each side its products and the bytes beside them."""
+    low, up = batch * rows.extent * columns.extent, batch * rows.length * columns.length
+    tap_maps = 4 * low * rows.kernel * columns.kernel * channels[1]  # bytes, in fp32
+    sums = tap_costs.KERNEL_SUMS * batch * rows.output * columns.output * channels[1] / GPU_MACS["fp32"]
+    ours = tap_maps / 4 * channels[0] / GPU_MACS[kind] + max(sums, 2 * tap_maps / GPU_BYTES)
+    up_bytes = up * channels[0] * (2 if kind == "16 bits" else 4)
+    theirs = tap_costs.direct(rows, columns, channels, batch) / GPU_MACS[kind] + 2 * up_bytes / GPU_BYTES
+    why = (
+        f"{ours * 1e6:,.1f} us for products, tap maps and sums are {'less' if ours < theirs else 'not less'} than "
+        f"{theirs * 1e6:,.1f} us for the up-sampled map and its convolution, by an H100's data sheet, not measured"
+    )
+    return ours < theirs, why
 
 
 def choose_composed(

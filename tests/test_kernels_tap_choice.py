@@ -88,6 +88,19 @@ def test_choice_says_why_in_numbers() -> None:
     assert "all times 3.0 for products in fp32" in _call(2, (512, 256), kind="16 bits").why
 
 
+def test_on_a_gpu_the_choice_is_predicted_time() -> None:
+    """Products at the precision's rate, tap maps written and read in fp32: 320 channels pay at x2, 128 do not."""
+    wide, narrow = (_call(2, (channels, 64), 256, kind="16 bits", device="cuda") for channels in (320, 128))
+
+    pixels, sheet = 256 * 256, (494e12, 3.35e12)
+    ours = 9 * 320 * 64 * pixels / sheet[0] + 2 * 4 * 9 * 64 * pixels / sheet[1]
+    theirs = 9 * 320 * 64 * 4 * pixels / sheet[0] + 2 * 2 * 320 * 4 * pixels / sheet[1]
+    assert (wide.taken, narrow.taken) == (True, False)
+    assert wide.why.startswith(f"{ours * 1e6:,.1f} us for products")
+    assert f"less than {theirs * 1e6:,.1f} us" in wide.why
+    assert "not measured" in wide.why
+
+
 def test_tap_first_never_holds_or_moves_more() -> None:
     """It forms no up-sampled map: bytes and live bytes are the direct form's without that map."""
     choice = _call(4, (10, 6), batch=2)
@@ -165,7 +178,7 @@ def test_composed_form_is_not_taken_everywhere() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_trace_chooses_as_the_device_that_it_stands_for(device: str) -> None:
-    """On meta tensors, in 16 bits, where a GPU's products in fp32 are far slower than the direct form's."""
+    """On meta tensors, in 16 bits, where CPUs and GPUs choose by different rules."""
     spec = ModelSpec("unet3+", 2, 64)
     with torch.device("meta"):
         network = build(spec, RewrittenOps(device).ops()).eval().bfloat16()
