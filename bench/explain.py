@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from skipcost.bench import figures
+from skipcost.kernels.tap_choice import rewritings
 from skipcost.unet_models import VARIANTS, ModelSpec, SkipGraph
 from skipcost.unet_models.costs import EdgeCost, costs
 from skipcost.unet_models.geometry import size_note
@@ -34,6 +35,10 @@ def explain(spec: ModelSpec, size: tuple[int, int], batch: int, precision: str, 
         "conv_macs": graph.conv_macs(*size),
         "receptive_field": graph.receptive_field(),
         "edges": [_edge(values, total) for values in split.edges],
+        "rewritings": [
+            {"edge": each.edge, "form": each.form, **asdict(each.choice)}
+            for each in rewritings(graph, *size, precision=precision, mode=mode)
+        ],
         "node_macs": split.node_macs,
         "head_macs": split.head_macs,
         "skip_macs": sum(edge.all_macs for edge in split.edges if edge.skip),
@@ -77,7 +82,8 @@ def _table(facts: dict[str, Any]) -> Table:
     for name in ("from", "to", "scale"):
         table.add_column(name, no_wrap=True)
     table.add_column("how the map gets there", ratio=1)
-    for name in ("channels", "params", "MACs", "share", "held", "for"):
+    forms = {each["edge"]: _forms(each) for each in facts["rewritings"]}
+    for name in ("channels", "params", "MACs", "share", *(["rewritten"] if forms else []), "held", "for"):
         table.add_column(name, justify="right", no_wrap=True)
     for edge in facts["edges"]:
         steps = edge["held_steps"]
@@ -90,11 +96,18 @@ def _table(facts: dict[str, Any]) -> Table:
             figures.text(edge["params"] + edge["merge_params"], "count"),
             figures.text(edge["all_macs"], "count"),
             f"{edge['share']:.1%}",
+            *([forms.get(f"{edge['source']}->{edge['target']}", "")] if forms else []),
             figures.text(edge["held_bytes"], "bytes"),
             f"{steps} step{'s' if steps != 1 else ''}",
             style=None if edge["skip"] else "dim",
         )
     return table
+
+
+def _forms(rewriting: dict[str, Any]) -> str:
+    """MACs of the form that runs, of the one that does not in brackets."""
+    low, direct = (figures.text(rewriting[name], "count") for name in ("tap_macs", "direct_macs"))
+    return f"{low} ({direct})" if rewriting["taken"] else f"{direct} ({low})"
 
 
 def _legend(facts: dict[str, Any]) -> str:
@@ -104,6 +117,12 @@ def _legend(facts: dict[str, Any]) -> str:
         "held: the source map; for: nodes from its making until this edge has read it"
         + (" (in training every map is kept until its backward pass)." if facts["mode"] == "training" else "."),
     ]
+    if facts["rewritings"]:
+        saved = sum(each["direct_macs"] - each["tap_macs"] for each in facts["rewritings"] if each["taken"])
+        lines.append(
+            "rewritten: MACs of the convolution over the up-sampled map as backend=rewritten runs it on a CPU, and "
+            f"of the other form in brackets; it saves {saved / facts['conv_macs']:.1%} of all MACs: `skipcost rewritings`"
+        )
     if facts["variant"] == VARIANTS["unet3+"].title:
         deepest = max(facts["levels"].values())
         lines.append(

@@ -20,7 +20,7 @@ BAND = 2.5  # a MAC of the banded products takes as long as this many of a convo
 # How many MACs of the direct form a CPU does in the time of one of tap-first's, which is in fp32. Measured with AMX,
 # which multiplies bf16 (512 to 256 channels, x2: 2.5; 160 to 32, x8: 1.8).
 CPU_RATES = {"fp32": 1.0, "tf32": 1.0, "16 bits": 3.0}
-# A GPU multiplies 16 bits and adds in fp32, then a kernel adds the tap maps up. An H100's data sheet: MACs, bytes a second.
+# A GPU multiplies 16 bits and adds in fp32, then a kernel sums the tap maps. By an H100's data sheet, a second.
 GPU_MACS = {"fp32": 33.5e12, "tf32": 247e12, "16 bits": 494e12}
 GPU_BYTES = 3.35e12
 # A MAC of the composed form, its phases put in place, takes as long as this many of the direct form's: a Xeon with

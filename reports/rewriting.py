@@ -56,8 +56,10 @@ def _counted(data: Data, variant: str) -> Spread | None:
         if (row["variant"], row["skip"]) == (variant, REFERENCE_SKIP):
             graph = case.graph()
             macs = case.batch * graph.conv_macs(case.height, case.width)
-            where = {"batch": case.batch, "precision": case.precision, "device": case.device}
-            shares.append(executed_macs(graph, case.height, case.width, **where) / macs)
+            executed = executed_macs(
+                graph, case.height, case.width, batch=case.batch, precision=case.precision, device=case.device
+            )
+            shares.append(executed / macs)
     less = pd.Series([share for share in shares if share < 1], dtype=float)
     return Spread.of(less) if len(less) else None
 

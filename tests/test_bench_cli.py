@@ -14,13 +14,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from skipcost.bench import cli
+from skipcost.bench import cli, figures
 from skipcost.bench import show as showing
 from skipcost.bench.cases import Case
 from skipcost.bench.errors import BenchError, MachineError
 from skipcost.bench.records import Result
 from skipcost.bench.store import create_store
 from skipcost.bench.tables import COLUMNS
+from skipcost.kernels.tap_choice import executed_macs
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 
 COMMANDS = (
@@ -34,6 +35,7 @@ COMMANDS = (
     "baseline",
     "gate",
     "ab",
+    "instructions",
     "accuracy",
     "calibrate",
     "report",
@@ -195,6 +197,24 @@ def test_explain_shows_the_dearest_edge_of_unet_3plus() -> None:
 
     assert (dearest["source"], dearest["target"], dearest["macs"]) == ("x4_0", "x0_4", 38_654_705_664)
     assert round(dearest["macs"] / facts["conv_macs"], 3) == 0.196
+
+
+@pytest.mark.parametrize(("label", "form"), [("unet3+/d4/w64/concat", "tap-first"), ("unet/d4/w64/concat", "composed")])
+def test_explain_shows_both_forms_of_what_can_be_rewritten(label: str, form: str) -> None:
+    """The edge's row has the MACs of the form that runs, and of the other in brackets; all of them add up."""
+    facts = json.loads(run("explain", label, "--size", "256", "--json"))
+    text = run("explain", label, "--size", "256")
+
+    graph = ModelSpec.parse(label).graph()
+    saved = sum(each["direct_macs"] - each["tap_macs"] for each in facts["rewritings"] if each["taken"])
+    assert facts["conv_macs"] - saved == executed_macs(graph, 256, 256)
+    taken = [each for each in facts["rewritings"] if each["taken"]]
+    assert {each["form"] for each in taken} == {form}
+    for each in facts["rewritings"]:
+        low, direct = (figures.text(each[name], "count") for name in ("tap_macs", "direct_macs"))
+        assert (f"{low} ({direct})" if each["taken"] else f"{direct} ({low})") in text
+    assert f"saves {saved / facts['conv_macs']:.1%} of all MACs" in text
+    assert "rewritten" not in run("explain", "unet/d2/w8/sum", "--size", "64")
 
 
 def test_show_writes_every_column_as_csv_and_json(store: Path) -> None:
