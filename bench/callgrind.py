@@ -67,11 +67,11 @@ class Subject:
 
 
 SUBJECTS = {
-    "forward unet/d4": Subject(partial(_forward, "unet/d4/w4/concat"), 0.002),
-    "forward unet++/d4": Subject(partial(_forward, "unet++/d4/w4/concat"), 0.002),
-    "forward unet3+/d4": Subject(partial(_forward, "unet3+/d4/w4/concat"), 0.002),
-    "a case's arithmetic": Subject(partial(_count, "unet3+/d4/w32/concat"), 0.02),
-    "a case's predicted bytes": Subject(partial(_predict, "unet3+/d4/w32/concat"), 0.005),
+    "forward unet/d4": Subject(partial(_forward, "unet/d4/w4/concat"), 0.005),
+    "forward unet++/d4": Subject(partial(_forward, "unet++/d4/w4/concat"), 0.005),
+    "forward unet3+/d4": Subject(partial(_forward, "unet3+/d4/w4/concat"), 0.005),
+    "a case's arithmetic": Subject(partial(_count, "unet3+/d4/w32/concat"), 0.03),
+    "a case's predicted bytes": Subject(partial(_predict, "unet3+/d4/w32/concat"), 0.01),
 }
 
 
