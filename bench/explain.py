@@ -120,8 +120,8 @@ def _legend(facts: dict[str, Any]) -> str:
     if facts["rewritings"]:
         saved = sum(each["direct_macs"] - each["tap_macs"] for each in facts["rewritings"] if each["taken"])
         lines.append(
-            "rewritten: MACs of the convolution over the up-sampled map as backend=rewritten runs it on a CPU, and "
-            f"of the other form in brackets; it saves {saved / facts['conv_macs']:.1%} of all MACs: `skipcost rewritings`"
+            "rewritten: MACs of the convolution over the up-sampled map as backend=rewritten runs it on a CPU, of "
+            f"the other form in brackets; it saves {saved / facts['conv_macs']:.1%} of all MACs: `skipcost rewritings`"
         )
     if facts["variant"] == VARIANTS["unet3+"].title:
         deepest = max(facts["levels"].values())

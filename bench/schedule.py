@@ -112,10 +112,7 @@ class _Walk(Calls):
             return at_low(self, joint, where, (place, (0, last, 0)))
         up = self.resample(x, edge, last)
         merged = self.merge([*others, up], node.merge, node.name)
-        result = self.conv(merged, conv, where, place, valid=self.valid)
-        if not edge.up:
-            self.hold(x)
-        return result
+        return self.conv(merged, conv, where, place, valid=self.valid)
 
     def head(self, head: Head, x: int, number: int) -> int:
         where = f"head of {head.node}"

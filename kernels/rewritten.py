@@ -59,6 +59,7 @@ class RewrittenOps:
         window = seen_of((x.shape[2], x.shape[3]), factor, [(each.shape[2], each.shape[3]) for each in maps])
         if not self._takes(layer, x, factor, mode, window):
             maps.append(REFERENCE.up_sample(x, factor, mode))
+            del x
             merged = [REFERENCE.merge(maps, "concat")]
             maps.clear()
             return REFERENCE.conv_norm_act(layer, merged.pop())

@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 
 from skipcost.bench import figures
 from skipcost.bench.cases import Case
-from skipcost.bench.liveness import Timeline, at_peak, peaks_of, timeline
+from skipcost.bench.liveness import Timeline, at_peak, peaks_of, timeline, why_not
 
 WIDE, HIGH, LEFT, TOP, BELOW = 620, 150, 70, 18, 20  # pixels of the drawing and of its margins
 LISTED = 8  # tensors at the peak that are named
@@ -55,7 +55,7 @@ def _columns(line: Timeline) -> list[_Column]:
 
 def memory_context(case: Case, name: str) -> dict[str, Any] | None:
     """The drawing of a case's steady step, the peak in words and what is alive then; None for other backends."""
-    if case.backend != "eager":
+    if why_not(case):
         return None
     line = timeline(case)
     moment, alive = at_peak(line)
