@@ -65,7 +65,9 @@ def fill(
     for image, result in zip(x, out, strict=True):
         for start, stop, first, last, down in _row_blocks(rows, False, precise, x.device):
             pixels = image[:, first:last].flatten(1).t().to(precise)  # (rows * w, C)
-            taps = torch.bmm(pixels.expand(kernel, -1, -1), packed)  # (kh, rows * w, kw * O)
+            taps = pixels.new_empty(kernel, len(pixels), packed.shape[2])  # (kh, rows * w, kw * O)
+            for tap in range(kernel):  # one product after the other: two threads share three of a batch badly
+                torch.mm(pixels, packed[tap], out=taps[tap])
             half = down @ taps.view(kernel * (last - first), -1)  # (stop - start, w * kw * O)
             target = result[:, start:stop]  # (O, stop - start, W)
             sums = target if target.dtype == precise else torch.empty_like(target, dtype=precise)
@@ -117,7 +119,8 @@ def gradients(
             taps = (up @ half.flatten(1)).view(kernel, (stop - start) * columns.extent, -1)  # (kh, rows * w, kw * O)
             if needed[1]:
                 pixels = image[:, start:stop].flatten(1).to(precise)  # (C, rows * w)
-                of_packed.baddbmm_(pixels.expand(kernel, -1, -1), taps)
+                for tap in range(kernel):
+                    of_packed[tap].addmm_(pixels, taps[tap])
             if needed[0]:
                 sums = packed[0] @ taps[0].t()  # (C, rows * w)
                 for tap in range(1, kernel):

@@ -25,7 +25,7 @@ def regressions_context(data: Data) -> dict[str, Any]:
     notable = sorted(
         (each for each in data.verdicts if each.verdict != "unchanged"), key=lambda each: (not each.fails, -_size(each))
     )
-    timed = [each for each in data.verdicts if each.ratio and each.interval]
+    timed = [each for each in data.verdicts if each.metric == "latency_s" and each.ratio and each.interval]
     columns = ("case", "metric", "base", "now", "change", "verdict", "where it comes from")
     return {
         "sentence": sentence(data.verdicts),

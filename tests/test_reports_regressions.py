@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ EXACT = (
     Verdict("unet <b>", "conv_macs", "improved", 2000, 1000, "x0_1 -1,000"),
     Verdict("other", "conv_macs", "missing", 2000, None, "the whole case"),
 )
+COUNTED = Verdict("forward", "instructions", "improved", 100, 90, "", 0.9, (0.89, 0.91))
 TIMED = (
     Verdict("unet training", "latency_s", "regressed", 0.1, 0.12, "by profiles", 1.2, (1.15, 1.25)),
     Verdict("unet inference", "latency_s", "inconclusive", 0.1, 0.1, "noise", 1.0, (0.9, 1.1)),
@@ -73,6 +75,9 @@ def test_latencies_are_drawn_with_their_intervals(data: Data) -> None:
     """One line for each that was measured, whatever its verdict."""
     plot = regressions_context(data)["plot"]
 
+    drawn = regressions_context(replace(data, verdicts=(*data.verdicts, COUNTED)))["plot"]
+
+    assert drawn == plot
     assert [(row[0].text, row[1].order) for row in plot.table.rows] == [(each.case, each.ratio) for each in TIMED]
     assert "+20.0% [+15.0%, +25.0%]" in plot.table.rows[0][1].text
     assert all(each.case in plot.svg for each in TIMED)
