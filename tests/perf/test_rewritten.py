@@ -1,7 +1,7 @@
 """Convolutions over up-sampled maps at low resolution, beside what else computes them; contenders take turns.
 
     python -m pytest tests/perf/test_rewritten.py -s                        all of it: about half an hour
-    python -m pytest tests/perf/test_rewritten.py -s -k "unet3+ and 256 and two"
+    python -m pytest tests/perf/test_rewritten.py -s -k "unet3+ and 256 and 2-threads"
 
 prints a table per network or edge. Networks: eager, compiled and `backend=rewritten`, with their counted MACs and
 predicted peaks. Edges: the direct form, tap-first, and the order of StyleGAN2's conv2d_resample (Karras et al., 2020):
@@ -39,7 +39,7 @@ EDGES = ((320, 64, 2), (320, 64, 4), (320, 64, 8), (1024, 64, 16))  # of UNet 3+
 
 
 @pytest.mark.filterwarnings("ignore")  # what torch.compile imports warns
-@pytest.mark.parametrize("threads", [1, 2], ids=["one", "two"])
+@pytest.mark.parametrize("threads", [1, 2], ids=["1-thread", "2-threads"])
 @pytest.mark.parametrize("size", ROUNDS)
 @pytest.mark.parametrize("mode", CHOICES["mode"])
 @pytest.mark.parametrize("label", LABELS)
@@ -62,7 +62,7 @@ def test_networks(label: str, mode: str, size: int, threads: int) -> None:
     )
 
 
-@pytest.mark.parametrize("threads", [1, 2], ids=["one", "two"])
+@pytest.mark.parametrize("threads", [1, 2], ids=["1-thread", "2-threads"])
 @pytest.mark.parametrize(("inner", "outer", "factor"), EDGES)
 def test_edges(inner: int, outer: int, factor: int, threads: int) -> None:
     """Time an edge's three forms in turns, after checking that they agree."""
