@@ -51,7 +51,7 @@ def rewriting_saves(data: Data) -> Iterator[Finding]:
 def _counted(data: Data, variant: str) -> Spread | None:
     """Executed MACs over those of the definition, in networks of the papers' own skips with something to rewrite."""
     shares = []
-    for row in records(data.networks(None)):
+    for row in records(data.networks(None).dropna(subset=["conv_macs"])):
         case, _ = data.cases[row["case_id"]]
         if (row["variant"], row["skip"]) == (variant, REFERENCE_SKIP):
             graph = case.graph()

@@ -119,7 +119,7 @@ def _collecting() -> Iterator[None]:
 def test_calls_come_warm_one_at_a_time_and_without_collections(monkeypatch: pytest.MonkeyPatch) -> None:
     """The timer's first, unseen call warms everything up; each later one is a subject, in the table's order."""
     called: list[str] = []
-    subjects = {name: Subject(lambda name=name: lambda: called.append(name), 0.1) for name in "ab"}
+    subjects = {name: Subject(lambda name=name: lambda: called.append(name), 0.1) for name in "ab"}  # type: ignore[misc]
     monkeypatch.setattr(callgrind, "SUBJECTS", subjects)
     turns = callgrind.turns()
     called.clear()

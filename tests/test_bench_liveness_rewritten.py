@@ -306,6 +306,7 @@ DOCUMENTED = {"UNet 3+": ("unet3+", None), "UNet++": ("unet++", "transpose"), "U
 }
 
 
+@pytest.mark.sources
 def test_the_documented_peaks_are_these() -> None:
     """Every peak in the tables of docs/rewritten.md, eager and rewritten, to the MiB."""
     text = (Path(__file__).parents[1] / "docs" / "rewritten.md").read_text()

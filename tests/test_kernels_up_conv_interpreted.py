@@ -57,6 +57,7 @@ def check_the_concatenation_is_within_the_bound(case: Case) -> None:
 def check_a_bias_may_lie_anywhere() -> None:
     """A column of a matrix is a bias like any other."""
     x, weight, bias = Case(1, (5, 3, 4), 6, "fp32").inputs()
+    assert bias is not None
     column = torch.stack([bias, -bias], 1)[:, 0]
 
     assert column.stride() == (2,)

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from interleaved import take_turns
+from interleaved import take_turns  # type: ignore[import-not-found]  # beside this file
 from torch import Tensor
 from torch.nn import functional
 
