@@ -32,7 +32,7 @@ def rewriting_saves(data: Data) -> Iterator[Finding]:
             continue
         parts: tuple[Part, ...] = (
             f"{entry.title} is the same function with ", Number(times(counted.median), "counted", counted.span),
-            " of its MACs where maps are convolved before they are up-sampled: backend=rewritten.",
+            " of its MACs as backend=rewritten runs it at inference.",
         )  # fmt: skip
         found = [(cost, spread) for cost in MEASURED if (spread := _pairs(data, variant, cost))]
         if found:
