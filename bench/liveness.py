@@ -156,7 +156,7 @@ def _rule(case: Case) -> Rule:
     """What is rewritten of a case. Tap-first is chosen by terms that all grow with the batch, so it does not matter."""
     kind, device = precision_kind(case.precision), case.device
     composes = partial(_composed, case.batch, kind, device, case.mode)
-    return Rule(partial(_taken, kind, device), composes)
+    return Rule(partial(_taken, kind, device), composes, case.mode == "training")
 
 
 @lru_cache(maxsize=4096)

@@ -19,10 +19,14 @@ Composes = Callable[[tuple[int, int], tuple[int, int, int], int], bool]  # size,
 
 
 class Rule(NamedTuple):
-    """Which convolutions over up-sampled maps run at low resolution, by interpolation and by transposed convolution."""
+    """Which convolutions over up-sampled maps run at low resolution, by interpolation and by transposed convolution.
+
+    gradients: whether they are asked for; otherwise a sum's second term is added where the first one is.
+    """
 
     takes: Takes
     composes: Composes
+    gradients: bool
 
 
 class Joint(NamedTuple):
@@ -51,7 +55,7 @@ def is_low(calls: Calls, joint: Joint, rule: Rule) -> bool:
     return rule.takes(rows, columns, (channels, conv.out_channels))
 
 
-def at_low(calls: Calls, joint: Joint, where: str, places: tuple[Place, Place]) -> int:
+def at_low(calls: Calls, joint: Joint, rule: Rule, where: str, places: tuple[Place, Place]) -> int:
     """Add the calls of a convolution at low resolution, its norm and ReLU; the op's frame holds what it has cast.
 
     places: that of the convolution's weights, and of those that the edge up-samples with, if any.
@@ -70,13 +74,13 @@ def at_low(calls: Calls, joint: Joint, where: str, places: tuple[Place, Place]) 
     elif alone:
         result = calls.call("tap_first", where, (x, *layer), shape)
     else:
-        result = _split(calls, joint._replace(x=x), layer, where)
+        result = _split(calls, joint._replace(x=x), layer, where, gradients=rule.gradients)
     result = calls.call("norm_act", where, (result, weight), shape, detail)
     calls.hold(*layer) if joint.edge.up else calls.hold(x, *layer)
     return result
 
 
-def _split(calls: Calls, joint: Joint, layer: tuple[int, ...], where: str) -> int:
+def _split(calls: Calls, joint: Joint, layer: tuple[int, ...], where: str, *, gradients: bool) -> int:
     """A convolution over the other maps, and one over the up-sampled map added to it."""
     (weight, *bias), shape = layer, _shape(calls, joint)
     weights, vector, channels = calls.numbers[weight][WEIGHTS], calls.shapes[weight], calls.shapes[joint.x][0]
@@ -87,8 +91,11 @@ def _split(calls: Calls, joint: Joint, layer: tuple[int, ...], where: str) -> in
     last = calls.call("rest", where, (weight, first), vector, weights=of_x)
     merged = calls.merge(cropped, "concat", where)
     result = calls.call("convolve", where, (merged, first, *bias), shape)
-    low = calls.call("tap_first", where, (joint.x, last), shape)
-    result = calls.call("add_", where, (result, low), shape)
+    if gradients:
+        low = calls.call("tap_first", where, (joint.x, last), shape)
+        result = calls.call("add_", where, (result, low), shape)
+    else:
+        result = calls.call("tap_first_into", where, (result, joint.x, last), shape)
     calls.hold(*others)
     return result
 

@@ -62,7 +62,7 @@ class _Walk(Calls):
         """Take a map along its edge up to the merge; an op that up-samples and convolves holds the map it was given."""
         joined = Joint((), source, edge, edge.conv) if edge.conv and edge.shift > 0 and not edge.gate else None
         if joined and self.rule and is_low(self, joined, self.rule):
-            x = at_low(self, joined, f"{edge.name}: convolution", ((0, place, 4), (0, place, 0)))
+            x = at_low(self, joined, self.rule, f"{edge.name}: convolution", ((0, place, 4), (0, place, 0)))
         else:
             x = self.resample(source, edge, place)
             if edge.gate and signal is not None:
@@ -99,17 +99,14 @@ class _Walk(Calls):
         return x
 
     def enter(self, node: Node, arrivals: list[int], places: tuple[int, int]) -> int:
-        """Merge and run the node's first convolution; where that is one op, the last map comes as it is.
-
-        An interpolated one is held there, too.
-        """
+        """Merge and run the node's first convolution; where that is one op, the last map comes as it is."""
         conv, where, place = node.convs[0], f"{node.name}: convolution 1", (1, places[1], 0)
         if not self.rule or not _joins(node):
             return self.conv(self.merge(arrivals, node.merge, node.name), conv, where, place, valid=self.valid)
         (*others, x), edge, last = arrivals, node.inputs[-1], places[0] + len(node.inputs) - 1
         joint = Joint(tuple(others), x, edge, conv)
         if is_low(self, joint, self.rule):
-            return at_low(self, joint, where, (place, (0, last, 0)))
+            return at_low(self, joint, self.rule, where, (place, (0, last, 0)))
         up = self.resample(x, edge, last)
         merged = self.merge([*others, up], node.merge, node.name)
         return self.conv(merged, conv, where, place, valid=self.valid)

@@ -86,6 +86,12 @@ def tap_first(run: Forward, row: int, call: Call, x: Value, weight: Value, *bias
     return run.tape.differentiate(result, inputs, backward, (x, weight))
 
 
+def tap_first_into(run: Forward, _row: int, _call: Call, result: Value, x: Value, weight: Value) -> Value:
+    """The same, added to `result` without gradients: nothing is made."""
+    run.tape.hold(result, x, weight)
+    return result
+
+
 def layer(run: Forward, row: int, _call: Call) -> Value:
     """A layer's weight, as it is."""
     return run.weights[row].weight
@@ -115,6 +121,7 @@ TAP_OPERATORS: dict[str, Callable[..., Value]] = {
     "part": part,
     "rest": rest,
     "tap_first": tap_first,
+    "tap_first_into": tap_first_into,
     "layer": layer,
     "compose": compose,
     "border": border,

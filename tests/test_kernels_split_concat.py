@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipcost.kernels.split_concat import seen_of, split_concat
 from skipcost.unet_models.ops import merge, up_sample
@@ -41,7 +44,10 @@ def test_sum_is_the_convolution_of_the_concatenation(
     grad = torch.randn_like(wanted)
 
     result = split_concat(maps, x, weight, bias, factor=2, mode=mode, padding=padding)
+    with torch.no_grad():
+        added = split_concat(maps, x, weight, bias, factor=2, mode=mode, padding=padding)
 
+    torch.testing.assert_close(added, wanted, rtol=0, atol=1e-12 * wanted.abs().max().item())
     torch.testing.assert_close(result, wanted, rtol=0, atol=1e-12 * wanted.abs().max().item())
     pairs = zip(*(torch.autograd.grad(each, tensors, grad) for each in (result, wanted)), strict=True)
     for actual, expected in pairs:
@@ -76,3 +82,27 @@ def test_sixteen_bits_are_rounded_twice_at_most(dtype: torch.dtype) -> None:
 
     exact = direct(torch.float64)
     assert (result.double() - exact).norm() <= 2 * (direct(dtype) - exact).norm()
+
+
+class _Called(TorchDispatchMode):
+    """Hears the names of operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["inference", "gradients"])
+def test_second_term_is_a_map_of_its_own_only_for_gradients(asked: bool) -> None:  # noqa: FBT001 - a parameter
+    """Without them it is added as it is computed: no map is made for it, and no pass adds it."""
+    *maps, x, weight, bias = _tensors([(3, 10, 8)])
+
+    with torch.set_grad_enabled(asked), _Called() as called:
+        split_concat(maps, x, weight, bias, factor=2)
+
+    assert called.names.count("aten::add_") == called.names.count("skipcost::tap_first") == asked
+    assert called.names.count("skipcost::tap_first_into") == (not asked)
