@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from skipcost.kernels.prepack import _same, _Source, _version
+from skipcost.kernels.kept import kept
 from skipcost.unet_models.ops import crop
 
 ATTRIBUTE = "_skipcost_composed"
@@ -48,33 +48,17 @@ class Composed:
     border: Tensor
 
 
-class _Kept:
-    """The composed weights by type, and what they were made from; an empty one in a copy or a file."""
-
-    __slots__ = ("by_type", "sources")
-
-    def __init__(self) -> None:
-        self.sources: tuple[_Source | None, ...] = ()
-        self.by_type: dict[torch.dtype, Composed] = {}
-
-    def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
-        return _Kept, ()
-
-
 def composed(up: nn.ConvTranspose2d, conv: nn.Conv2d, dtype: torch.dtype) -> Composed:
     """Return the weights of `up` and of the last channels of `conv` as one, rounded to `dtype` once; kept on `up`.
 
     They are made again when a weight or bias has another version, place or type. No gradient flows through them.
     """
     tensors = [up.weight, up.bias, conv.weight, conv.bias]
-    kept = up.__dict__.setdefault(ATTRIBUTE, _Kept())
-    if not _same(kept.sources, tensors):
-        kept.sources = tuple(None if each is None else _Source(each, each.detach(), _version(each)) for each in tensors)
-        kept.by_type = {}
-    if dtype not in kept.by_type:
+    by_type = kept(up, ATTRIBUTE, tensors)
+    if dtype not in by_type:
         with torch.inference_mode(mode=False), torch.no_grad():
-            kept.by_type[dtype] = Composed(*_compose(up.weight, up.bias, conv.weight, conv.bias, dtype))
-    made: Composed = kept.by_type[dtype]
+            by_type[dtype] = Composed(*_compose(up.weight, up.bias, conv.weight, conv.bias, dtype))
+    made: Composed = by_type[dtype]
     return made
 
 

@@ -1,7 +1,6 @@
 """Weights made ready for inference once, and again whenever they change: batch norm folded, reduction along memory.
 
-A pack belongs to its convolution and is kept on it, outside of parameters, buffers and the state_dict. It is made
-again as soon as one of its sources has another version, place or type: an optimizer's step, `load_state_dict`, `.to()`.
+A pack belongs to its convolution and is kept on it (`kept`).
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from skipcost.kernels.kept import kept
 
 ATTRIBUTE = "_skipcost_pack"
 
@@ -65,61 +66,17 @@ def affine(conv: nn.Conv2d, norm: nn.Module | None) -> tuple[Tensor | None, Tens
     return scale, shift if norm.bias is None else shift + norm.bias.to(precise)
 
 
-class _Kept:
-    """The packs of a convolution by type of map, and what they were made from; an empty one in a copy or a file."""
-
-    __slots__ = ("by_type", "eps", "sources")
-
-    def __init__(self) -> None:
-        self.eps = 0.0
-        self.sources: tuple[_Source | None, ...] = ()
-        self.by_type: dict[torch.dtype, Pack] = {}
-
-    def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
-        return _Kept, ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A weight at a version. `alias` keeps its memory, so that no other weight can come to lie at its address."""
-
-    tensor: Tensor
-    alias: Tensor
-    version: int
-
-    def is_still(self, x: Tensor | None) -> bool:
-        """Whether `x` is that weight, unchanged."""
-        return x is self.tensor and x.data_ptr() == self.alias.data_ptr() and _version(x) == self.version
-
-
-def _version(x: Tensor) -> int:
-    """Return what changes with a tensor; one made under inference_mode has no version, and cannot be changed."""
-    return -1 if x.is_inference() else x._version  # noqa: SLF001 - no public name
-
-
 def pack(conv: nn.Conv2d, norm: nn.Module | None, dtype: torch.dtype) -> Pack:
     """Return the pack of a convolution and its norm for maps of `dtype`; no gradient flows through it."""
     tensors: list[Tensor | None] = [conv.weight, conv.bias]
     if isinstance(norm, nn.BatchNorm2d):
         # A training step writes the running statistics behind their versions' back; the count of batches tells.
         tensors += [norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked]
-    eps = getattr(norm, "eps", 0.0)
-    kept = conv.__dict__.setdefault(ATTRIBUTE, _Kept())
-    if kept.eps != eps or not _same(kept.sources, tensors):
-        kept.eps = eps
-        kept.sources = tuple(None if x is None else _Source(x, x.detach(), _version(x)) for x in tensors)
-        kept.by_type = {}
-    if dtype not in kept.by_type:
-        kept.by_type[dtype] = _make(conv, norm, dtype)
-    made: Pack = kept.by_type[dtype]
+    packs = kept(conv, ATTRIBUTE, tensors, getattr(norm, "eps", None))
+    if dtype not in packs:
+        packs[dtype] = _make(conv, norm, dtype)
+    made: Pack = packs[dtype]
     return made
-
-
-def _same(sources: tuple[_Source | None, ...], tensors: list[Tensor | None]) -> bool:
-    if len(sources) != len(tensors):
-        return False
-    pairs = zip(sources, tensors, strict=True)
-    return all(x is None if source is None else source.is_still(x) for source, x in pairs)
 
 
 def _make(conv: nn.Conv2d, norm: nn.Module | None, dtype: torch.dtype) -> Pack:
