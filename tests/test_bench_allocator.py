@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from skipcost.bench import allocator
@@ -269,6 +269,7 @@ def test_a_request_that_may_shrink_takes_a_cached_block_where_that_is_larger() -
 
 
 @given(st.lists(st.integers(1, 30 * MIB), min_size=1, max_size=30))
+@example([2_081_793, 10_500_609, 10_500_609])  # a steady step reserves more than the first one did
 def test_a_replay_is_the_same_each_time_and_its_own_peak_is_room_enough(sizes: list[int]) -> None:
     """Equal traces give equal figures, and a device of exactly the reserved peak has no shortage."""
     events = tuple(event for at in range(len(sizes)) for event in ((at + 1, -at) if at % 3 == 2 else (at + 1,)))
@@ -277,7 +278,7 @@ def test_a_replay_is_the_same_each_time_and_its_own_peak_is_room_enough(sizes: l
     found = replay(timeline)
 
     assert replay(timeline) == found
-    assert replay(timeline, found.first.reserved) == found
+    assert replay(timeline, max(found.first.reserved, found.steady.reserved)) == found
     assert found.first.requested <= found.first.allocated <= found.first.reserved
 
 
