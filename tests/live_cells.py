@@ -7,8 +7,11 @@ from collections.abc import Iterable, Iterator
 from itertools import combinations
 from typing import Any
 
+import torch
+
 from skipcost.bench.cases import CHOICES, Case
 from skipcost.bench.liveness import Timeline
+from skipcost.bench.memory import LiveBytes
 from skipcost.bench.worker import refusal_of
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 from skipcost.unet_models.spec import CHOICES as SPEC_CHOICES
@@ -81,3 +84,20 @@ def changes(line: Timeline) -> Iterator[int]:
     """Yield the bytes of a timeline's events, what ends as negative."""
     for event in line.events:
         yield line.storages[abs(event) - 1].bytes * (1 if event > 0 else -1)
+
+
+class Followed(LiveBytes):
+    """Live bytes with every change of theirs."""
+
+    def __init__(self, present: Iterable[torch.Tensor]) -> None:
+        self.changes: list[int] = []
+        super().__init__(present)
+
+    def _follow(self, tensor: torch.Tensor) -> None:
+        before = self.live
+        super()._follow(tensor)
+        self.changes.append(self.live - before)
+
+    def _release(self, key: int, size: int) -> None:
+        super()._release(key, size)
+        self.changes.append(-size)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from live_cells import cells, changes, turns
+from live_cells import Followed, cells, changes, turns
 from profiled import profiled
 
 from skipcost.bench import liveness
@@ -117,23 +117,6 @@ def _forget() -> None:
     liveness._taken.cache_clear()
 
 
-class _Followed(LiveBytes):
-    """Live bytes with every change of theirs."""
-
-    def __init__(self, present: Any) -> None:
-        self.changes: list[int] = []
-        super().__init__(present)
-
-    def _follow(self, tensor: torch.Tensor) -> None:
-        before = self.live
-        super()._follow(tensor)
-        self.changes.append(self.live - before)
-
-    def _release(self, key: int, size: int) -> None:
-        super()._release(key, size)
-        self.changes.append(-size)
-
-
 def _steps(line: Timeline) -> int:
     """How many steps a timeline has: two where the first makes what stays."""
     return 1 + any(0 < start < line.steady_from for start, _ in line.moments)
@@ -144,7 +127,7 @@ def _traced(case: Case, steps: int) -> tuple[tuple[int, int], list[int]]:
 
     def follow(subject: Subject) -> tuple[list[int], list[int]]:
         peaks = []
-        with _Followed(subject.tensors) as tracker:
+        with Followed(subject.tensors) as tracker:
             for _ in range(steps):
                 tracker.peak = tracker.live
                 subject.step()

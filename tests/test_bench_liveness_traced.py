@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import islice
 
 import pytest
-import torch
-from live_cells import cells, changes, pairs, turns
+from live_cells import Followed, cells, changes, pairs, turns
 
 from skipcost.bench.cases import CHOICES, Case
 from skipcost.bench.counting import predicted_peaks
 from skipcost.bench.liveness import peak_bytes, peaks_of, timeline
-from skipcost.bench.memory import LiveBytes
 from skipcost.bench.subject import AUTOCAST, Subject
 from skipcost.bench.tracing import trace
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
@@ -21,29 +18,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CELLS = list(islice(cells(0), 320))
 
 
-class _Followed(LiveBytes):
-    """Live bytes with every change of theirs."""
-
-    def __init__(self, present: Iterable[torch.Tensor]) -> None:
-        self.changes: list[int] = []
-        super().__init__(present)
-
-    def _follow(self, tensor: torch.Tensor) -> None:
-        before = self.live
-        super()._follow(tensor)
-        self.changes.append(self.live - before)
-
-    def _release(self, key: int, size: int) -> None:
-        super()._release(key, size)
-        self.changes.append(-size)
-
-
 def _traced(case: Case) -> tuple[tuple[int, int], list[int]]:
     """Peaks of the first step and the last, and the course of live bytes."""
 
     def follow(subject: Subject) -> tuple[list[int], list[int]]:
         peaks = []
-        with _Followed(subject.tensors) as tracker:
+        with Followed(subject.tensors) as tracker:
             for _ in range(2 if case.mode == "training" else 1):
                 tracker.peak = tracker.live
                 subject.step()

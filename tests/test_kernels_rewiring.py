@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from fusion_checks import Called, assert_as_good, made, ours, outputs, total
 from torch import Tensor, nn
-from user_models import MODELS, PaddingUNet, trained
+from user_models import MODELS, PaddingUNet, pickled, trained
 
 from skipcost.kernels import fuse
 from skipcost.kernels.rewiring import Rewired
@@ -215,15 +214,7 @@ def test_buffers_and_weights_move_with_the_model() -> None:
     assert outputs(fused, x.to("meta"))[0].shape == (2, 2, 19, 22)
 
 
-def _pickled(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    loaded: nn.Module = torch.load(file, weights_only=False)
-    return loaded
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, _pickled])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
 @pytest.mark.parametrize("name", ["padding", "branching", "resnet"])
 def test_a_copy_is_fused_and_has_weights_of_its_own(duplicate: Callable[[nn.Module], nn.Module], name: str) -> None:
     """Deep copies and pickles, of models fused as a whole and of those fused inside."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,7 +13,7 @@ from fusion_checks import Called, ours
 from rewrite_checks import MODELS, Skipping, Supervised, UNet3Plus, always, assert_same, made, run, sizes_that_divide
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from user_models import NestedUNet, PaddingUNet
+from user_models import NestedUNet, PaddingUNet, pickled
 
 from skipcost.bench.memory import trace_peaks
 from skipcost.kernels import Change, fuse, rewrite
@@ -204,15 +203,7 @@ def test_the_given_model_is_left_alone() -> None:
     assert {name: module.__dict__ for name, module in model.named_modules()} == before
 
 
-def _pickled(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    loaded: nn.Module = torch.load(file, weights_only=False)
-    return loaded
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, _pickled])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
 @pytest.mark.parametrize("name", ["nested", "supervised", "skipping"])
 def test_a_copy_is_rewritten_and_has_weights_of_its_own(duplicate: Callable[[nn.Module], nn.Module], name: str) -> None:
     """Deep copies and pickles run as few MACs, and do not follow the original's weights."""

@@ -6,6 +6,7 @@ not, one layer used twice, shapes worked out in `forward`.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 
 import torch
@@ -231,3 +232,12 @@ def trained(model: nn.Module, seed: int = 0) -> nn.Module:
         elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             module.weight.data.normal_(0, (2 / module.weight[0].numel()) ** 0.5, generator=generator)
     return model.eval()
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    """Write a model to a file and read it back."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
