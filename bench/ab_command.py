@@ -49,6 +49,10 @@ def ab(
     strict: Annotated[bool, typer.Option("--strict", help="exit with 3 where a case is inconclusive")] = False,  # noqa: FBT002
     self_test: Annotated[bool, typer.Option("--self-test", help="measure false alarms and power instead")] = False,  # noqa: FBT002
     runs: Annotated[int, typer.Option(help="of the self-test, per slowdown", min=1)] = 5,
+    slowdown: Annotated[
+        list[float] | None,
+        typer.Option(help="of the self-test, as a share of the measured call; may be repeated", min=0.0, max=1.0),
+    ] = None,
     junit: JUNIT = None,
     kept: KEPT = None,
     as_json: JSON = False,  # noqa: FBT002 - a flag of the command line
@@ -64,7 +68,8 @@ def ab(
         raise BenchError(message)
     with _resumable():
         if self_test:
-            _self_test(_cases(sweep, settings, device), rules, runs, as_json=as_json)
+            sizes = sorted(set(slowdown or testing.SLOWDOWNS))
+            _self_test(_cases(sweep, settings, device), rules, runs, sizes, as_json=as_json)
             return
         if head == WORKING_TREE and dirty(repository_here() if benchmarks else None):
             ERR.print("the working tree is compared as it is, uncommitted changes included")
@@ -159,7 +164,7 @@ def _bar() -> Iterator[Callable[[str], Callable[[int, str], None]]]:
         yield start
 
 
-def _self_test(cases: list[Case], rules: Rules, runs: int, *, as_json: bool) -> None:
+def _self_test(cases: list[Case], rules: Rules, runs: int, slowdowns: list[float], *, as_json: bool) -> None:
     folder = RESULTS / f"self-test-{code_hash()}"
     with checked_out(WORKING_TREE) as here, _bar() as bar:
         tellers: dict[str, Callable[[int, str], None]] = {}
@@ -169,7 +174,7 @@ def _self_test(cases: list[Case], rules: Rules, runs: int, *, as_json: bool) -> 
                 tellers[what] = bar(what)
             tellers[what](left, name)
 
-        findings = testing.self_test(cases, here, rules, runs, folder, tell)
+        findings = testing.self_test(cases, here, rules, runs, folder, tell, slowdowns)
     if as_json:
         OUT.print_json(data=testing.to_json(findings, cases, rules))
     else:

@@ -56,24 +56,26 @@ def self_test(
     runs: int,
     folder: Path,
     tell: Callable[[str, int, str], None] = lambda _what, _left, _name: None,
+    slowdowns: Sequence[float] = SLOWDOWNS,
 ) -> list[Finding]:
     """Run every slowdown `runs` times; `tell(what, bouts left, case)` is called before each measurement.
 
     folder: where the journals of runs are, one file each; a run that is there already is not measured again.
+    slowdowns: shares of the measured call, 0 for equal code.
     """
     subjects = [Subject(case.name, case.to_json()) for case in cases]
-    words: dict[float, list[list[str]]] = {slowdown: [] for slowdown in SLOWDOWNS}
-    seconds = dict.fromkeys(SLOWDOWNS, 0.0)
+    words: dict[float, list[list[str]]] = {slowdown: [] for slowdown in slowdowns}
+    seconds = dict.fromkeys(slowdowns, 0.0)
     for run in range(1, runs + 1):
-        for slowdown in SLOWDOWNS:
-            what = f"{slowdown:.0%} slower, run {run} of {runs}"
+        for slowdown in slowdowns:
+            what = f"{slowdown * 100:g} % slower, run {run} of {runs}"
             header = {"rules": asdict(rules), "cases": [each.key for each in subjects], "slowdown": slowdown}
-            journal = Journal(folder / f"{slowdown * 100:.0f}-percent-{run}.jsonl", header)
+            journal = Journal(folder / f"{slowdown * 100:g}-percent-{run}.jsonl", header)
             arena = cases_arena(here, here, rules, slowdown)
             verdicts = compare(subjects, arena, rules, journal, lambda left, name, what=what: tell(what, left, name))  # type: ignore[misc]  # binds this run's name
             words[slowdown].append([each.verdict for each in verdicts])
             seconds[slowdown] += journal.seconds
-    return [finding(slowdown, words[slowdown], seconds[slowdown]) for slowdown in SLOWDOWNS]
+    return [finding(slowdown, words[slowdown], seconds[slowdown]) for slowdown in slowdowns]
 
 
 def finding(slowdown: float, runs: Sequence[Sequence[str]], seconds: float) -> Finding:
@@ -109,7 +111,7 @@ def print_findings(findings: Sequence[Finding], console: Console) -> None:
         low, high = each.interval
         unit = "cases" if each.slowdown else "runs"
         table.add_row(
-            f"+{each.slowdown:.0%}", str(each.found), f"{each.trials} {unit}", f"{each.found / each.trials:.1%}",
+            f"+{each.slowdown * 100:g}%", str(each.found), f"{each.trials} {unit}", f"{each.found / each.trials:.1%}",
             f"{low:.1%} to {high:.1%}", str(each.undecided), f"{each.seconds:.0f}",
         )  # fmt: skip
     console.print(table)

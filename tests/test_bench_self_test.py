@@ -77,6 +77,16 @@ def test_what_was_measured_is_not_measured_again(machines: Machines, tmp_path: P
     assert measured < machines.bouts
 
 
+def test_only_the_slowdowns_that_are_asked_for_are_measured(machines: Machines, tmp_path: Path) -> None:
+    """Equal code alone can be run many times; sizes that differ by less than a percent have journals of their own."""
+    found = self_test(CASES, HERE, Rules(), 2, tmp_path, slowdowns=(0.0, 0.15, 0.152))
+
+    assert [(each.slowdown, each.trials) for each in found] == [(0.0, 2), (0.15, 6), (0.152, 6)]
+    measured = machines.bouts
+    assert self_test(CASES, HERE, Rules(), 2, tmp_path, slowdowns=(0.152, 0.0)) == [found[2], found[0]]
+    assert machines.bouts == measured
+
+
 @pytest.mark.usefixtures("machines")
 def test_other_rules_are_another_test(tmp_path: Path) -> None:
     """A journal of longer bouts says nothing of shorter ones: seconds are those of the new test alone."""
