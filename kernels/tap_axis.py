@@ -88,6 +88,12 @@ class Axis:
         """The matrix in blocks along the output, each of at most BLOCK * factor outputs; every output is in one."""
         return self.blocks(BLOCK * self.factor)
 
+    @cached_property
+    def shared(self) -> tuple[int, ...]:
+        """How many pixels each of `bands` reads that the one before it reads too: that one's last, its own first."""
+        ends = (0, *(band.last for band in self.bands))
+        return tuple(max(min(end, band.last) - band.first, 0) for end, band in zip(ends, self.bands, strict=False))
+
     def blocks(self, outputs: int) -> tuple[Band, ...]:
         """Return the same in blocks of so many outputs, of which the last may have fewer."""
         out, tap, pixel, weight = self._entries()

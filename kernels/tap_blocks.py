@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from skipcost.kernels.tap_axis import Axis
+from skipcost.kernels.tap_costs import spans
 
 Blocks = tuple[tuple[int, int, int, int, Tensor], ...]
 
@@ -60,39 +61,48 @@ def fill(
 ) -> None:
     """Write the result over `out`, or add it to what is there, 16 rows of one image's small map at a time."""
     (rows, columns), precise = axes, precise_type(x.dtype)
-    kernel, width, out_channels = rows.kernel, columns.extent, weight.shape[0]
     packed = _pack(weight, precise)
+    taps = packed.new_empty(rows.kernel, 0, packed.shape[2])
     for image, result in zip(x, out, strict=True):
-        for start, stop, first, last, down in _row_blocks(rows, False, precise, x.device):
-            pixels = image[:, first:last].flatten(1).t().to(precise)  # (rows * w, C)
-            taps = pixels.new_empty(kernel, len(pixels), packed.shape[2])  # (kh, rows * w, kw * O)
-            for tap in range(kernel):  # one product after the other: two threads share three of a batch badly
-                torch.mm(pixels, packed[tap], out=taps[tap])
-            half = down @ taps.view(kernel * (last - first), -1)  # (stop - start, w * kw * O)
-            target = result[:, start:stop]  # (O, stop - start, W)
-            sums = target if target.dtype == precise else torch.empty_like(target, dtype=precise)
-            if add and sums is not target:
-                sums.copy_(target)
-            _spread(half.view(stop - start, width * columns.kernel, out_channels), sums, bias, columns, add=add)
-            if sums is not target:
-                target.copy_(sums)
+        blocks = zip(_row_blocks(rows, False, precise, x.device), rows.shared, strict=True)
+        for (start, stop, first, last, down), shared in blocks:
+            done = taps.shape[1] - shared * x.shape[3]
+            taps = _tap_maps(image[:, first + shared : last], packed, taps[:, done:])
+            half = down @ taps.view(rows.kernel * (last - first), -1)  # (stop - start, w * kw * O)
+            half = half.view(stop - start, columns.extent * columns.kernel, -1)
+            _spread(half, result[:, start:stop], bias, columns, add=add)
 
 
-def _spread(half: Tensor, sums: Tensor, bias: Tensor | None, columns: Axis, *, add: bool) -> None:
-    """Sum the taps along rows: half (rows, w * kw, O) into sums (O, rows, W), on top of the bias and what is there."""
-    kernel, count = columns.kernel, half.shape[0]
-    last = sums.stride(0) == 1
-    if bias is not None:
-        everywhere = bias.view(-1, 1, 1).expand_as(sums)
-        sums.add_(everywhere) if add else sums.copy_(everywhere)
-    beta = int(add or bias is not None)
+def _tap_maps(image: Tensor, packed: Tensor, before: Tensor) -> Tensor:
+    """Append the tap maps of an image's rows, (C, rows, w), to those `before` them: (kh, all rows * w, kw * O)."""
+    pixels = image.flatten(1).t().to(packed.dtype)  # (rows * w, C)
+    there = before.shape[1]
+    taps = packed.new_empty(before.shape[0], there + len(pixels), before.shape[2])
+    taps[:, :there] = before
+    for tap in range(len(taps)):  # one product after the other: two threads share three of a batch badly
+        torch.mm(pixels, packed[tap], out=taps[tap, there:])
+    return taps
+
+
+def _spread(half: Tensor, out: Tensor, bias: Tensor | None, columns: Axis, *, add: bool) -> None:
+    """Sum the taps along rows: half (rows, w * kw, O) into out (O, rows, W), on top of the bias and what is there.
+
+    A part of the rows at a time, so that its sums, SUMS bytes, are in the cache when they go to where they belong: a
+    product straight into a slice of the result would be one product for each row.
+    """
+    kernel, out_channels = columns.kernel, half.shape[2]
+    last = out.stride(0) == 1
+    order, of_bias = ((1, 2, 0), (1, 1, -1)) if last else ((1, 0, 2), (1, -1, 1))
     for start, stop, first, end, along in _column_blocks(columns, False, half.dtype, half.device):
-        read = half[:, kernel * first : kernel * end]  # (rows, pixels * kw, O)
-        target = sums[:, :, start:stop]
-        if last:
-            target.permute(1, 2, 0).baddbmm_(along.expand(count, -1, -1), read, beta=beta)
-        else:
-            target.permute(1, 0, 2).baddbmm_(read.transpose(1, 2), along.t().expand(count, -1, -1), beta=beta)
+        for rows in spans(half.shape[0], (stop - start) * out_channels):
+            read = half[rows, kernel * first : kernel * end]  # (rows, pixels * kw, O)
+            band = along.expand(len(read), -1, -1)
+            pair = (band, read) if last else (read.transpose(1, 2), band.transpose(1, 2))
+            sums = torch.bmm(*pair)
+            if bias is not None:
+                sums += bias.view(of_bias)
+            target = out[:, rows, start:stop].permute(order)
+            target.add_(sums) if add else target.copy_(sums)
 
 
 def _gather(grad: Tensor, columns: Axis) -> Tensor:
@@ -100,8 +110,9 @@ def _gather(grad: Tensor, columns: Axis) -> Tensor:
     kernel, (out_channels, count, _) = columns.kernel, grad.shape
     half = grad.new_empty(count, columns.extent * kernel, out_channels)
     for start, stop, first, last, along in _column_blocks(columns, True, grad.dtype, grad.device):
-        read = grad[:, :, first:last].permute(1, 2, 0)  # (rows, outputs, O)
-        half[:, kernel * start : kernel * stop].baddbmm_(along.expand(count, -1, -1), read, beta=0)
+        for rows in spans(count, (stop - start) * kernel * out_channels):
+            read = grad[:, rows, first:last].permute(1, 2, 0)  # (rows, outputs, O)
+            half[rows, kernel * start : kernel * stop] = torch.bmm(along.expand(len(read), -1, -1), read)
     return half
 
 

@@ -12,6 +12,7 @@ from skipcost.kernels.tap_axis import Axis
 KERNEL_SUMS = 44  # MACs in fp32 for each output of the GPU's kernel: 12 in rows, 32 in columns; at factor 2 the most
 
 FLOAT = 4  # bytes of a value inside the op, whatever the maps have
+SUMS = 2**20  # bytes of sums that are made at a time, before they go into the result: half of a core's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +29,9 @@ class Products:
 
 
 def forward(rows: Axis, columns: Axis, channels: tuple[int, int], batch: int = 1) -> Products:
-    """Count the op forwards for `channels` = (in, out); rows that two blocks read are counted, and computed, twice."""
+    """Count the op forwards for `channels` = (in, out); tap maps that two blocks read are computed once."""
     in_channels, out_channels = channels
-    read = sum(band.last - band.first for band in rows.bands)
+    read = sum(band.last - band.first for band in rows.bands) - sum(rows.shared)
     taps = read * columns.extent * rows.kernel * columns.kernel * in_channels * out_channels
     across = columns.extent * columns.kernel * out_channels
     down = sum((band.stop - band.start) * rows.kernel * (band.last - band.first) for band in rows.bands) * across
@@ -67,9 +68,9 @@ def workspace_bytes(
     """Count the bytes that a call has alive at its fullest beyond its arguments and results, for two images or more.
 
     value: bytes of a map's values, 2 or 4. Counted is what runs in blocks of 16 rows (on a CPU, and backwards
-    everywhere): packed weights, fp32 copies of 16 bits, and a block's pixels, tap maps and sums, each beside that of
-    the block before until it is there. What a matrix product allocates inside is not in it, nor the matrices of the
-    bands, which are kept between calls: some 0.1 MiB for each side of a map.
+    everywhere): packed weights, fp32 copies of 16 bits, and a block's pixels, tap maps and sums; what a block makes
+    stands beside what the block before made until it is there. What a matrix product allocates inside is not in it, nor
+    the matrices of the bands, which are kept between calls: some 0.1 MiB for each side of a map.
     """
     elements = channels[0] * channels[1] * rows.kernel * columns.kernel
     packed, copied = FLOAT * elements, FLOAT * elements if value < FLOAT else 0
@@ -78,6 +79,12 @@ def workspace_bytes(
     fullest, last = _fullest(_backward_steps(rows, columns, channels, value))
     rounded = value * elements if value < FLOAT else 0  # beside the result, which is made of it
     return 2 * packed + max(fullest - value * elements, last + rounded)
+
+
+def spans(rows: int, values: int) -> list[slice]:
+    """Cut rows into spans of whose sums, `values` for each row, SUMS bytes are alive at a time, or one row's."""
+    step = max(SUMS // (FLOAT * values), 1)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def _fullest(steps: list[tuple[str, int]]) -> tuple[int, int]:
@@ -93,13 +100,17 @@ def _fullest(steps: list[tuple[str, int]]) -> tuple[int, int]:
 def _forward_steps(
     rows: Axis, columns: Axis, channels: tuple[int, int], value: int
 ) -> list[tuple[str, int]]:  # fmt: skip
-    """What every block makes, in bytes: pixels and sums are copies, where maps have 16 bits."""
+    """What every block makes, in bytes: pixels are copies where maps have 16 bits, and sums go part by part."""
     copies, across = FLOAT * (value < FLOAT), FLOAT * columns.extent * columns.kernel * channels[1]
     steps = []
-    for band in rows.bands:
+    for band, shared in zip(rows.bands, rows.shared, strict=True):
         read, made = band.last - band.first, band.stop - band.start
-        steps += [("pixels", copies * read * columns.extent * channels[0]), ("taps", read * rows.kernel * across)]
-        steps += [("half", made * across), ("sums", copies * made * columns.output * channels[1])]
+        steps += [("pixels", copies * (read - shared) * columns.extent * channels[0])]
+        steps += [("taps", read * rows.kernel * across), ("pixels", 0), ("half", made * across)]
+        for along in columns.bands:
+            values = (along.stop - along.start) * channels[1]
+            steps += [("sums", FLOAT * values * (part.stop - part.start)) for part in spans(made, values)]
+        steps += [("sums", 0)]
     return steps
 
 
@@ -112,6 +123,11 @@ def _backward_steps(
     for band in rows.adjoint_bands:
         read, made = band.last - band.first, band.stop - band.start
         pixels = made * columns.extent * channels[0]
-        steps += [("gradient", copies * read * columns.output * channels[1]), ("half", read * across), ("gradient", 0)]
-        steps += [("taps", made * rows.kernel * across), ("pixels", copies * pixels), ("sums", FLOAT * pixels)]
+        steps += [("gradient", copies * read * columns.output * channels[1]), ("half", read * across)]
+        for along in columns.adjoint_bands:
+            values = (along.stop - along.start) * columns.kernel * channels[1]
+            sums = [FLOAT * values * (part.stop - part.start) for part in spans(read, values)]
+            steps += [step for size in sums for step in (("sums", size), ("sums", 0))]
+        steps += [("gradient", 0)]
+        steps += [("taps", made * rows.kernel * across), ("pixels", copies * pixels), ("products", FLOAT * pixels)]
     return steps

@@ -66,6 +66,19 @@ def test_adjoint_bands_are_the_transpose(axis: Axis) -> None:
     np.testing.assert_allclose(made.transpose(2, 1, 0), _expected(axis), rtol=0, atol=1e-14)
 
 
+@given(axis_strategy())
+def test_what_two_blocks_share_ends_one_and_begins_the_other(axis: Axis) -> None:
+    """So tap maps of shared pixels can be handed on, and each pixel's are made once."""
+    spans = [range(band.first, band.last) for band in axis.bands]
+
+    shared = list(axis.shared)
+
+    assert shared[0] == 0
+    for before, now, count in zip(spans, spans[1:], shared[1:], strict=False):
+        assert before[len(before) - count :] == now[:count] if count else not set(before) & set(now)
+    assert sum(map(len, spans)) - sum(shared) == len(set().union(*spans))
+
+
 def test_blocks_read_few_pixels_beside_their_own() -> None:
     """A block of a long axis reads its own pixels and one on either side: the products are banded, not dense."""
     axis = Axis(8 * BLOCK, 2, length=16 * BLOCK, **PLAIN)
