@@ -126,8 +126,8 @@ def gradients(
     of_packed = torch.zeros_like(packed)
     for index, image in enumerate(x):
         for start, stop, first, last, up in _row_blocks(rows, True, precise, x.device):
-            half = _gather(grad[index, :, first:last].to(precise), columns)
-            taps = (up @ half.flatten(1)).view(kernel, (stop - start) * columns.extent, -1)  # (kh, rows * w, kw * O)
+            taps = up @ _gather(grad[index, :, first:last].to(precise), columns).flatten(1)
+            taps = taps.view(kernel, (stop - start) * columns.extent, -1)  # (kh, rows * w, kw * O)
             if needed[1]:
                 pixels = image[:, start:stop].flatten(1).to(precise)  # (C, rows * w)
                 for tap in range(kernel):

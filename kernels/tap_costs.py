@@ -128,6 +128,6 @@ def _backward_steps(
             values = (along.stop - along.start) * columns.kernel * channels[1]
             sums = [FLOAT * values * (part.stop - part.start) for part in spans(read, values)]
             steps += [step for size in sums for step in (("sums", size), ("sums", 0))]
-        steps += [("gradient", 0)]
-        steps += [("taps", made * rows.kernel * across), ("pixels", copies * pixels), ("products", FLOAT * pixels)]
+        steps += [("gradient", 0), ("taps", made * rows.kernel * across), ("half", 0)]
+        steps += [("pixels", copies * pixels), ("products", FLOAT * pixels)]
     return steps

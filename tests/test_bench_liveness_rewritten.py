@@ -338,7 +338,10 @@ def test_fit_refuses_what_nobody_can_tell(backend: str, device: str, sentence: s
         lattice(read_axes({**CHOSEN, "backend": [backend]}), FIXED | {"device": device}, 1)
 
 
-AXES = [(5, 6, 2, 7, 3, 1), (2, 2, 2, 48, 32, 1), (40, 9, 2, 16, 8, 1), (33, 20, 4, 5, 6, 0), (17, 5, 8, 1, 2, 1)]
+AXES = [
+    *((5, 6, 2, 7, 3, 1), (2, 2, 2, 48, 32, 1), (40, 9, 2, 16, 8, 1), (33, 20, 4, 5, 6, 0), (17, 5, 8, 1, 2, 1)),
+    *((33, 64, 8, 3, 64, 1), (20, 20, 16, 2, 40, 1)),  # sums in several parts
+]
 
 
 @pytest.mark.parametrize("backward", [False, True])
