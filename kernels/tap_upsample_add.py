@@ -30,16 +30,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from skipcost.kernels import tap_parts
 from skipcost.kernels.launch import Launch, on_triton, run, span
 from skipcost.kernels.tap_axis import Axis, Integers, Reals
 from skipcost.kernels.tap_blocks import precise_type
+from skipcost.kernels.tap_parts import DEPTH, TAP_BYTES, band_depth, corners, tile_pixels
 from skipcost.kernels.tiles import MATRIX_MIN, up_to
 
-TAP_BYTES = 2**28  # of the tap maps that exist at a time, but for those of one row of the result
 LIMIT = 2**31 - 1  # the largest 32-bit number
-DEPTH = 16  # of the product with the columns' weights, the least that Triton multiplies
-COLUMNS = 8  # of the small map whose pixels a tile holds: with the two beside them, and 3 taps, 30 products of 32
-MOST = 64  # outputs of a tile
 # Read off binaries of Triton 3.7.1: 16 x 64 outputs on 4 warps take 56 to 80 registers. With 64 channels larger tiles,
 # and addresses of 64 bits, take up to 150 or spill on sm_80 or sm_100; with 32 they take 40 to 96 and spill nowhere. A
 # loop that fetches ahead (3 stages) takes up to 254, and 55 KB of shared memory.
@@ -84,21 +82,10 @@ def _product(pixels: Tensor, packed: Tensor) -> Tensor:
     return pixels.to(precise) @ packed.to(precise)
 
 
-def parts(
-    x: Tensor, out: Tensor, taps: int, rows: Axis
-) -> Iterator[tuple[int, int, tuple[int, int, int, int]]]:  # fmt: skip
+def parts(x: Tensor, out: Tensor, taps: int, rows: Axis) -> Iterator[tap_parts.Part]:
     """Yield (start, stop) of images, and of rows: (start, stop) of the result, (first, last) of the small map."""
-    batch, height = x.shape[0], x.shape[2]
     row = x.shape[3] * taps * out.shape[1] * precise_type(x.dtype).itemsize
-    images = TAP_BYTES // max(row * height, 1)
-    if images:
-        for start in range(0, batch, images):
-            yield start, min(start + images, batch), (0, rows.output, 0, height)
-        return
-    step = max((TAP_BYTES // row - 2) * rows.factor - rows.kernel + 2, 1)  # pixels of either end lie between two rows
-    for image in range(batch):
-        for band in rows.blocks(step):
-            yield image, image + 1, (band.start, band.stop, band.first, band.last)
+    return tap_parts.parts(x.shape[0], rows, row, TAP_BYTES)
 
 
 def launches(
@@ -116,11 +103,11 @@ def launches(
         message = f"tap maps of shape {tuple(taps.shape)}: a row of them has 2**31 elements or more; take fewer outputs"
         raise ValueError(message)
     height, width = out.shape[2:]
-    tile_pixels = up_to(min(COLUMNS * axes[1].factor, width), MOST)
+    pixels = tile_pixels(axes[1])
     wide = max(span(taps), span(out)) > LIMIT
-    tile_channels = up_to(out_channels, 32 if wide or tile_pixels > MATRIX_MIN else 64)
+    tile_channels = up_to(out_channels, 32 if wide or pixels > MATRIX_MIN else 64)
     row_pixels, row_weights = _row_tables(axes[0], taps.dtype, taps.device)
-    column_pixels, column_weights = _column_tables(axes[1], tile_pixels, taps.dtype, taps.device)
+    column_pixels, column_weights = _column_tables(axes[1], pixels, taps.dtype, taps.device)
     arguments = {
         "taps": taps,
         "row_pixels": row_pixels[top : top + height],
@@ -144,7 +131,7 @@ def launches(
         "corners": row_pixels.shape[1] // sides[0],
         "add": add,
         "wide": wide,
-        "tile_pixels": tile_pixels,
+        "tile_pixels": pixels,
         "tile_channels": tile_channels,
         "tile_depth": DEPTH,
     }
@@ -156,9 +143,8 @@ def launches(
 def _row_tables(axis: Axis, dtype: torch.dtype, device: torch.device) -> Tables:
     """Return the pixels that each output's taps read, and their weights: (outputs, taps * corners)."""
     pixels, weights = axis.reads
-    corners = 2 if weights[..., 1].any() else 1
-    flat = axis.output, -1
-    return _tensors(pixels[..., :corners].reshape(flat), weights[..., :corners].reshape(flat), dtype, device)
+    read, flat = corners(axis), (axis.output, -1)
+    return _tensors(pixels[..., :read].reshape(flat), weights[..., :read].reshape(flat), dtype, device)
 
 
 @lru_cache(maxsize=512)
@@ -169,7 +155,7 @@ def _column_tables(axis: Axis, tile: int, dtype: torch.dtype, device: torch.devi
     """
     bands = axis.blocks(tile)
     read = max(band.last - band.first for band in bands) * axis.kernel
-    table = np.zeros((len(bands), tile, -(-read // DEPTH) * DEPTH))
+    table = np.zeros((len(bands), tile, band_depth(read)))
     for at, band in enumerate(bands):
         flat = band.weights.swapaxes(1, 2).reshape(band.stop - band.start, -1)  # (outputs, pixels * taps)
         table[at, : flat.shape[0], : flat.shape[1]] = flat

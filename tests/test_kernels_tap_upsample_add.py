@@ -15,6 +15,7 @@ from skipcost.kernels import tap_upsample_add as module
 from skipcost.kernels.launch import Launch
 from skipcost.kernels.tap_axis import Axis
 from skipcost.kernels.tap_first import axes
+from skipcost.kernels.tap_parts import DEPTH
 from skipcost.kernels.tap_upsample_add import launches, parts
 
 WAYS = (("bilinear", False), ("bilinear", True), ("nearest", False))
@@ -68,7 +69,7 @@ def test_columns_of_the_table_are_the_axis(axis: Axis, tile: int) -> None:
     for at, begin in enumerate(first):
         made[at * tile : (at + 1) * tile, begin : begin + band] = padded[at].reshape(tile, band, axis.kernel)
 
-    assert weights.shape[2] % module.DEPTH == 0
+    assert weights.shape[2] % DEPTH == 0
     assert not made[axis.output :].any()
     assert not made[:, axis.extent :].any()
     np.testing.assert_array_equal(made[: axis.output, : axis.extent].swapaxes(1, 2), _matrix(axis))
