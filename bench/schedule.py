@@ -3,16 +3,18 @@
 The calls say what is done to what and are the same for all widths and image sizes that need the same steps; the
 numbers beside them are this network's. Maps arrive, are merged and are dropped in the executor's order; a `hold` stands
 where its Python frames keep a map longer than its last reader. With a `rule` they are those of `backend=rewritten`
-(kernels/rewritten.py, kernels/split_concat.py).
+(kernels/rewritten.py, kernels/split_concat.py, kernels/relu_concat.py).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import NamedTuple, cast
 
 from skipcost.bench.calls import Call, Calls
 from skipcost.bench.low_resolution import Joint, Rule, at_low, is_low
-from skipcost.unet_models.topology import IMAGE, Edge, Gate, Head, Node, SkipGraph
+from skipcost.unet_models import geometry
+from skipcost.unet_models.topology import IMAGE, Conv, Edge, Gate, Head, Node, SkipGraph
 
 
 class Schedule(NamedTuple):
@@ -81,6 +83,16 @@ class _Walk(Calls):
 
     def node(self, node: Node, maps: dict[str, int], places: tuple[int, int]) -> int:
         first_edge, number = places
+        if self.rule is not None and node.concatenates_relus:
+            merged = self.relu_concat(node, maps, first_edge, gradients=self.rule.gradients)
+            x = self.conv(merged, node.convs[0], f"{node.name}: convolution 1", (1, number, 0), valid=self.valid)
+        else:
+            x = self.enter(node, self.arrivals(node, maps, first_edge), places)
+        for index, conv in enumerate(node.convs[1:], 1):
+            x = self.conv(x, conv, f"{node.name}: convolution {index + 1}", (1, number, index), valid=self.valid)
+        return x
+
+    def arrivals(self, node: Node, maps: dict[str, int], first_edge: int) -> list[int]:
         signal = None
         deeper = node.deeper
         if deeper and any(edge.gate for edge in node.inputs):
@@ -93,10 +105,30 @@ class _Walk(Calls):
                 arrivals.append(maps[edge.source])
             else:
                 arrivals.append(self.carry(maps[edge.source], edge, place, signal))
-        x = self.enter(node, arrivals, (first_edge, number))
-        for index, conv in enumerate(node.convs[1:], 1):
-            x = self.conv(x, conv, f"{node.name}: convolution {index + 1}", (1, number, index), valid=self.valid)
-        return x
+        return arrivals
+
+    def relu_concat(self, node: Node, maps: dict[str, int], first_edge: int, *, gradients: bool) -> int:
+        """What kernels/relu_concat.py does: ReLU into one buffer, of all maps, or of each as it arrives."""
+        where, sides = (
+            f"{node.name}: concatenation",
+            zip(*(self.arriving(maps, edge) for edge in node.inputs), strict=True),
+        )
+        height, width = map(min, sides)
+        shape, buffer = (node.convs[0].in_channels, height, width), None
+        arrived, cropped = [], []
+        for place, edge in enumerate(node.inputs, first_edge):
+            plain = replace(edge, conv=replace(cast("Conv", edge.conv), act=False))
+            arrived.append(self.carry(maps[edge.source], plain, place, None))
+            cropped.append(self.crop(arrived[-1], height, width, where))
+            if not gradients:
+                buffer = self.call("room", where, (cropped[-1],), shape) if buffer is None else buffer
+                buffer = self.call("relu_into", where, (buffer, cropped[-1]), shape)
+        return self.call("relu_concat", where, (*arrived, *cropped), shape) if buffer is None else buffer
+
+    def arriving(self, maps: dict[str, int], edge: Edge) -> tuple[int, int]:
+        """Height and width with which a map comes out of its edge."""
+        _, height, width = self.shapes[maps[edge.source]]
+        return geometry.arrival(height, edge, valid=self.valid), geometry.arrival(width, edge, valid=self.valid)
 
     def enter(self, node: Node, arrivals: list[int], places: tuple[int, int]) -> int:
         """Merge and run the node's first convolution; where that is one op, the last map comes as it is."""

@@ -3,7 +3,8 @@
 A call of kernels/tap_first.py is one operator. It keeps the small map and the weight; its backward pass is one operator
 with two results, and a sum for the bias. What it makes and drops inside (tap maps of 18 rows, copies in fp32, packed
 weights) is not modelled here: `tap_costs.workspace_bytes` counts it. The weights of kernels/composed_up_conv.py are
-made by one operator in the first step, whose sums in float64 are not modelled either.
+made by one operator in the first step, whose sums in float64 are not modelled either. A call of kernels/relu_concat.py
+makes one buffer, and keeps that.
 """
 
 from __future__ import annotations
@@ -92,6 +93,33 @@ def tap_first_into(run: Forward, _row: int, _call: Call, result: Value, x: Value
     return result
 
 
+def relu_concat(run: Forward, row: int, call: Call, *reads: Value) -> Value:
+    """ReLU of maps, of which then follow the crops, into one buffer, all that is kept; backwards rims are zeros."""
+    maps, crops = reads[: len(reads) // 2], reads[len(reads) // 2 :]
+    result = room(run, row, call, maps[0])
+    run.tape.hold(*maps)
+
+    def backward(tape: Tape, gradient: Value) -> Given:
+        given = []
+        for x, crop in zip(maps, crops, strict=True):
+            share = tape.result(crop.size, (gradient, result), call.where, "map gradient")
+            given.append(share if crop is x else tape.result(x.size, (share,), call.where, "map gradient"))
+        return given
+
+    return run.tape.differentiate(result, maps, backward, (result,))
+
+
+def room(run: Forward, row: int, call: Call, x: Value) -> Value:
+    """An empty buffer for a concatenation of maps like x."""
+    return run.tape.result(Size(row, MAP, x.item, per_image=True), (x,), call.where, "map")
+
+
+def relu_into(run: Forward, _row: int, _call: Call, buffer: Value, x: Value) -> Value:
+    """ReLU of a map into its place in the buffer: nothing is made."""
+    run.tape.hold(buffer, x)
+    return buffer
+
+
 def layer(run: Forward, row: int, _call: Call) -> Value:
     """A layer's weight, as it is."""
     return run.weights[row].weight
@@ -122,6 +150,9 @@ TAP_OPERATORS: dict[str, Callable[..., Value]] = {
     "rest": rest,
     "tap_first": tap_first,
     "tap_first_into": tap_first_into,
+    "relu_concat": relu_concat,
+    "room": room,
+    "relu_into": relu_into,
     "layer": layer,
     "compose": compose,
     "border": border,

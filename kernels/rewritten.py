@@ -2,8 +2,9 @@
 
 Three rows of the reference are replaced: an edge's up-sampling and convolution (`tap_first`), a node's convolution over
 a concatenation with an up-sampled map (`split_concat`), and at inference over one with the map of a transposed
-convolution (`composed_up_conv`). Every call counts both forms and takes the cheaper (`tap_choice`). The functions are
-the reference's but for rounding; parameters and state_dict stay as they are.
+convolution (`composed_up_conv`). Every call counts both forms and takes the cheaper (`tap_choice`). One row is added:
+maps that edges convolve for a concatenation go through ReLU into their place (`relu_concat`). The functions are the
+reference's but for rounding; parameters and state_dict stay as they are.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.nn import functional
 
 from skipcost.kernels.composed_up_conv import composed, composed_up_conv
 from skipcost.kernels.launch import tf32_allowed
+from skipcost.kernels.relu_concat import relu_concat
 from skipcost.kernels.split_concat import seen_of, split_concat
 from skipcost.kernels.tap_choice import choose, choose_composed
 from skipcost.kernels.tap_first import axes, tap_first
@@ -42,6 +44,7 @@ class RewrittenOps:
             up_sample_conv=self.up_sample_conv,
             merge_conv=self.merge_conv,
             up_concat_conv=self.up_concat_conv,
+            relu_concat=relu_concat,
         )
 
     def up_sample_conv(self, layer: ConvNormAct, x: Tensor, factor: int, mode: str) -> Tensor:

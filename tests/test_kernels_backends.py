@@ -101,7 +101,7 @@ def test_fused_joins_steps_and_leaves_the_rest() -> None:
     same = [
         field.name for field in dataclasses.fields(Ops) if getattr(fused, field.name) == getattr(REFERENCE, field.name)
     ]
-    assert same == ["gate", "up_concat_conv"]
+    assert same == ["gate", "up_concat_conv", "relu_concat"]
     assert fused.merge_conv is not None
     assert fused.conv_pool is not None
 

@@ -31,7 +31,8 @@ from skipcost.unet_models import (
 )
 from skipcost.unet_models.ops import ConvNormAct
 
-JOINED = ("merge_conv", "up_concat_conv", "conv_pool")  # several steps in one op, which the reference does one by one
+# Several steps in one op, which the reference does one by one.
+JOINED = ("merge_conv", "up_concat_conv", "relu_concat", "conv_pool")
 STEPS = [field.name for field in fields(Ops) if field.name not in (*JOINED, "around")]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -265,6 +266,12 @@ class _Joined:
         maps.clear()
         return REFERENCE.conv_norm_act(layer, merged.pop())
 
+    def relu_concat(self, maps: Iterator[Tensor], shape: tuple[int, int, int]) -> Tensor:
+        self.calls["relu_concat"] += 1
+        result = REFERENCE.merge([each.relu_() for each in maps], "concat")
+        assert result.shape[1:] == shape
+        return result
+
     def conv_pool(self, layer: ConvNormAct, x: Tensor) -> tuple[Tensor, Tensor]:
         self.calls["conv_pool"] += 1
         full = REFERENCE.conv_norm_act(layer, x)
@@ -279,7 +286,7 @@ class _Joined:
     ]
 )
 def test_joined_ops_do_what_their_steps_do(spec: ModelSpec) -> None:
-    """Every node enters through one of two, every pooled encoder map leaves through the third, and no bit changes."""
+    """Every node enters through one of three, every pooled encoder map leaves through the last, and no bit changes."""
     joined = _Joined()
     net, reference = build(spec, joined.ops).eval(), build(spec).eval()
     reference.load_state_dict(net.state_dict())
@@ -290,8 +297,14 @@ def test_joined_ops_do_what_their_steps_do(spec: ModelSpec) -> None:
     network = graph(spec)
     free = spec.variant != "unet3+" and spec.upsample == "bilinear" and spec.skip not in ("sum", "gated")
     interpolated = sum(node.deeper is not None for node in network.nodes) if free else 0
-    nodes = len(network.nodes) - interpolated
-    assert joined.calls == {"merge_conv": nodes, "up_concat_conv": interpolated, "conv_pool": network.depth}
+    own = spec.variant == "unet3+" and spec.skip not in ("sum", "gated")  # edges with convolutions, which end in ReLU
+    ended = sum(len(node.inputs) > 1 for node in network.nodes) if own else 0
+    assert joined.calls == {
+        "merge_conv": len(network.nodes) - interpolated - ended,
+        "up_concat_conv": interpolated,
+        "relu_concat": ended,
+        "conv_pool": network.depth,
+    }
     assert all(map(torch.equal, outputs, outputs_of(reference(image))))
 
 

@@ -73,6 +73,15 @@ def _resampled(extent: int, edge: Edge) -> int:
     return -(-extent // step) if edge.skip else extent // step
 
 
+def arrival(extent: int, edge: Edge, *, valid: bool) -> int:
+    """One axis of a map of `extent` pixels at the end of an edge without a gate, before it is cropped."""
+    return _resampled(extent, edge) - _lost(edge, valid=valid)
+
+
+def _lost(edge: Edge, *, valid: bool) -> int:
+    return 2 if valid and edge.conv else 0
+
+
 def _positive(extent: int, where: str) -> int:
     if extent < 1:
         raise _VanishedError(where)
@@ -94,8 +103,8 @@ def axis_sizes(graph: SkipGraph, extent: int) -> AxisSizes:
             source = nodes[edge.source]
             resampled = _positive(_resampled(source, edge), edge.name)
             gated = min(resampled, signal) if edge.gate else resampled
-            lost = 2 if valid and edge.conv else 0
-            arriving.append((edge, source, resampled, gated, _positive(gated - lost, edge.name)))
+            convolved = _positive(gated - _lost(edge, valid=valid), edge.name)
+            arriving.append((edge, source, resampled, gated, convolved))
             if edge.shift < 0 and not edge.skip and source % 2:
                 floored.append(edge.name)
         merged = min(item[-1] for item in arriving)

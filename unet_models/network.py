@@ -9,12 +9,14 @@ peak of unet3+/d2/w64 and 7 % to that of unet++/d4/w32, and nothing where the pe
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from skipcost.unet_models.geometry import arrival
 from skipcost.unet_models.ops import REFERENCE, AttentionGate, ConvNormAct, Ops, crop_all
 from skipcost.unet_models.topology import IMAGE, Edge, Head, Node, SkipGraph
 
@@ -96,13 +98,29 @@ class SkipNet(nn.Module):
         edge = node.inputs[-1]
         plain = edge is node.deeper and not edge.conv and not edge.project and not any(e.gate for e in node.inputs)
         if self.ops.up_concat_conv and plain and not edge.up and node.merge == "concat":
-            arrivals = self._arrivals(node, maps, unread, raw=True)
+            arrivals = list(self._arrivals(node, maps, unread, raw=True))
             return self.ops.up_concat_conv(layer, arrivals, 1 << edge.shift, cast("str", edge.mode))
+        if (
+            self.ops.relu_concat and node.concatenates_relus and not torch.compiler.is_compiling()
+        ):  # no generators there
+            shape = self._merged(node, maps)
+            held = [self.ops.relu_concat(self._arrivals(node, maps, unread, act=False), shape)]
+            return self.ops.conv_norm_act(layer, held.pop())
         if self.ops.merge_conv is None:
-            held = [self.ops.merge(self._arrivals(node, maps, unread), node.merge)]
+            held = [self.ops.merge(list(self._arrivals(node, maps, unread)), node.merge)]
             return self.ops.conv_norm_act(layer, held.pop())
         up = cast("nn.ConvTranspose2d", self._layers(edge).up) if edge.up and plain else None
-        return self.ops.merge_conv(layer, self._arrivals(node, maps, unread, raw=up is not None), node.merge, up)
+        arrivals = list(self._arrivals(node, maps, unread, raw=up is not None))
+        return self.ops.merge_conv(layer, arrivals, node.merge, up)
+
+    def _merged(self, node: Node, maps: dict[str, Tensor]) -> tuple[int, int, int]:
+        """Channels, height and width of what arrives at a node, concatenated, before any of it is made."""
+        valid = self.graph.padding == "valid"
+        height, width = (
+            min(arrival(int(maps[edge.source].shape[axis]), edge, valid=valid) for edge in node.inputs)
+            for axis in (2, 3)
+        )
+        return node.convs[0].in_channels, height, width
 
     def _pooling(self, node: Node) -> Edge | None:
         """The edge on which the next encoder level pools this node; None in the decoder and at the bottom."""
@@ -110,32 +128,31 @@ class SkipNet(nn.Module):
         return next((edge for edge in reads if edge.shift == -1 and not edge.skip), None)
 
     def _arrivals(
-        self, node: Node, maps: dict[str, Tensor], unread: Counter[str], *, raw: bool = False
-    ) -> list[Tensor]:
+        self, node: Node, maps: dict[str, Tensor], unread: Counter[str], *, raw: bool = False, act: bool = True
+    ) -> Iterator[Tensor]:
         """Carry every input to the node; the map that steers a gate is up-sampled once, for the gate and its edge.
 
-        With `raw` the deeper map arrives as it is; what its last convolution pooled already arrives as that.
+        With `raw` the deeper map arrives as it is; what its last convolution pooled already arrives as that. Without
+        `act` the edges' convolutions leave ReLU to the caller.
         """
         signal: list[Tensor] = []
         if node.deeper and any(edge.gate for edge in node.inputs):
             signal.append(self._resample(node.deeper, _read(node.deeper, maps, unread)))
-        arrivals = []
         for edge in node.inputs:
             if edge.name in maps:
                 _read(edge, maps, unread)
-                arrivals.append(maps.pop(edge.name))
+                yield maps.pop(edge.name)
             elif raw and edge is node.deeper:
-                arrivals.append(_read(edge, maps, unread).pop())
+                yield _read(edge, maps, unread).pop()
             elif signal and edge is node.deeper:
-                arrivals.append(self._convolve(edge, signal, resampled=True))
+                yield self._convolve(edge, signal, resampled=True)
             elif edge.gate:
                 layers = self._layers(edge)
                 held = [self._resample(edge, _read(edge, maps, unread))]
                 held.append(self.ops.gate(cast("AttentionGate", layers.gate), held.pop(), signal[0]))
-                arrivals.append(self._convolve(edge, held, resampled=True))
+                yield self._convolve(edge, held, resampled=True)
             else:
-                arrivals.append(self._convolve(edge, _read(edge, maps, unread), resampled=False))
-        return arrivals
+                yield self._convolve(edge, _read(edge, maps, unread), resampled=False, act=act)
 
     def _resample(self, edge: Edge, held: list[Tensor]) -> Tensor:
         if edge.up:
@@ -144,16 +161,18 @@ class SkipNet(nn.Module):
             return self.ops.up_sample(held.pop(), 1 << edge.shift, cast("str", edge.mode))
         return self.ops.pool(held.pop(), 1 << -edge.shift, ceil=edge.skip) if edge.shift < 0 else held.pop()
 
-    def _convolve(self, edge: Edge, held: list[Tensor], *, resampled: bool) -> Tensor:
+    def _convolve(self, edge: Edge, held: list[Tensor], *, resampled: bool, act: bool = True) -> Tensor:
         """Take the map through what is left of its edge: resampling unless done, 3x3 convolution, projection."""
-        if edge.conv and edge.shift > 0 and not resampled:
-            layer = cast("ConvNormAct", self._layers(edge).conv)
+        layer = cast("ConvNormAct", self._layers(edge).conv) if edge.conv else None
+        if layer and not act:
+            layer = layer.without_act()
+        if layer and edge.shift > 0 and not resampled:
             held.append(self.ops.up_sample_conv(layer, held.pop(), 1 << edge.shift, cast("str", edge.mode)))
         else:
             if not resampled:
                 held.append(self._resample(edge, held))
-            if edge.conv:
-                held.append(self.ops.conv_norm_act(cast("ConvNormAct", self._layers(edge).conv), held.pop()))
+            if layer:
+                held.append(self.ops.conv_norm_act(layer, held.pop()))
         if edge.project:
             held.append(self.ops.conv_norm_act(cast("ConvNormAct", self._layers(edge).project), held.pop()))
         return held.pop()

@@ -7,8 +7,9 @@ weights, so that a replacement may fold or pack them, and never own state of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,12 @@ class ConvNormAct(nn.Module):
         self.conv = nn.Conv2d(record.in_channels, record.out_channels, record.kernel, padding=padding, bias=record.bias)
         self.norm = _norm(record)
         self.act = record.act
+
+    def without_act(self) -> ConvNormAct:
+        """Return the same layer, the same weights, without its ReLU."""
+        layer = copy(self)
+        layer.act = False
+        return layer
 
 
 class AttentionGate(nn.Module):
@@ -124,12 +131,14 @@ def gate(layer: AttentionGate, x: Tensor, signal: Tensor) -> Tensor:
 class Ops:
     """The functions through which the executor does all of its arithmetic on maps.
 
-    merge_conv, up_concat_conv and conv_pool join steps that other rows do one by one; where they are None, as in the
-    reference, those rows run.
+    merge_conv, up_concat_conv, relu_concat and conv_pool join steps that other rows do one by one; where they are None,
+    as in the reference, those rows run.
     merge_conv(layer, maps, how, up): merge the maps, the last of them up-sampled by `up` first where that is given, and
     run a node's first convolution. It may empty the list, so that no map outlives its use.
     up_concat_conv(layer, maps, factor, mode): up-sample the last of the maps as up_sample does, concatenate, and run a
     node's first convolution. It may empty the list as well.
+    relu_concat(maps, shape): take each map as it is made, ReLU, crop, and concatenate to (channels, height, width): for
+    a node all of whose edges end in a convolution with ReLU, which the edges then leave out.
     conv_pool(layer, x): run a node's last convolution; return the map and its 2x2 max-pool, floored.
     around: makes the context in which one forward pass runs.
     """
@@ -143,6 +152,7 @@ class Ops:
     gate: Callable[[AttentionGate, Tensor, Tensor], Tensor]
     merge_conv: Callable[[ConvNormAct, list[Tensor], str, nn.ConvTranspose2d | None], Tensor] | None = None
     up_concat_conv: Callable[[ConvNormAct, list[Tensor], int, str], Tensor] | None = None
+    relu_concat: Callable[[Iterator[Tensor], tuple[int, int, int]], Tensor] | None = None
     conv_pool: Callable[[ConvNormAct, Tensor], tuple[Tensor, Tensor]] | None = None
     around: Callable[[], AbstractContextManager[object]] = nullcontext
 

@@ -117,6 +117,12 @@ class Node:
         """The edge from the next deeper level, which is not a skip; None in the encoder."""
         return next((edge for edge in self.inputs if not edge.skip and edge.shift == 1), None)
 
+    @property
+    def concatenates_relus(self) -> bool:
+        """Whether it concatenates maps that all come straight from a convolution with ReLU on their edge."""
+        ended = (edge.conv and edge.conv.act and not edge.gate and not edge.project for edge in self.inputs)
+        return self.merge == "concat" and len(self.inputs) > 1 and all(ended)
+
     def rewired(self, inputs: tuple[Edge, ...], merge: str = "concat") -> Node:
         """Return the node with other inputs; its first convolution is fitted to them, its width stays."""
         channels = inputs[0].out_channels if merge == "sum" else sum(edge.out_channels for edge in inputs)
