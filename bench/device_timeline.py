@@ -2,18 +2,22 @@
 
 Workspaces of convolutions and the search among cuDNN's algorithms, gradients that have to be gathered first, weights
 that are made in one type and copied to another, and what is kept beside the network. How large an uncertain part is
-comes from `workspaces`; here is when it is there.
+comes from `workspaces`; here is when it is there. Where tap-first takes the place of a convolution, what its own calls
+make inside, and keep. Left out: transposed convolutions that are composed, which no GPU runs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from skipcost.bench import workspaces
 from skipcost.bench.allocator import WORKSPACE, first_event
-from skipcost.bench.liveness import Storage, Timeline
+from skipcost.bench.liveness import LowCall, Storage, Timeline, low_calls
 from skipcost.bench.workspaces import Interval, Part
+from skipcost.kernels import tap_parts
+from skipcost.kernels.tap_costs import FLOAT
 from skipcost.unet_models.geometry import PlacedConv, place
 
 if TYPE_CHECKING:
@@ -23,11 +27,16 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Script:
-    """A timeline being written: storages and events so far, and the events before which the cache is emptied."""
+    """A timeline being written: storages and events so far, and the events before which the cache is emptied.
+
+    scenario: the field of every Interval that is taken. known: shapes that cuDNN tried, tables and handles that exist.
+    """
 
     storages: list[Storage]
+    scenario: str
     events: list[int] = field(default_factory=list)
     emptied: set[int] = field(default_factory=set)
+    known: set[object] = field(default_factory=set)
 
     def make(self, name: str, kind: str, size: int) -> int:
         """Add a storage that begins now; return its number, which ends it when it is added to the events negative."""
@@ -38,6 +47,12 @@ class _Script:
     def pass_by(self, name: str, kind: str, size: int) -> None:
         """Add a storage that begins and ends now."""
         self.events.append(-self.make(name, kind, size))
+
+    def keep(self, key: object, name: str, sizes: tuple[int, ...]) -> None:
+        """Add storages that stay, in the first call that has the key."""
+        for size in sizes if key not in self.known else ():
+            self.make(name, "buffer", size)
+        self.known.add(key)
 
 
 def named_convolutions(graph: SkipGraph, height: int, width: int) -> dict[str, PlacedConv]:
@@ -58,6 +73,16 @@ def named_convolutions(graph: SkipGraph, height: int, width: int) -> dict[str, P
     return named
 
 
+def running_convolutions(case: Case, low: dict[str, LowCall]) -> dict[str, PlacedConv]:
+    """Those of `named_convolutions` that run: without the channels that go tap-first, and not at all without others."""
+    running = {}
+    for name, placed in named_convolutions(case.graph(), case.height, case.width).items():
+        channels = placed.conv.in_channels - (low[name].channels[0] if name in low else 0)
+        if channels:
+            running[name] = replace(placed, conv=replace(placed.conv, in_channels=channels))
+    return running
+
+
 def convolution_calls(steps: Timeline, convolutions: dict[str, PlacedConv], case: Case) -> dict[int, str]:
     """By the event after which a convolution has its workspace, the moment that it belongs to.
 
@@ -65,20 +90,62 @@ def convolution_calls(steps: Timeline, convolutions: dict[str, PlacedConv], case
     but for the bias.
     """
     calls = {}
-    ends = [start for start, _ in steps.moments[1:]] + [len(steps.events)]
-    for (start, moment), end in zip(steps.moments, ends, strict=True):
+    for span, moment in _spans(steps):
         name = moment.removeprefix("backward of ")
         if name not in convolutions:
             continue
         placed, forward = convolutions[name], moment == name
         size = workspaces.value_bytes(case) * (case.batch * placed.outputs if forward else placed.conv.weights)
-        names = {name} if forward else {name, f"gradient of {name}: weight"}
-        for at in range(start, end):
-            made = steps.storages[abs(steps.events[at]) - 1]
-            if steps.events[at] > 0 and made.name in names and made.bytes == size:
-                calls[at] = moment
-                break
+        made = _made(steps, span, name, size)
+        if made:
+            calls[made[0 if forward else -1]] = moment
     return calls
+
+
+def tap_calls(steps: Timeline, low: dict[str, LowCall], case: Case) -> dict[int, str]:
+    """By the event after which tap-first makes what it makes inside, the moment that it belongs to.
+
+    Forward that is when its output was made, behind that of the convolution beside it; what it adds to that
+    convolution's own output, when the concatenation is gone. Backward, when the gradients of map and weight were made.
+    """
+    calls, value = {}, workspaces.value_bytes(case)
+    for span, moment in _spans(steps):
+        name = moment.removeprefix("backward of ")
+        if name not in low:
+            continue
+        (rows, columns, (read, write), joined, _), at = low[name], None
+        if moment == name:
+            made = _made(steps, span, name, value * case.batch * write * rows.output * columns.output)
+            adds = joined and case.mode != "training"
+            at = made[int(joined and not adds)] if made else None
+            if at is not None and adds:
+                at += _ended(steps, at + 1) == f"{name}: concatenation"
+        else:
+            made = _made(steps, span, name, value * rows.kernel * columns.kernel * read * write)
+            maps = _made(steps, span, name, value * case.batch * read * rows.extent * columns.extent)
+            at = next((each for each in made if each - 1 in maps), None)
+        if at is not None:
+            calls[at] = moment
+    return calls
+
+
+def _spans(steps: Timeline) -> list[tuple[range, str]]:
+    """The events of every moment."""
+    starts = [*(start for start, _ in steps.moments), len(steps.events)]
+    return [(range(*span), name) for span, (_, name) in zip(pairwise(starts), steps.moments, strict=True)]
+
+
+def _made(steps: Timeline, span: range, name: str, size: int) -> list[int]:
+    """The events that make a storage of a size, of a layer's name or that of its weight's gradient."""
+    names = {name, f"gradient of {name}: weight"}
+    born = [(at, steps.storages[steps.events[at] - 1]) for at in span if steps.events[at] > 0]
+    return [at for at, made in born if made.name in names and made.bytes == size]
+
+
+def _ended(steps: Timeline, at: int) -> str:
+    """The name of the storage that an event ends; empty where it ends none."""
+    event = steps.events[at] if at < len(steps.events) else 0
+    return steps.storages[-event - 1].name if event < 0 else ""
 
 
 def gathered_gradients(steps: Timeline, case: Case) -> dict[int, tuple[str, int]]:
@@ -109,22 +176,20 @@ def gathered_gradients(steps: Timeline, case: Case) -> dict[int, tuple[str, int]
 def on_device(case: Case, steps: Timeline, parts: dict[str, Part], scenario: str) -> tuple[Timeline, frozenset[int]]:
     """The timeline with everything that a GPU adds, in a scenario; and the events before which the cache is emptied.
 
-    scenario: the field of every Interval that is taken. Weights are made in 32 bits and contiguous, and copied one by
-    one to the case's type and layout.
+    Weights are made in 32 bits and contiguous, and copied one by one to the case's type and layout. ValueError for
+    composed convolutions, whose sums nobody has counted.
     """
-    convolutions = named_convolutions(case.graph(), case.height, case.width)
+    _refuse_composed(steps)
+    low = low_calls(case)
+    convolutions = running_convolutions(case, low)
     calls, gathered = convolution_calls(steps, convolutions, case), gathered_gradients(steps, case)
-    script, moved, start = _Script(list(steps.storages)), list[int](), first_event(steps)
-    tried, copied = set[object](), dict[str, int]()
-    as_made = {
-        event: script.make(f"{steps.storages[event - 1].name}, as made", "parameter", size)
-        for event in steps.events[:start]
-        if (size := workspaces.as_made(steps.storages[event - 1], case))
-    }
+    products = tap_calls(steps, low, case)
+    script, moved, start = _Script(list(steps.storages), scenario), list[int](), first_event(steps)
+    copied, as_made = dict[str, int](), _as_made(script, steps.events[:start], case)
+    standing = [part for key, part in parts.items() if part.kept and not (products and key == "cublas")]
     for at, event in enumerate(steps.events):
-        for part in parts.values() if at == start else ():
-            if part.kept:
-                script.make(part.name, "buffer", getattr(part.steady, scenario))
+        for part in standing if at == start else ():
+            script.make(part.name, "buffer", getattr(part.steady, scenario))
         moved.append(len(script.events))
         if at in gathered:
             moment, size = gathered[at]
@@ -133,34 +198,94 @@ def on_device(case: Case, steps: Timeline, parts: dict[str, Part], scenario: str
         if at < start and event in as_made:
             script.events.append(-as_made[event])
         if at in calls:
-            _call(script, case, convolutions, (calls[at], scenario), tried)
+            _convolve(script, case, convolutions, low, calls[at])
             script.events += [-copied.pop(calls[at])] if calls[at] in copied else []
+        if at in products:
+            _tap_first(script, case, low, products[at], parts["cublas"])
     moments = ((0, steps.moments[0][1]), *((moved[at], name) for at, name in steps.moments[1:]))
     whole = Timeline(tuple(script.storages), tuple(script.events), moments, moved[steps.steady_from])
     return whole, frozenset(script.emptied)
 
 
-def _call(
-    script: _Script,
-    case: Case,
-    convolutions: dict[str, PlacedConv],
-    call: tuple[str, str],
-    tried: set[object],
-) -> None:
-    """Add the workspace of one call, (moment, scenario); before it, once for each shape, that of the search.
+def _refuse_composed(steps: Timeline) -> None:
+    """ValueError for transposed convolutions that are composed."""
+    if any(each.name.endswith(": composed weight") for each in steps.storages):
+        message = (
+            "what a GPU takes to compose transposed convolutions was not counted, because backend=rewritten composes "
+            "none there; use backend=eager"
+        )
+        raise ValueError(message)
+
+
+def _as_made(script: _Script, present: tuple[int, ...], case: Case) -> dict[int, int]:
+    """Make every weight that is going to be copied; return what was made by the event of its copy."""
+    sizes = {event: workspaces.as_made(script.storages[event - 1], case) for event in present}
+    return {
+        event: script.make(f"{script.storages[event - 1].name}, as made", "parameter", size)
+        for event, size in sizes.items()
+        if size
+    }
+
+
+def _convolve(
+    script: _Script, case: Case, convolutions: dict[str, PlacedConv], low: dict[str, LowCall], moment: str
+) -> None:  # fmt: skip
+    """Add the workspace of one call; before it, once for each shape, that of the search.
 
     For the search PyTorch allocates the largest workspace of all algorithms, and it empties its cache afterwards
-    (Conv_v8.cpp).
+    (Conv_v8.cpp). Slices of weights and maps are copied before (ConvShared.cpp); backward a weight's copy is gone when
+    its gradient is made, which is as large.
     """
-    moment, scenario = call
-    placed = convolutions[moment.removeprefix("backward of ")]
+    name = moment.removeprefix("backward of ")
+    placed, beside, forward = convolutions[name], low.get(name), moment == name
 
-    def add(name: str, needed: Interval) -> None:
-        script.pass_by(name, WORKSPACE, getattr(needed, scenario))
+    def add(what: str, needed: Interval) -> None:
+        script.pass_by(what, WORKSPACE, getattr(needed, script.scenario))
 
-    shape = (moment.startswith("backward"), placed.conv, placed.height, placed.width)
-    if case.cudnn_benchmark and shape not in tried:
+    value, copies = workspaces.value_bytes(case), []
+    if beside and forward and placed.conv.out_channels > 1:
+        copies.append(script.make("weights, gathered", "temporary", value * placed.conv.weights))
+    if beside and beside.sliced and script.scenario != "low":  # rows cut off a single image are one block of memory
+        pixels = beside.rows.length * beside.columns.length
+        copies.append(script.make("map, gathered", "temporary", value * case.batch * placed.conv.in_channels * pixels))
+    shape = (not forward, placed.conv, placed.height, placed.width)
+    if case.cudnn_benchmark and shape not in script.known:
         add("workspaces tried", workspaces.tried_workspace(placed, case))
         script.emptied.add(len(script.events))
-    tried.add(shape)
+    script.known.add(shape)
     add("workspace", workspaces.chosen_workspace(placed, case))
+    script.events += [-each for each in reversed(copies)]
+
+
+def _tap_first(script: _Script, case: Case, low: dict[str, LowCall], moment: str, cublas: Part) -> None:
+    """Add what one call makes inside, and, in the first such call, what is kept: tables and a workspace of cuBLAS."""
+    call = low[moment.removeprefix("backward of ")]
+    rows, columns, backward = call.rows, call.columns, moment not in low
+    handles = 1 + (case.mode == "training")
+
+    def multiply() -> None:
+        script.keep(("handle", backward), cublas.name, (getattr(cublas.steady, script.scenario) // handles,))
+
+    if backward:
+        multiply()
+        for which, axis in (("rows", rows), ("columns", columns)):
+            bands = [(band.stop - band.start) * (band.last - band.first) for band in axis.adjoint_bands]
+            script.keep((which, axis), "matrices", tuple(FLOAT * axis.kernel * each for each in bands))
+        script.pass_by("blocks", "temporary", getattr(workspaces.blocks(call, case), script.scenario))
+        return
+    made = workspaces.inside(call, case)[script.scenario]
+    packed, taps = script.make("weights, packed", "temporary", made.packed), 0
+    for copied, size in made.parts:
+        pixels = script.make("pixels, gathered", "temporary", copied)
+        multiply()
+        before, taps = taps, script.make("tap maps", "temporary", size)
+        script.events += [-pixels, *([-before] if before else [])]
+        _keep_tables(script, call)
+    script.events += [-taps, -packed]
+
+
+def _keep_tables(script: _Script, call: LowCall) -> None:
+    """What the kernel that adds tap maps up reads, kept for every call of the same sizes."""
+    of_rows, of_columns = tap_parts.tables(call.rows, call.columns)
+    script.keep(("table of rows", call.rows), "table", of_rows)
+    script.keep(("table of columns", call.columns), "table", of_columns)

@@ -130,7 +130,7 @@ def _line(chosen: dict[str, Any], widths: tuple[int, ...], batch: int | None) ->
     """The line of one combination; ValueError where it cannot be, or cannot run at this size."""
     machine = {"device": chosen["device"], "threads": 1}
     case = make_case(chosen | {"width": widths[0], "batch": batch or 1}, machine)
-    unknown = gpu_memory.why_not(case) if case.device == "cuda" else liveness.why_no_envelope(case)
+    unknown = (gpu_memory.why_not(case) if case.device == "cuda" else "") or liveness.why_no_envelope(case)
     if unknown:
         raise ValueError(unknown)
     cap = coerce({"max_width": chosen.get("max_width")})["max_width"]

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 from skipcost.bench import workspaces
 from skipcost.bench.allocator import Replay, StepMemory, replay, two_steps
-from skipcost.bench.device_timeline import named_convolutions, on_device
+from skipcost.bench.device_timeline import on_device, running_convolutions
 from skipcost.bench.devices import device_named
 from skipcost.bench.errors import BenchError
 from skipcost.bench.gpu import describe_gpus
-from skipcost.bench.liveness import Timeline, peak_bytes, timeline
+from skipcost.bench.liveness import BACKENDS, Timeline, low_calls, peak_bytes, timeline
 from skipcost.bench.records import Result
 from skipcost.bench.workspaces import Interval, Part
 
@@ -61,22 +61,25 @@ class GpuMemory:
 
 def why_not(case: Case) -> str:
     """Say why nothing is predicted of a case on a GPU; empty where something is."""
-    if case.backend == "eager":
+    if case.backend in BACKENDS:
         return ""
     return (
         f"what a GPU reports of backend={case.backend} is not predicted: what its kernels take beside live tensors was "
-        "not measured yet; use backend=eager"
+        f"not measured yet; use backend={' or '.join(BACKENDS)}"
     )
 
 
 def predict(case: Case, device: Device) -> GpuMemory:
-    """Predict what `device` reports of a case in the first step and in a later one. ValueError as `timeline` has it."""
+    """Predict what `device` reports of a case in the first step and in a later one. ValueError as `timeline` has it.
+
+    It is what runs there that counts, whichever device the case itself names.
+    """
     reason = why_not(case)
     if reason:
         raise ValueError(reason)
-    steps = two_steps(timeline(case))
-    convolutions = named_convolutions(case.graph(), case.height, case.width)
-    parts = workspaces.parts(list(convolutions.values()), case, device)
+    case = replace(case, device="cuda")
+    steps, low = two_steps(timeline(case)), low_calls(case)
+    parts = workspaces.parts(running_convolutions(case, low).values(), case, device, low.values())
     context = parts["context"].first
     replays = []
     for scenario in SCENARIOS:  # a bound is wide: it has as much room as there may be

@@ -23,16 +23,18 @@ from skipcost.bench.schedule import Schedule, schedule
 from skipcost.bench.tape import KINDS
 from skipcost.kernels import tap_costs
 from skipcost.kernels.tap_axis import Axis
-from skipcost.kernels.tap_choice import choose, choose_composed, precision_kind
+from skipcost.kernels.tap_choice import COMPOSED, choose, choose_composed, precision_kind
 
 __all__ = [
     "KINDS",
     "Envelope",
+    "LowCall",
     "Storage",
     "Timeline",
     "Track",
     "at_peak",
     "envelope",
+    "low_calls",
     "peak_bytes",
     "timeline",
     "tracks",
@@ -73,6 +75,19 @@ class Track(NamedTuple):
     bytes: int
     start: int
     end: int
+
+
+class LowCall(NamedTuple):
+    """A call of tap-first: its axes, its channels (in, out), and what stands beside it.
+
+    joined: it is added to a convolution over other maps; sliced: that one reads a crop of a single map.
+    """
+
+    rows: Axis
+    columns: Axis
+    channels: tuple[int, int]
+    joined: bool
+    sliced: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,18 +190,29 @@ def _planned(case: Case, rule: Rule) -> Schedule:
     return schedule(case.graph(), case.height, case.width, training=case.mode == "training", rule=rewritten)
 
 
-def workspace_bytes(case: Case) -> int:
-    """Bound what a call at low resolution has alive inside of it beyond live bytes, on a CPU; 0 where there is none."""
-    calls: list[tuple[Axis, Axis, tuple[int, int]]] = []
+def low_calls(case: Case) -> dict[str, LowCall]:
+    """Every call of tap-first in a forward pass, by the moment that it belongs to; none where nothing is rewritten."""
+    taken: list[tuple[Axis, Axis, tuple[int, int]]] = []
 
     def listed(rows: Axis, columns: Axis, channels: tuple[int, int]) -> bool:
-        taken = _taken(precision_kind(case.precision), case.device, rows, columns, channels)
-        calls.extend([(rows, columns, channels)] * taken)
-        return taken
+        takes = _taken(precision_kind(case.precision), case.device, rows, columns, channels)
+        taken.extend([(rows, columns, channels)] * takes)
+        return takes
 
-    _planned(case, _rule(case)._replace(takes=listed))
+    calls = _planned(case, _rule(case)._replace(takes=listed)).calls
+    reads = {call.where: calls[call.reads[0]].op for call in calls if call.op == "convolve"}
+    moments = [call.where for call in calls if call.op.startswith("tap_first")]
+    return {
+        where: LowCall(*call, joined=where in reads, sliced=reads.get(where) == "slice")
+        for where, call in zip(moments, taken, strict=True)
+    }
+
+
+def workspace_bytes(case: Case) -> int:
+    """Bound what a call at low resolution has alive inside of it beyond live bytes, on a CPU; 0 where there is none."""
     value = HALF if precision_kind(case.precision) == "16 bits" else FLOAT
     ways = (False, True) if case.mode == "training" else (False,)
+    calls = [(call.rows, call.columns, call.channels) for call in low_calls(case).values()]
     sizes = (tap_costs.workspace_bytes(*call, value, backward=backward) for call in calls for backward in ways)
     return max(sizes, default=0)
 
@@ -203,8 +229,8 @@ def why_not(case: Case) -> str:
 
 def why_no_envelope(case: Case) -> str:
     """Say why there is no peak as a function of the batch; empty where there is."""
-    up = case.backend == "rewritten" and case.mode == "inference" and any(edge.up for edge in case.graph().edges)
-    return why_not(case) or up * (
+    may = case.backend == "rewritten" and case.mode == "inference" and case.device in {where for where, _ in COMPOSED}
+    return why_not(case) or (may and any(edge.up for edge in case.graph().edges)) * (
         "at inference the batch decides which transposed convolutions backend=rewritten composes, so that no line over "
         "batches has the peak; use upsample=bilinear or nearest, or backend=eager"
     )

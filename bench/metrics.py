@@ -196,7 +196,7 @@ def _memory_metrics() -> dict[str, Metric]:
                 measure=_predicted_gpu_memory,
                 threshold=0.01,  # exact on one card only: its memory bounds what cuDNN may try
                 devices=("cuda",),
-                backends=("eager",),
+                backends=("eager", "rewritten"),
             )
     return table
 

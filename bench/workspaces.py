@@ -10,11 +10,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from skipcost.bench.allocator import MIB
+from skipcost.kernels import tap_costs, tap_parts
+from skipcost.unet_models.geometry import place
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from skipcost.bench.cases import Case
     from skipcost.bench.devices import Device
-    from skipcost.bench.liveness import Storage
+    from skipcost.bench.liveness import LowCall, Storage
     from skipcost.unet_models.geometry import PlacedConv
 
 VALUE_BYTES = {"fp32": 4, "tf32": 4}  # of what a convolution reads and writes; 2 in every other precision
@@ -32,9 +36,14 @@ CONVOLUTION_SOURCE = (
     "maps may be copied to channels_last for tensor cores. PyTorch's only cap is free memory (Conv_v8.cpp)"
 )
 CUBLAS_SOURCE = (
-    "torch's CublasHandlePool.cpp, made with the first matrix product; these networks have none, so that only a "
-    "convolution without cuDNN would make it"
+    "torch's CublasHandlePool.cpp, made with a thread's first matrix product; backend=eager has none, so that only a "
+    "convolution without cuDNN would make it; tap-first has, in training also on autograd's own thread"
 )
+TAP_SOURCE = (
+    "kernels/tap_parts.py: packed weights, copied pixels and tap maps of tap-first forwards, by their shapes; "
+    "kernels/tap_costs.py: its blocks backwards, at most, taken as one piece"
+)
+NEW_LAYOUT_NORMS = ("group", "instance")  # whose results are contiguous on a GPU, also of channels_last maps
 NORM_SOURCE = (
     "torch's cudnn/BatchNorm.cpp asks for a reserve in the persistent mode (channels_last, training, no bf16, weights "
     "of 32 bits); cuDNN does not document its size: at most a bit per element, as its fused ReLU would need"
@@ -86,19 +95,28 @@ def value_bytes(case: Case) -> int:
     return VALUE_BYTES.get(case.precision, 2)
 
 
-def parts(convolutions: list[PlacedConv], case: Case, device: Device) -> dict[str, Part]:
-    """Every part of a case on a device, by a short name; workspaces at their largest over all convolutions."""
-    chosen = tried = NOTHING
+def parts(
+    convolutions: Iterable[PlacedConv], case: Case, device: Device, low: Iterable[LowCall] = ()
+) -> dict[str, Part]:  # fmt: skip
+    """Every part of a case on a device, by a short name; workspaces at their largest over all calls.
+
+    convolutions: those that run; low: calls of tap-first, which take the place of others.
+    """
+    chosen = tried = products = NOTHING
     for placed in convolutions:
         chosen |= chosen_workspace(placed, case)
         tried |= tried_workspace(placed, case)
+    for call in low:
+        products |= tap_workspace(call, case)
     first = chosen | tried if case.cudnn_benchmark else chosen
+    threads = (1 + (case.mode == "training")) * (products != NOTHING)
     lasting = {
-        "cublas": ("cuBLAS workspace", cublas_workspace(device), CUBLAS_SOURCE),
-        "norm": ("batch norm's reserve", norm_reserve(convolutions, case), NORM_SOURCE),
+        "cublas": ("cuBLAS workspace", cublas_workspace(device, threads), CUBLAS_SOURCE),
+        "norm": ("batch norm's reserve", norm_reserve(case), NORM_SOURCE),
     }
     return {
         "convolution": Part("convolution workspace", first, chosen, CONVOLUTION_SOURCE),
+        **({"tap": Part("tap-first's workspace", products, products, TAP_SOURCE)} if threads else {}),
         **{key: Part(name, each, each, source, kept=True) for key, (name, each, source) in lasting.items()},
         "context": Part(CONTEXT, context(), context(), CONTEXT_SOURCE),
     }
@@ -150,15 +168,47 @@ def _needs(placed: PlacedConv, case: Case) -> tuple[int, int, int, int]:
     return copies, patches, winograd, spectrum * channels
 
 
-def cublas_workspace(device: Device) -> Interval:
-    """PyTorch's default workspace of a cuBLAS handle: 32 MiB from compute capability 9 on, 8.1 MiB before."""
+def inside(call: LowCall, case: Case) -> dict[str, tap_parts.Inside]:
+    """What a call of tap-first makes inside forwards, by scenario. Whether pixels are copied follows from the layout.
+
+    Of channels_last maps they are not, except behind a norm whose result is contiguous: there it is our bet.
+    """
+    last = case.layout == "channels_last"
+    bet = last and case.suite_spec.norm not in NEW_LAYOUT_NORMS
+    layouts = {"low": last, "high": bet, "likely": bet}
+    sizes = call.rows, call.columns, call.channels, case.batch, value_bytes(case)
+    return {scenario: tap_parts.inside(*sizes, last=each) for scenario, each in layouts.items()}
+
+
+def blocks(call: LowCall, case: Case) -> Interval:
+    """What a call of tap-first makes inside backwards: at most, and for two images or more exactly, what is counted.
+
+    It is taken as one piece, which it is not, so the allocator may find room for less than that.
+    """
+    most = tap_costs.workspace_bytes(call.rows, call.columns, call.channels, value_bytes(case), backward=True)
+    return Interval(0, most, most)
+
+
+def tap_workspace(call: LowCall, case: Case) -> Interval:
+    """The most that a call of tap-first makes inside, forwards and in training backwards."""
+    forward = Interval(**{scenario: each.fullest for scenario, each in inside(call, case).items()})
+    return forward | blocks(call, case) if case.mode == "training" else forward
+
+
+def cublas_workspace(device: Device, threads: int = 0) -> Interval:
+    """PyTorch's default workspace of a cuBLAS handle: 32 MiB from compute capability 9 on, 8.1 MiB before.
+
+    threads: how many are known to multiply matrices, each with a handle of its own.
+    """
     generation = int(device.architecture.removeprefix("sm")) // 10
-    return Interval(0, 32 * MIB if generation >= 9 else (2 * 4096 + 8 * 16) << 10, 0)  # noqa: PLR2004 - see above
+    size = 32 * MIB if generation >= 9 else (2 * 4096 + 8 * 16) << 10  # noqa: PLR2004 - see above
+    return Interval(0, size * max(threads, 1), size * threads)
 
 
-def norm_reserve(convolutions: list[PlacedConv], case: Case) -> Interval:
+def norm_reserve(case: Case) -> Interval:
     """What cuDNN's batch norm keeps from forward to backward, over all layers."""
     cudnn = case.mode == "training" and case.layout == "channels_last" and case.precision in CUDNN_NORM
+    convolutions = place(case.graph(), case.height, case.width)
     elements = sum(placed.outputs for placed in convolutions if placed.conv.norm == "batch") * case.batch
     return Interval(0, -(-elements // 8) if cudnn else 0, 0)
 

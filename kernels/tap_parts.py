@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from skipcost.kernels.tap_axis import Axis
 from skipcost.kernels.tap_costs import FLOAT
@@ -83,6 +84,7 @@ def corners(rows: Axis) -> int:
     return 2 if rows.reads[1][..., 1].any() else 1
 
 
+@lru_cache(maxsize=512)  # a prediction asks for those of each call several times
 def tables(rows: Axis, columns: Axis) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Count the bytes of the tables of rows, and of columns, which are kept between calls: pixels, then weights."""
     entries = FLOAT * rows.output * rows.kernel * corners(rows)
