@@ -171,7 +171,8 @@ def _rule(case: Case) -> Rule:
     """What is rewritten of a case. Tap-first is chosen by terms that all grow with the batch, so it does not matter."""
     kind, device = precision_kind(case.precision), case.device
     composes = partial(_composed, case.batch, kind, device, case.mode)
-    return Rule(partial(_taken, kind, device), composes, case.mode == "training")
+    training, precise = case.mode == "training", case.precision in ("fp32", "tf32")
+    return Rule(partial(_taken, kind, device), composes, gradients=training, folds=precise and not training)
 
 
 @lru_cache(maxsize=4096)

@@ -12,6 +12,7 @@ from typing import NamedTuple, cast
 
 from skipcost.bench.calls import WEIGHTS, Calls, ConvDetail, Place, Shape
 from skipcost.kernels.tap_axis import Axis
+from skipcost.kernels.tap_choice import folds
 from skipcost.unet_models.topology import Conv, Edge
 
 Takes = Callable[[Axis, Axis, tuple[int, int]], bool]  # whether rows, columns and channels (in, out) go tap-first
@@ -21,12 +22,14 @@ Composes = Callable[[tuple[int, int], tuple[int, int, int], int], bool]  # size,
 class Rule(NamedTuple):
     """Which convolutions over up-sampled maps run at low resolution, by interpolation and by transposed convolution.
 
-    gradients: whether they are asked for; otherwise a sum's second term is added where the first one is.
+    gradients: whether they are asked for; otherwise a sum's second term is added where the first one is. folds: whether
+    batch norms may go into the weights in front of them.
     """
 
     takes: Takes
     composes: Composes
     gradients: bool
+    folds: bool
 
 
 class Joint(NamedTuple):
@@ -55,6 +58,20 @@ def is_low(calls: Calls, joint: Joint, rule: Rule) -> bool:
     return rule.takes(rows, columns, (channels, conv.out_channels))
 
 
+def is_folded(conv: Conv, shape: Shape, rule: Rule) -> bool:
+    """Whether the norm of a convolution with such a result goes into its weights."""
+    channels, height, width = shape
+    return rule.folds and conv.norm == "batch" and folds(conv.weights, channels * height * width)
+
+
+def fold(calls: Calls, conv: Conv, weight: int, where: str) -> tuple[int, int]:
+    """Add the calls that put a norm into weight and bias, and return these."""
+    vector = conv.out_channels, 1, 1
+    scale = calls.call("scale", where, (weight,), vector)
+    shift = calls.call("shift", where, (weight, scale), vector)
+    return calls.call("scaled", where, (weight, scale), vector, weights=conv.weights), shift
+
+
 def at_low(calls: Calls, joint: Joint, rule: Rule, where: str, places: tuple[Place, Place]) -> int:
     """Add the calls of a convolution at low resolution, its norm and ReLU; the op's frame holds what it has cast.
 
@@ -68,14 +85,22 @@ def at_low(calls: Calls, joint: Joint, rule: Rule, where: str, places: tuple[Pla
     x = calls.call("cast", where, (joint.x,), calls.shapes[joint.x])
     groups = conv.norm_groups if conv.norm == "group" else 0
     weight = calls.call("weight", where, (), vector, detail, conv.weights, groups)
-    layer = (weight, calls.call("bias", where, (weight,), vector)) if conv.bias else (weight,)
+    layer: tuple[int, ...] = (weight,)
+    folded = is_folded(conv, shape, rule) and not joint.edge.up
+    if folded:
+        layer = fold(calls, conv, weight, where)
+    elif conv.bias:
+        layer = weight, calls.call("bias", where, (weight,), vector)
     if joint.edge.up:
         result = _compose(calls, joint._replace(x=x), weight, where, places[1])
     elif alone:
         result = calls.call("tap_first", where, (x, *layer), shape)
     else:
         result = _split(calls, joint._replace(x=x), layer, where, gradients=rule.gradients)
-    result = calls.call("norm_act", where, (result, weight), shape, detail)
+    if not folded:
+        result = calls.call("norm_act", where, (result, weight), shape, detail)
+    elif conv.act:
+        result = calls.call("relu", where, (result,), shape)
     calls.hold(*layer) if joint.edge.up else calls.hold(x, *layer)
     return result
 

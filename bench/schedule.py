@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple, cast
 
-from skipcost.bench.calls import Call, Calls
-from skipcost.bench.low_resolution import Joint, Rule, at_low, is_low
+from skipcost.bench.calls import Call, Calls, ConvDetail, Place
+from skipcost.bench.low_resolution import Joint, Rule, at_low, fold, is_folded, is_low
 from skipcost.unet_models import geometry
 from skipcost.unet_models.topology import IMAGE, Conv, Edge, Gate, Head, Node, SkipGraph
 
@@ -36,6 +36,22 @@ class _Walk(Calls):
         super().__init__(graph, height, width)
         self.rule = rule
 
+    def conv(self, x: int, conv: Conv, where: str, place: Place, *, valid: bool = False) -> int:
+        """Convolve, normalise and activate; with the norm in the weights where the rule says so."""
+        _, height, width = self.shapes[x]
+        lost = conv.kernel - 1 if valid else 0
+        shape = conv.out_channels, height - lost, width - lost
+        if conv.transposed or not (self.rule and is_folded(conv, shape, self.rule)):
+            return super().conv(x, conv, where, place, valid=valid)
+        detail = ConvDetail(conv.bias, conv.norm, conv.act, flat=False, first=False, place=place)
+        weight = self.call("weight", where, (), (conv.out_channels, 1, 1), detail, conv.weights)
+        layer = fold(self, conv, weight, where)
+        result = self.call("convolve", where, (x, *layer), shape)
+        if conv.act:
+            result = self.call("relu", where, (result,), shape)
+        self.hold(*layer)
+        return result
+
     def resample(self, x: int, edge: Edge, place: int) -> int:
         if edge.up:
             return self.conv(x, edge.up, f"{edge.name}: transposed convolution", (0, place, 0))
@@ -50,11 +66,12 @@ class _Walk(Calls):
 
     def gate(self, gate: Gate, x: int, signal: int, where: str, place: int) -> int:
         x, signal = self.crop_all([x, signal], where)
-        left = self.conv(x, gate.x, f"{where}: gate, map", (0, place, 1))
-        right = self.conv(signal, gate.signal, f"{where}: gate, signal", (0, place, 2))
+        conv = super().conv  # the reference's, whatever the rule
+        left = conv(x, gate.x, f"{where}: gate, map", (0, place, 1))
+        right = conv(signal, gate.signal, f"{where}: gate, signal", (0, place, 2))
         joint = self.call("add", f"{where}: gate, sum", (left, right), self.shapes[left])
         joint = self.call("relu", f"{where}: gate, sum", (joint,), self.shapes[joint])
-        psi = self.conv(joint, gate.psi, f"{where}: gate, coefficients", (0, place, 3))
+        psi = conv(joint, gate.psi, f"{where}: gate, coefficients", (0, place, 3))
         weight = self.call("sigmoid", f"{where}: gate, coefficients", (psi,), self.shapes[psi])
         gated = self.call("weigh", f"{where}: gate", (x, weight), self.shapes[x], (self.shapes[x][0] > 1,))
         self.hold(x, signal, joint)

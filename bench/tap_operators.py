@@ -35,6 +35,32 @@ def bias(run: Forward, _row: int, _call: Call, weight: Value) -> Value:
     return cast_to(run.tape, cast("Value", run.weights[weight.size.row].bias), run.compute_item, "map")
 
 
+def scale(run: Forward, _row: int, _call: Call, weight: Value) -> Value:
+    """What a norm multiplies by, of the layer whose weight is given: three steps, each with a result of its own."""
+    size, tape = _vector(weight), run.tape
+    above = tape.result(size, (weight,))
+    root = tape.result(size, (above,))
+    return tape.result(size, (root,))
+
+
+def shift(run: Forward, _row: int, _call: Call, weight: Value, scale: Value) -> Value:
+    """What it then adds, the layer's bias in it: three more."""
+    size, tape = _vector(weight), run.tape
+    centred = tape.result(size, (weight,))
+    scaled = tape.result(size, (centred, scale))
+    return tape.result(size, (scaled,))
+
+
+def scaled(run: Forward, row: int, call: Call, weight: Value, scale: Value) -> Value:
+    """The layer's weight times that."""
+    size = Size(row, WEIGHTS, weight.item, per_image=False)
+    return run.tape.result(size, (weight, scale), f"{call.where}: weight, scaled", "map")
+
+
+def _vector(weight: Value) -> Size:
+    return Size(weight.size.row, CHANNELS, weight.item, per_image=False)
+
+
 def _laid(run: Forward, parameter: Value) -> Value:
     """A parameter whose gradient comes contiguous: autograd copies it where the parameter itself is channels-last.
 
@@ -146,6 +172,9 @@ TAP_OPERATORS: dict[str, Callable[..., Value]] = {
     "cast": cast_map,
     "weight": weight,
     "bias": bias,
+    "scale": scale,
+    "shift": shift,
+    "scaled": scaled,
     "part": part,
     "rest": rest,
     "tap_first": tap_first,

@@ -59,9 +59,9 @@ def affine(conv: nn.Conv2d, norm: nn.Module | None) -> tuple[Tensor | None, Tens
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = torch.rsqrt(norm.running_var.to(precise) + norm.eps)
-    shift = (0 if bias is None else bias) - norm.running_mean.to(precise)
     if norm.weight is not None:
         scale = scale * norm.weight.to(precise)
+    shift = (0 if bias is None else bias) - norm.running_mean.to(precise)
     shift = shift * scale
     return scale, shift if norm.bias is None else shift + norm.bias.to(precise)
 

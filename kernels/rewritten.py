@@ -3,8 +3,10 @@
 Three rows of the reference are replaced: an edge's up-sampling and convolution (`tap_first`), a node's convolution over
 a concatenation with an up-sampled map (`split_concat`), and at inference over one with the map of a transposed
 convolution (`composed_up_conv`). Every call counts both forms and takes the cheaper (`tap_choice`). One row is added:
-maps that edges convolve for a concatenation go through ReLU into their place (`relu_concat`). The functions are the
-reference's but for rounding; parameters and state_dict stay as they are.
+maps that edges convolve for a concatenation go through ReLU into their place (`relu_concat`). At inference in 32 bits a
+batch norm goes into the weights in front of it, anew in every call, where they are fewer than the map's values: a pass
+over the map less, and nothing kept. The functions are the reference's but for rounding; parameters and state_dict stay
+as they are.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ from torch.nn import functional
 
 from skipcost.kernels.composed_up_conv import composed, composed_up_conv
 from skipcost.kernels.launch import tf32_allowed
+from skipcost.kernels.prepack import affine, why_not_fold
 from skipcost.kernels.relu_concat import relu_concat
 from skipcost.kernels.split_concat import seen_of, split_concat
-from skipcost.kernels.tap_choice import choose, choose_composed
+from skipcost.kernels.tap_choice import choose, choose_composed, folds
 from skipcost.kernels.tap_first import axes, tap_first
 from skipcost.unet_models.ops import REFERENCE, ConvNormAct, Ops
 
+HALF = 2  # bytes
 AUTOCAST = ("cpu", "cuda")  # PyTorch refuses the question for others
 
 
@@ -41,20 +45,32 @@ class RewrittenOps:
         """Return the table to build a network on."""
         return replace(
             REFERENCE,
+            conv_norm_act=self.conv_norm_act,
             up_sample_conv=self.up_sample_conv,
             merge_conv=self.merge_conv,
             up_concat_conv=self.up_concat_conv,
             relu_concat=relu_concat,
         )
 
+    def conv_norm_act(self, layer: ConvNormAct, x: Tensor) -> Tensor:
+        """Take the place of `Ops.conv_norm_act`."""
+        if not _folds(layer, x, (int(x.shape[2]), int(x.shape[3]))):
+            held = [layer.conv(x)]
+            del x
+            return _norm_act(layer, held)
+        weight, bias = _folded(layer)
+        x = functional.conv2d(x, weight, bias, padding=_padding(layer))
+        return _act(layer, x)
+
     def up_sample_conv(self, layer: ConvNormAct, x: Tensor, factor: int, mode: str) -> Tensor:
         """Take the place of `Ops.up_sample_conv`."""
         window = (0, 0, int(x.shape[2]) * factor, int(x.shape[3]) * factor)
         if not self._takes(layer, x, factor, mode, window):
-            return REFERENCE.up_sample_conv(layer, x, factor, mode)
-        x, weight, bias = _cast(layer, x)
+            return self.conv_norm_act(layer, REFERENCE.up_sample(x, factor, mode))
+        folded = _folds(layer, x, window[2:])
+        x, weight, bias = _cast(layer, x, folded=folded)
         held = [tap_first(x, weight, bias, factor=factor, mode=mode, padding=_padding(layer))]
-        return _norm_act(layer, held)
+        return _norm_act(layer, held, normed=folded)
 
     def up_concat_conv(self, layer: ConvNormAct, maps: list[Tensor], factor: int, mode: str) -> Tensor:
         """Take the place of up-sampling the last of the maps, concatenating, and convolving."""
@@ -65,14 +81,15 @@ class RewrittenOps:
             del x
             merged = [REFERENCE.merge(maps, "concat")]
             maps.clear()
-            return REFERENCE.conv_norm_act(layer, merged.pop())
-        x, weight, bias = _cast(layer, x)
+            return self.conv_norm_act(layer, merged.pop())
+        folded = _folds(layer, x, window[2:])
+        x, weight, bias = _cast(layer, x, folded=folded)
         dtype = x.dtype
         others = [each.to(dtype) for each in maps]
         maps.clear()
         held = [split_concat(others, x, weight, bias, factor=factor, mode=mode, padding=_padding(layer))]
         del others
-        return _norm_act(layer, held)
+        return _norm_act(layer, held, normed=folded)
 
     def merge_conv(
         self, layer: ConvNormAct, maps: list[Tensor], how: str, up: nn.ConvTranspose2d | None
@@ -83,7 +100,7 @@ class RewrittenOps:
                 maps.append(REFERENCE.up_conv(up, maps.pop()))
             merged = [REFERENCE.merge(maps, how)]
             maps.clear()
-            return REFERENCE.conv_norm_act(layer, merged.pop())
+            return self.conv_norm_act(layer, merged.pop())
         x, weight, _ = _cast(layer, maps.pop())
         others = [each.to(x.dtype) for each in maps]
         maps.clear()
@@ -109,7 +126,7 @@ class RewrittenOps:
 
     def _rates(self, x: Tensor) -> tuple[str, str]:
         """Return what the rates are filed under, for convolutions of a map: the kind of number, and the device."""
-        kind = "16 bits" if _computing(x).itemsize == 2 else "tf32" if tf32_allowed() else "fp32"  # noqa: PLR2004 - bytes
+        kind = "16 bits" if _computing(x).itemsize == HALF else "tf32" if tf32_allowed() else "fp32"
         return kind, self.device or ("cuda" if x.is_cuda else "cpu")
 
     def _takes(
@@ -154,15 +171,40 @@ def _needs_gradients(maps: list[Tensor], *layers: nn.Module) -> bool:
     return torch.is_grad_enabled() and any(each.requires_grad for each in given)
 
 
-def _cast(layer: ConvNormAct, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _folds(layer: ConvNormAct, x: Tensor, size: tuple[int, int]) -> bool:
+    """Whether the layer's norm goes into its weights, for a convolution over (H, W) pixels."""
+    weight = layer.conv.weight
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(layer.norm, nn.BatchNorm2d):
+        return False
+    if why_not_fold(layer.norm) or weight.itemsize == HALF or _computing(x) != weight.dtype:
+        return False
+    height, width = (side + 2 * _padding(layer) - layer.conv.kernel_size[0] + 1 for side in size)
+    return folds(weight.numel(), layer.conv.out_channels * height * width)
+
+
+def _folded(layer: ConvNormAct) -> tuple[Tensor, Tensor]:
+    """Return a layer's weight and bias with its norm in them."""
+    scale, shift = affine(layer.conv, layer.norm)
+    assert scale is not None
+    assert shift is not None
+    return layer.conv.weight * scale.view(-1, 1, 1, 1), shift
+
+
+def _cast(layer: ConvNormAct, x: Tensor, *, folded: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
     """Bring a map, the weight and the bias to the type that PyTorch's convolution would bring them to."""
+    if folded:
+        return x, *_folded(layer)
     dtype, bias = _computing(x), layer.conv.bias
     return x.to(dtype), layer.conv.weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def _norm_act(layer: ConvNormAct, held: list[Tensor]) -> Tensor:
-    """Do what `conv_norm_act` does behind its convolution; out of a list, so that only this frame has the map."""
+def _norm_act(layer: ConvNormAct, held: list[Tensor], *, normed: bool = False) -> Tensor:
+    """Do what is behind a convolution; out of a list, so that only this frame has the map."""
     x = held.pop()
-    if layer.norm is not None:
+    if layer.norm is not None and not normed:
         x = layer.norm(x)
+    return _act(layer, x)
+
+
+def _act(layer: ConvNormAct, x: Tensor) -> Tensor:
     return functional.relu(x, inplace=True) if layer.act else x

@@ -23,6 +23,7 @@ CPU_RATES = {"fp32": 1.0, "tf32": 1.0, "16 bits": 3.0}
 # A GPU multiplies 16 bits and adds in fp32, then a kernel sums the tap maps. By an H100's data sheet, a second.
 GPU_MACS = {"fp32": 33.5e12, "tf32": 247e12, "16 bits": 494e12}
 GPU_BYTES = 3.35e12
+FEWEST = 2**16  # values of a map from which on a pass over it costs more than the handful of calls that save it
 # A MAC of the composed form, its phases put in place, takes as long as this many of the direct form's: a Xeon with
 # AVX-512 and AMX, 64 to 1024 channels, small maps of 32x32 and more. fp32: 0.7 to 1.13. 16 bits: 1.3 to 3.7; the worst
 # stands here, because it would win little and rounds more. GPUs: nobody has measured.
@@ -71,6 +72,14 @@ class Rewriting:
     def form(self) -> str:
         """The form that is taken: tap-first, composed or direct."""
         return self.choice.form
+
+
+def folds(weights: int, outputs: int) -> bool:
+    """Whether a batch norm goes into its convolution's weights, anew in every call, of so many outputs an image.
+
+    The weights, scaled, are in memory for that call: at most a quarter of the map that needs no second pass then.
+    """
+    return max(4 * weights, FEWEST) <= outputs
 
 
 def precision_kind(precision: str) -> str:

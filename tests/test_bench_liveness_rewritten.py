@@ -16,7 +16,7 @@ import torch
 from live_cells import Followed, cells, changes, turns
 from profiled import profiled
 
-from skipcost.bench import liveness
+from skipcost.bench import liveness, low_resolution
 from skipcost.bench.cases import CHOICES, Case
 from skipcost.bench.counting import predicted_peaks
 from skipcost.bench.errors import BenchError
@@ -40,7 +40,7 @@ from skipcost.bench.subject import AUTOCAST, Subject, make_subject
 from skipcost.bench.tracing import trace
 from skipcost.kernels import rewritten, tap_costs, tap_first
 from skipcost.kernels.tap_axis import Axis
-from skipcost.kernels.tap_choice import Choice, choose, choose_composed, rewritings
+from skipcost.kernels.tap_choice import Choice, choose, choose_composed, folds, rewritings
 from skipcost.kernels.timing import Budget
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 
@@ -104,6 +104,12 @@ def rule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         choice = choose_composed(*call, mode=mode, alone=alone, **given)
         return replace(choice, taken=mode == "inference" and not alone and RULES[request.param](choice))
 
+    def folded(weights: int, outputs: int) -> bool:
+        each = Choice(weights, outputs, 0, 0, 0, 0, taken=folds(weights, outputs), why="")
+        return RULES[request.param](each)
+
+    for module in (rewritten, low_resolution):
+        monkeypatch.setattr(module, "folds", folded)
     for module in (rewritten, liveness):
         monkeypatch.setattr(module, "choose", ruled)
         monkeypatch.setattr(module, "choose_composed", composed)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from model_cells import by_label, outputs_of
-from torch import Tensor
+from torch import Tensor, nn
 
 from skipcost.bench.cases import CHOICES as CASES
 from skipcost.bench.cases import Case
@@ -20,8 +20,9 @@ from skipcost.bench.counting import predicted_peaks
 from skipcost.kernels import rewritten
 from skipcost.kernels.composed_up_conv import ATTRIBUTE
 from skipcost.kernels.rewritten import RewrittenOps
-from skipcost.kernels.tap_choice import Choice, choose, choose_composed, rewritings
+from skipcost.kernels.tap_choice import Choice, choose, choose_composed, folds, rewritings
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec, SkipNet, build
+from skipcost.unet_models.geometry import PlacedConv, place
 from skipcost.unet_models.ops import ConvNormAct, conv_norm_act, merge
 from skipcost.unet_models.spec import CHOICES
 from skipcost.unet_models.topology import Conv
@@ -62,6 +63,7 @@ def _decided(monkeypatch: pytest.MonkeyPatch, *, taken: bool) -> Iterator[None]:
     rewritten._counted.cache_clear()
     for name, count in (("choose", choose), ("choose_composed", choose_composed)):
         monkeypatch.setattr(rewritten, name, partial(_choice, count, taken))
+    monkeypatch.setattr(rewritten, "folds", lambda *_: taken)
     yield
     rewritten._counted.cache_clear()
 
@@ -191,7 +193,7 @@ def test_nothing_is_composed_where_gradients_are_asked_for(variant: str) -> None
 @pytest.mark.parametrize("beside", [(6, 7), (5, 8)], ids=str)
 def test_a_cropped_up_sampled_map_takes_its_own_steps(beside: tuple[int, int]) -> None:
     """No network of the suite has one; beside a smaller map the two convolutions run, to the bit."""
-    layer = ConvNormAct(Conv(8, 4, 3, norm="batch", act=True), valid=False).eval()
+    layer = ConvNormAct(Conv(8, 4, 3, norm="group", act=True), valid=False).eval()
     up = torch.nn.ConvTranspose2d(6, 5, 2, stride=2)
     maps = [torch.randn(2, 3, *beside), torch.randn(2, 6, 3, 4)]
 
@@ -287,15 +289,79 @@ def test_what_is_left_as_it_is_holds_no_more(spec: ModelSpec, mode: str) -> None
 @pytest.mark.parametrize("skip", SKIPS)
 @pytest.mark.parametrize("variant", TRANSPOSED)
 def test_composed_networks_hold_no_more(variant: str, skip: str, padding: str) -> None:
-    """The first image's peak is not above eager's; the next one's is, by what is kept at most: in the encoder."""
+    """The first image's peak is not above eager's, but for one layer's weights with its norm in them.
+
+    The next one's is, by what is kept at most: in the encoder.
+    """
     spec = ModelSpec(variant, 2, 16, skip, padding=padding)
     kept = sum(each.choice.kept_bytes for each in rewritings(spec.graph(), 64, 64, batch=2) if each.choice.taken)
 
     first, steady = _peaks(spec, "rewritten", "inference")
 
     eager = _peaks(spec, "eager", "inference")[1]
-    assert first <= eager
-    assert steady <= eager + kept
+    folded = max(
+        (4 * (each.conv.weights + 2 * each.conv.out_channels) for each in place(spec.graph(), 64, 64) if _folds(each)),
+        default=0,
+    )
+    assert first <= eager + folded
+    assert steady <= eager + folded + kept
+
+
+def _folds(placed: PlacedConv) -> bool:
+    return placed.conv.norm == "batch" and folds(placed.conv.weights, placed.outputs)
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("skip", ["concat", "gated"])
+@pytest.mark.parametrize(("variant", "upsample"), [("unet", "transpose"), ("unet++", "bilinear"), ("unet3+", None)])
+def test_norms_go_into_weights_at_inference_alone(variant: str, skip: str, upsample: str | None) -> None:
+    """No norm runs then but a gate's and behind a composed convolution; all do with gradients, autocast or 16 bits."""
+    network = build(ModelSpec(variant, 2, 4, skip, upsample=upsample), RewrittenOps().ops()).eval()
+    left = {id(each) for name, each in network.named_modules() if ".gate." in name}
+    if upsample == "transpose" and skip != "gated":
+        left |= {id(layers[0].norm) for name, layers in network.nodes.items() if not name.endswith("_0")}
+    norms = [each for each in network.modules() if isinstance(each, nn.BatchNorm2d)]
+    ran: list[int] = []
+    for each in norms:
+        each.register_forward_hook(lambda norm, *_: ran.append(id(norm)))
+    image = torch.randn(1, 1, 16, 16)
+
+    with torch.no_grad():
+        network(image)
+        inference = set(ran)
+        ran.clear()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            network(image)
+        network.bfloat16()(image.bfloat16())
+    network.float()(image)
+    network.train()(image)
+
+    assert inference == {id(each) for each in norms} & left
+    assert sorted(ran) == sorted(4 * [id(each) for each in norms])
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("change", ["weight", "bias", "running_mean", "running_var"])
+def test_nothing_of_a_folded_norm_is_kept(change: str) -> None:
+    """What changes between two calls, in place and behind its version's back, is in the second."""
+    spec = ModelSpec("unet3+", 2, 4)
+    reference, network = (net.eval() for net in _pair(spec))
+    image = _image(spec)
+    with torch.inference_mode():
+        network(image)
+
+    for net in (reference, network):
+        getattr(net.nodes["x0_0"][0].norm, change).data.mul_(2).add_(1)
+
+    with torch.inference_mode():
+        _assert_equal(network(image), reference(image))
+
+
+def test_small_maps_and_large_weights_stay_apart() -> None:
+    """A pass over a map is saved where that is more than what scaling the weights takes."""
+    assert folds(weights=9 * 64 * 64, outputs=64 * 256 * 256)
+    assert not folds(weights=9 * 1024 * 1024, outputs=1024 * 16 * 16)
+    assert not folds(weights=9, outputs=64 * 64)
 
 
 def test_networks_can_be_pickled() -> None:
