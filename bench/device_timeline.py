@@ -274,14 +274,15 @@ def _tap_first(script: _Script, case: Case, low: dict[str, LowCall], moment: str
         script.pass_by("blocks", "temporary", getattr(workspaces.blocks(call, case), script.scenario))
         return
     made = workspaces.inside(call, case)[script.scenario]
-    packed, taps = script.make("weights, packed", "temporary", made.packed), 0
+    packed = script.make("weights, packed", "temporary", made.packed)
     for copied, size in made.parts:
         pixels = script.make("pixels, gathered", "temporary", copied)
         multiply()
-        before, taps = taps, script.make("tap maps", "temporary", size)
-        script.events += [-pixels, *([-before] if before else [])]
+        taps = script.make("tap maps", "temporary", size)
+        script.events.append(-pixels)
         _keep_tables(script, call)
-    script.events += [-taps, -packed]
+        script.events.append(-taps)
+    script.events.append(-packed)
 
 
 def _keep_tables(script: _Script, call: LowCall) -> None:

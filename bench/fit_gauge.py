@@ -27,7 +27,7 @@ LIVE = (
 )
 PROCESS = (
     "predicted: likely (upper end) of what the process takes, of which the upper end is checked: live tensors, the "
-    "allocator's rounding and segments, the workspaces that cuDNN may try, the CUDA context"
+    "allocator's rounding and segments, the workspaces that cuDNN may try or tap-first needs, the CUDA context"
 )
 CALIBRATED = (
     "predicted: middle (upper end) of a step, of which the upper end is checked; {device} calibrated from {store}"

@@ -2,9 +2,9 @@
 
 The case's timeline of live bytes is replayed through PyTorch's allocator three times, with every part that the network
 does not decide (`workspaces`) at its least, at its most, and at what we would bet on. The device's memory bounds what
-cuDNN may try. No torch, no GPU; how far the claims hold is for `skipcost accuracy` to say. Left out: copies inside
-operators other than convolutions (softmax and group norm make channels_last maps contiguous; a native batch norm of
-such maps takes a few hundred KiB).
+cuDNN may try. No torch, no GPU; how far the claims hold is for `skipcost accuracy` to say. backend=eager and rewritten.
+Left out: copies inside operators other than convolutions (softmax and group norm make channels_last maps contiguous; a
+native batch norm of such maps takes a few hundred KiB).
 """
 
 from __future__ import annotations

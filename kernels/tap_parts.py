@@ -26,7 +26,7 @@ Part = tuple[int, int, tuple[int, int, int, int]]
 class Inside:
     """Bytes that a call makes inside: packed weights for all of it, then part by part a copy of pixels and tap maps.
 
-    The copy goes with its product; a part's tap maps stay until those of the next are there.
+    The copy goes with its product, the tap maps with their part.
     """
 
     packed: int
@@ -35,8 +35,7 @@ class Inside:
     @property
     def fullest(self) -> int:
         """The most that is alive at a time."""
-        before = (0, *(taps for _, taps in self.parts))
-        return self.packed + max((sum(part) + last for part, last in zip(self.parts, before, strict=False)), default=0)
+        return self.packed + max(map(sum, self.parts), default=0)
 
 
 def parts(batch: int, rows: Axis, row: int, room: int = TAP_BYTES) -> Iterator[Part]:

@@ -72,6 +72,7 @@ def fill(
         taps = _product(pixels.reshape(-1, x.shape[1]), packed).view(*pixels.shape[:3], *sides)
         result = out[start:stop, :, above:below]
         run(launches(taps, bias, result, axes, top=above, first=first, add=add))
+        del taps  # before the next ones are made
 
 
 def _product(pixels: Tensor, packed: Tensor) -> Tensor:

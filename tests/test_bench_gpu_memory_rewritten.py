@@ -210,6 +210,38 @@ def test_backward_has_the_blocks_at_their_fullest(label: str) -> None:
         tap_costs.workspace_bytes(each.rows, each.columns, each.channels, 2, backward=True) for each in calls
     ]
     assert not any(sizes_of(low, "blocks"))
+    forward = max(workspaces.inside(each, case)["high"].fullest for each in calls)
+    assert workspaces.tap_workspace(calls[0], replace(case, mode="inference")).high <= forward
+    assert workspaces.tap_workspace(calls[0], case).high == max(
+        workspaces.inside(calls[0], case)["high"].fullest, sizes_of(high, "blocks")[0]
+    )
+
+
+@everything
+@pytest.mark.parametrize(("label", "size", "batch"), [
+    (JOINED, 92, 2), ("unet++/d2/w8/concat/upsample=bilinear", 92, 2),  # in x0_2 both shares of the weight are alike
+    ("unet3+/d1/w16/concat", 24, 1), ("unet/d1/w16/concat/upsample=bilinear", 24, 1),  # map and weight are
+])  # fmt: skip
+def test_backward_comes_when_both_gradients_are_there(label: str, size: int, batch: int) -> None:
+    """First tap-first's, of map and weight, then those of the convolution beside it, whatever is of the same size."""
+    case = case_of(label, height=size, width=size, batch=batch)
+    low, steps = low_calls(case), two_steps(timeline(case))
+    running = running_convolutions(case, low)
+    calls = convolution_calls(steps, running, case)
+
+    for at, moment in tap_calls(steps, low, case).items():
+        name = moment.removeprefix("backward of ")
+        if moment == name:
+            continue
+        rows, columns, (read, write), joined, _ = low[name]
+        born = [each for each in range(at - 1, at + 8) if steps.events[each] > 0][:4]
+        made = [steps.storages[steps.events[each] - 1].bytes for each in born]
+        assert born[:2] == [at - 1, at]
+        assert made[:2] == [4 * batch * read * rows.extent * columns.extent, 4 * 9 * read * write]
+        if joined:
+            others = running[name].conv
+            assert made[2:] == [4 * batch * others.in_channels * rows.length * columns.length, 4 * others.weights]
+            assert calls[born[3]] == moment
 
 
 @everything
@@ -243,17 +275,16 @@ def test_in_training_tap_first_has_a_result_of_its_own(label: str, results: int)
 
 @everything
 def test_parts_of_tap_maps_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of a part are there until the next ones are, and the copy of pixels only during its product."""
+    """Those of a part are gone before the next copy of pixels is made; the packed weights stay for all parts."""
     inside = tap_parts.inside
     monkeypatch.setattr(tap_parts, "inside", lambda *sizes, last: inside(*sizes, last=last, room=1))
     case = case_of("unet3+/d1/w8/concat", mode="inference")
 
     _, whole = added(case)
 
-    there = [each.count("tap maps") for each in alive_when(whole, "tap maps")]
-    assert there == 2 * [0, *[1] * (len(there) // 2 - 1)]
-    assert len(there) > 4
-    assert all(each.count("tap maps") <= 1 for each in alive_when(whole, "pixels, gathered"))
+    there = alive_when(whole, "pixels, gathered")
+    assert len(there) == len(sizes_of(whole, "tap maps")) > 4
+    assert all("tap maps" not in each and each.count("weights, packed") == 1 for each in there)
     call = next(iter(low_calls(case).values()))
     assert workspaces.tap_workspace(call, case).low == inside(*call[:3], 2, 4, last=False, room=1).fullest
 
@@ -318,7 +349,8 @@ def test_tables_and_matrices_are_made_once_for_each_size() -> None:
 
 def test_the_peak_of_one_edge_by_hand() -> None:
     """A U-Net of depth 1, inference, fp32: the edge's tap maps stand beside all that is alive, and make the peak."""
-    case = Case(ModelSpec("unet", 1, 64, upsample="bilinear"), 4, 256, 256, device="cuda", backend="rewritten")
+    spec = ModelSpec("unet", 1, 64, upsample="bilinear", norm="none")
+    case = Case(spec, 4, 256, 256, device="cuda", backend="rewritten")
     call = low_calls(case)["x0_1: convolution 1"]
     standing = sum(each.bytes for each in timeline(case).storages if each.kind in ("parameter", "buffer", "input"))
 
@@ -358,7 +390,7 @@ def test_claims_are_ordered(label: str, mode: str, layout: str) -> None:
 def test_where_nothing_is_rewritten_the_claim_is_that_of_eager() -> None:
     """A network of transposed convolutions: no GPU composes them, so the same runs."""
     for mode in CHOICES["mode"]:
-        case = case_of("unet/d2/w8/concat", mode=mode)
+        case = case_of("unet/d2/w8/concat", mode=mode, precision="bf16")
 
         assert predict(case, CARD) == predict(replace(case, backend="eager"), CARD)
 

@@ -75,8 +75,8 @@ def calls(draw: Any) -> tuple[tuple[int, int, int, int], int, tuple[Axis, Axis]]
     return size, draw(st.integers(1, 5)), axes(size[2:], (kernel, kernel), factor, mode, False, kernel // 2, window)
 
 
-@settings(max_examples=150, deadline=None)
-@given(calls(), st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.integers(1, 12))
+@settings(max_examples=200, deadline=None)
+@given(calls(), st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.integers(1, 60))
 def test_what_a_call_makes_inside_is_counted(
     call: tuple[tuple[int, int, int, int], int, tuple[Axis, Axis]],
     dtype: torch.dtype,
@@ -125,4 +125,4 @@ def test_many_images_are_cut_at_256_mib() -> None:
     assert [taps // image for _, taps in counted.parts] == [7, 7, 2]
     assert [copied for copied, _ in counted.parts] == [n * 320 * 128 * 128 * 2 for n in (7, 7, 2)]
     assert counted.packed == 2 * 9 * 320 * 64
-    assert counted.fullest == counted.packed + 14 * image + 7 * 320 * 128 * 128 * 2
+    assert counted.fullest == counted.packed + 7 * image + 7 * 320 * 128 * 128 * 2
