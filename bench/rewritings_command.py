@@ -1,6 +1,6 @@
 """`skipcost rewritings`: which convolutions `backend=rewritten` runs at low resolution, what both forms cost, and why.
 
-Arithmetic alone; needs no torch. What a network costs as it is defined: `skipcost explain`.
+Arithmetic alone, without torch, but for --measure. What a network costs as it is defined: `skipcost explain`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from rich.table import Table
 
 from skipcost.bench import figures
 from skipcost.bench.cases import CHOICES, Case
-from skipcost.bench.console import JSON, OUT, SIZE
-from skipcost.bench.errors import BenchError
+from skipcost.bench.console import ERR, JSON, OUT, SIZE
+from skipcost.bench.errors import BenchError, MachineError
 from skipcost.bench.units import parse_size
-from skipcost.kernels.tap_choice import executed_macs, rewritings
+from skipcost.kernels import errors, winners
+from skipcost.kernels.tap_choice import calls_to_measure, executed_macs, rewritings
 from skipcost.unet_models import ModelSpec
 
 
@@ -28,6 +29,10 @@ def rewritings_command(
     precision: Annotated[str, typer.Option(help=", ".join(CHOICES["precision"]))] = "fp32",
     mode: Annotated[str, typer.Option(help=", ".join(CHOICES["mode"]))] = "inference",
     device: Annotated[str, typer.Option(help="whose rates are counted with: " + ", ".join(CHOICES["device"]))] = "cpu",
+    measure: Annotated[  # noqa: FBT002 - a flag of the command line
+        bool, typer.Option("--measure", help="first time both forms on this CPU: from then on the faster is taken")
+    ] = False,
+    threads: Annotated[int, typer.Option(min=1, help="with --measure: of the CPU")] = 1,
     as_json: JSON = False,  # noqa: FBT002 - a flag of the command line
 ) -> None:
     """Show which convolutions backend=rewritten computes at low resolution, what both forms cost, and why."""
@@ -35,10 +40,34 @@ def rewritings_command(
     try:
         spec = ModelSpec.parse(label)
         case = Case(spec, batch, height, width, mode, precision, device=device, backend="rewritten")
+        if measure:
+            _measure(case, threads)
         facts = facts_of(case)
     except ValueError as error:
         raise BenchError(str(error)) from None
     OUT.print_json(data=facts) if as_json else print_rewritings(facts, OUT)
+
+
+def _measure(case: Case, threads: int) -> None:
+    """Time both forms of every edge's call that can be measured; rows go to this machine's map of winners."""
+    if case.device != "cpu":
+        message = (
+            f"--measure times a CPU, not --device {case.device}; on a machine with a GPU, skipcost kernels bench "
+            "--ops tap_first measures there what backend=rewritten then goes by"
+        )
+        raise BenchError(message)
+    calls = calls_to_measure(case.graph(), case.height, case.width, precision=case.precision, device=case.device)
+    if not calls:
+        ERR.print(f"{case.spec.label} has no convolution over an interpolated map that is not cropped: nothing to time")
+        return
+    from skipcost.kernels.tap_measuring import measure  # noqa: PLC0415 - torch, for this alone
+
+    try:
+        for done, call in enumerate(measure(calls, threads), 1):
+            ERR.print(f"{done} of {len(calls)} timed: {call.key}")
+    except errors.MachineError as error:
+        raise MachineError(str(error)) from None
+    ERR.print(f"rows are in {winners.own_file()}; without them the choice is by counting again")
 
 
 def facts_of(case: Case) -> dict[str, Any]:
@@ -84,4 +113,6 @@ def print_rewritings(facts: dict[str, Any], console: Console) -> None:
             style=None if each["taken"] else "dim",
         )
     console.print(table)
-    console.print("[dim]Bytes: maps read and written. All of it is counted; what a form takes is not measured.[/dim]")
+    console.print(
+        "[dim]Bytes: maps read and written. Counted, but for times: those were measured on this machine.[/dim]"
+    )

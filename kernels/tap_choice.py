@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from skipcost.kernels import tap_costs
+from skipcost.kernels import tap_costs, tap_measured
+from skipcost.kernels.calls import Call
 from skipcost.kernels.tap_axis import Axis
-from skipcost.unet_models.geometry import EdgeSize, sizes
+from skipcost.unet_models.geometry import AxisSizes, EdgeSize, sizes
 from skipcost.unet_models.topology import Edge, Node, SkipGraph
 
 BAND = 2.5  # a MAC of the banded products takes as long as this many of a convolution: two cores, Xeon, AVX-512, fp32
@@ -90,14 +91,23 @@ def precision_kind(precision: str) -> str:
 def choose(
     rows: Axis, columns: Axis, channels: tuple[int, int], batch: int = 1, *, kind: str = "fp32", device: str = "cpu"
 ) -> Choice:  # fmt: skip
-    """Count both forms of a convolution of `channels` = (in, out) over an up-sampled map, and take the cheaper."""
+    """Count both forms of a convolution of `channels` = (in, out) over an up-sampled map, and take the cheaper.
+
+    Where both were measured on this machine, by one image, the faster is taken.
+    """
     direct = tap_costs.direct(rows, columns, channels, batch)
     products = tap_costs.forward(rows, columns, channels, batch)
     value = 2 if kind == "16 bits" else 4
     low = batch * channels[0] * rows.extent * columns.extent * value
     up = batch * channels[0] * rows.length * columns.length * value
     out = batch * channels[1] * rows.output * columns.output * value
-    if device == "cuda":
+    if both := tap_measured.measured(rows, columns, channels, kind, device):
+        taken = both.tap_first < both.direct
+        verdict = "less" if taken else "not less"
+        why = (
+            f"measured here: {both.tap_first * 1e3:.3g} ms, {verdict} than the direct form's {both.direct * 1e3:.3g} ms"
+        )
+    elif device == "cuda":
         taken, why = _weigh_on_gpu(rows, columns, channels, batch, kind)
     else:
         taken, why = _weigh_on_cpu(products, direct, CPU_RATES[kind])
@@ -191,10 +201,8 @@ def rewritings(
     padding = 0 if graph.padding == "valid" else 1
     made = []
     for node in graph.nodes:
-        for edge, channels in _linear(node):
-            y, x = along_rows.edges[edge.name], along_columns.edges[edge.name]
-            rows, columns = (_axis(edge, size, padding, merged=not edge.conv) for size in (y, x))
-            made.append(Rewriting(edge.name, choose(rows, columns, channels, batch, **where)))
+        for edge, call in _interpolated(node, along_rows, along_columns, padding):
+            made.append(Rewriting(edge.name, choose(*call, batch, **where)))
         for edge, three in _transposed(node):
             y, x = along_rows.edges[edge.name], along_columns.edges[edge.name]
             if (y.merged, x.merged) == (y.resampled, x.resampled):
@@ -215,6 +223,24 @@ def executed_macs(
     made = rewritings(graph, height, width, batch=batch, precision=precision, device=device, mode=mode)
     saved = sum(each.choice.direct_macs - each.choice.macs for each in made)
     return batch * graph.conv_macs(height, width) - saved
+
+
+def calls_to_measure(graph: SkipGraph, height: int, width: int, *, precision: str, device: str) -> tuple[Call, ...]:
+    """List, once each, the calls over interpolated maps whose both forms can be measured: those of uncropped maps."""
+    sides, padding, kind = sizes(graph, height, width), 0 if graph.padding == "valid" else 1, precision_kind(precision)
+    found = (call for node in graph.nodes for _, call in _interpolated(node, *sides, padding))
+    calls = (tap_measured.call_of(*each, kind, device) for each in found)
+    return tuple(dict.fromkeys(call for call in calls if call))
+
+
+def _interpolated(
+    node: Node, along_rows: AxisSizes, along_columns: AxisSizes, padding: int
+) -> Iterator[tuple[Edge, tuple[Axis, Axis, tuple[int, int]]]]:  # fmt: skip
+    """Yield the edges of `_linear` with rows, columns and channels of their convolution."""
+    for edge, channels in _linear(node):
+        y, x = along_rows.edges[edge.name], along_columns.edges[edge.name]
+        rows, columns = (_axis(edge, size, padding, merged=not edge.conv) for size in (y, x))
+        yield edge, (rows, columns, channels)
 
 
 def _linear(node: Node) -> Iterator[tuple[Edge, tuple[int, int]]]:

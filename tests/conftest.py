@@ -12,6 +12,14 @@ settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_rows_of_this_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What somebody measured on this machine decides what runs here; not in tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SKIPCOST_KERNELS", str(tmp_path_factory.mktemp("kernels")))
+        yield
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Run PyTorch's operators on one thread: small maps are slower on more, and sums could change their order."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +15,10 @@ from typer.testing import CliRunner
 
 from skipcost.bench.cases import CHOICES, Case
 from skipcost.bench.cli import app
-from skipcost.bench.errors import BenchError
+from skipcost.bench.errors import BenchError, MachineError
 from skipcost.bench.metrics import METRICS
 from skipcost.bench.rewritings_command import facts_of, print_rewritings
+from skipcost.kernels import tap_measuring, winners
 from skipcost.kernels.timing import Budget
 from skipcost.unet_models import VARIANTS, ModelSpec
 
@@ -99,3 +103,57 @@ def test_bad_input_gets_a_sentence(arguments: list[str], message: str) -> None:
 
     assert isinstance(result.exception, BenchError)
     assert message in str(result.exception)
+
+
+@pytest.fixture
+def own_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine on which nothing was measured, and measuring that takes no time."""
+    monkeypatch.setenv("SKIPCOST_KERNELS", str(tmp_path))
+    short = Budget(seconds=0.001, least=2, warmup_seconds=0)
+    monkeypatch.setattr(tap_measuring, "measure", partial(tap_measuring.measure, budget=short))
+    winners.table.cache_clear()
+    yield
+    winners.table.cache_clear()
+
+
+@pytest.mark.usefixtures("one_thread", "own_rows")
+@pytest.mark.parametrize("label", ["unet3+/d2/w4/concat", "unet++/d2/w4/concat/upsample=bilinear"])
+def test_measured_edges_say_so(label: str) -> None:
+    """What was timed once decides in every later call of the command."""
+    words = ["rewritings", label, "--size", "16"]
+
+    before, measuring, after = (
+        CliRunner().invoke(app, [*words, *more, "--json"]) for more in ([], ["--measure"], [])
+    )  # fmt: skip
+
+    edges = [json.loads(each.stdout)["edges"] for each in (before, measuring, after)]
+    assert edges[1] == edges[2]
+    assert not any(each["why"].startswith("measured here") for each in edges[0])
+    assert all(each["why"].startswith("measured here") for each in edges[1])
+    assert "1 of " in measuring.stderr
+    assert str(winners.own_file()) in measuring.stderr.replace("\n", "")
+
+
+@pytest.mark.usefixtures("own_rows")
+def test_a_gpu_is_measured_by_another_command() -> None:
+    """Which is named; a network without such maps has nothing to time, and that is no error."""
+    with pytest.raises(BenchError, match="skipcost kernels bench --ops tap_first"):
+        CliRunner().invoke(
+            app, ["rewritings", "unet3+/d2/w4/concat", "--measure", "--device", "cuda"], catch_exceptions=False
+        )
+
+    nothing = CliRunner().invoke(app, ["rewritings", "unet/d2/w4/concat", "--size", "16", "--measure"])
+
+    assert nothing.exit_code == 0
+    assert "nothing to time" in nothing.stderr
+
+
+@pytest.mark.usefixtures("own_rows")
+def test_a_wrong_result_ends_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an error of the machine, not of the input."""
+    monkeypatch.setattr(tap_measuring, "tap_first", lambda x, *_, **__: x.new_zeros(()))
+
+    with pytest.raises(MachineError, match="nothing was timed"):
+        CliRunner().invoke(
+            app, ["rewritings", "unet3+/d2/w4/concat", "--size", "16", "--measure"], catch_exceptions=False
+        )
