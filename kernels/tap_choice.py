@@ -201,8 +201,8 @@ def rewritings(
     padding = 0 if graph.padding == "valid" else 1
     made = []
     for node in graph.nodes:
-        for edge, call in _interpolated(node, along_rows, along_columns, padding):
-            made.append(Rewriting(edge.name, choose(*call, batch, **where)))
+        for edge, (rows, columns, channels) in _interpolated(node, along_rows, along_columns, padding):
+            made.append(Rewriting(edge.name, choose(rows, columns, channels, batch, **where)))
         for edge, three in _transposed(node):
             y, x = along_rows.edges[edge.name], along_columns.edges[edge.name]
             if (y.merged, x.merged) == (y.resampled, x.resampled):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from skipcost.kernels.errors import MachineError
 from skipcost.kernels.rewritten import RewrittenOps
 from skipcost.kernels.tap_axis import Axis
 from skipcost.kernels.tap_choice import calls_to_measure, choose, executed_macs, rewritings
+from skipcost.kernels.tap_first import tap_first
 from skipcost.kernels.timing import Budget
 from skipcost.unet_models import VARIANTS, ModelSpec, build
 
@@ -147,9 +149,13 @@ def test_measuring_decides_for_ops_and_predictions_alike(rows: Path, monkeypatch
     assert executed_macs(SPEC.graph(), 16, 16) == SPEC.graph().conv_macs(16, 16) - sum(
         each.choice.direct_macs - each.choice.macs for each in made
     )
-    ran: list[Tensor] = []
-    real = rewritten.tap_first
-    monkeypatch.setattr(rewritten, "tap_first", lambda x, *args, **given: (ran.append(x), real(x, *args, **given))[1])
+    ran: list[tuple[int, ...]] = []
+
+    def noted(x: Tensor, *args: Any, **given: Any) -> Tensor:
+        ran.append(tuple(x.shape))
+        return tap_first(x, *args, **given)
+
+    monkeypatch.setattr(rewritten, "tap_first", noted)
     _forget()
     with torch.no_grad():
         build(SPEC, RewrittenOps().ops()).eval()(torch.randn(1, 1, 16, 16))
@@ -160,8 +166,7 @@ def test_measuring_decides_for_ops_and_predictions_alike(rows: Path, monkeypatch
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_forms_that_differ_are_not_timed(rows: Path, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong result is no form of the same convolution."""
-    real = tap_measuring.tap_first
-    monkeypatch.setattr(tap_measuring, "tap_first", lambda *args, **given: 1.1 * real(*args, **given))
+    monkeypatch.setattr(tap_measuring, "tap_first", lambda *args, **given: 1.1 * tap_first(*args, **given))
     calls = calls_to_measure(SPEC.graph(), 16, 16, precision=precision, device="cpu")
 
     with pytest.raises(MachineError, match=r"both forms of tap_first n1 .* differ by 0\.\d+ .* nothing was timed"):
