@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,7 @@ def test_other_calls_have_no_rows(changes: dict[str, object]) -> None:
     """Rows are of whole maps, up-sampled bilinearly, and of the kernels that the networks have."""
     assert tap_measured.call_of(_axis(), _axis(**changes), (64, 32), "fp32", "cpu") is None
     assert tap_measured.call_of(_axis(**changes), _axis(), (64, 32), "fp32", "cpu") is None
+    assert tap_measured.call_of(_axis(**changes), _axis(**changes), (64, 32), "fp32", "cpu") is None
 
 
 @pytest.mark.parametrize(("variant", "upsample"), [(name, up) for name in VARIANTS for up in VARIANTS[name].upsamples])
@@ -161,6 +163,24 @@ def test_measuring_decides_for_ops_and_predictions_alike(rows: Path, monkeypatch
         build(SPEC, RewrittenOps().ops()).eval()(torch.randn(1, 1, 16, 16))
     foretold = liveness.low_calls(Case(SPEC, 1, 16, 16, backend="rewritten"))
     assert len(ran) == len(foretold) == sum(each.choice.taken for each in made)
+
+
+def test_each_form_has_its_own_rows(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes longer is filed as taking longer."""
+    pause = 0.02
+
+    def late(*args: Any, **given: Any) -> Tensor:
+        time.sleep(pause)
+        return tap_first(*args, **given)
+
+    monkeypatch.setattr(tap_measuring, "tap_first", late)
+    calls = calls_to_measure(SPEC.graph(), 16, 16, precision="fp32", device="cpu")
+
+    list(tap_measuring.measure(calls[:1], 1, SHORT))
+
+    reference, ours = winners.read_rows(rows.read_text())
+    assert (reference["implementation"], ours["implementation"]) == ("reference", "blocks")
+    assert min(ours["seconds"]) >= pause
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
