@@ -4,9 +4,9 @@ Three rows of the reference are replaced: an edge's up-sampling and convolution 
 a concatenation with an up-sampled map (`split_concat`), and at inference over one with the map of a transposed
 convolution (`composed_up_conv`). Every call counts both forms and takes the cheaper (`tap_choice`). One row is added:
 maps that edges convolve for a concatenation go through ReLU into their place (`relu_concat`). At inference in 32 bits a
-batch norm goes into the weights in front of it, anew in every call, where they are fewer than the map's values: a pass
-over the map less, and nothing kept. The functions are the reference's but for rounding; parameters and state_dict stay
-as they are.
+batch norm goes into the weights in front of it, anew in every call, where they are few beside the map's values
+(`tap_choice.folds`): a pass over the map less, and nothing kept. The functions are the reference's but for rounding;
+parameters and state_dict stay as they are.
 """
 
 from __future__ import annotations
