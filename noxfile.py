@@ -35,7 +35,6 @@ PUBLIC_UNETS = (  # what `rewrite` is tried on; each beside torch, none installs
     "unet-torch==0.0.2",
 )
 PARALLEL = ("-n", "2", "--dist", "loadfile")  # tests take one core; a file's fixtures are made once
-FOLDERS = ("unet_models", "kernels", "bench", "reports")
 
 nox.options.default_venv_backend = "none"
 nox.options.sessions = ["sweep"]
@@ -68,17 +67,6 @@ def _beside(session: nox.Session, name: str, *what: str) -> str:
     return str(folder)
 
 
-def _link_sources() -> str:
-    """Link the folders under the names they are installed as, for tools that read sources by path; return where."""
-    links = ROOT / "build" / "typing" / "skipcost"
-    links.mkdir(parents=True, exist_ok=True)
-    for folder in FOLDERS:
-        link = links / folder
-        if not link.is_symlink():
-            link.symlink_to(ROOT / folder, target_is_directory=True)
-    return str(links.parent)
-
-
 @nox.session
 def sweep(session: nox.Session) -> None:
     """Run the quick sweep and write its report; `nox -s sweep -- full --device cuda` for another one."""
@@ -103,14 +91,13 @@ def lint(session: nox.Session) -> None:
     _install(session, "lint")
     session.run(_tool("ruff"), "check", ".", external=True)
     session.run(_tool("ruff"), "format", "--check", ".", external=True)
-    session.run(_tool("lint-imports"), env={"PYTHONPATH": _link_sources()}, external=True)
+    session.run(_tool("lint-imports"), env={"PYTHONPATH": str(ROOT)}, external=True)
 
 
 @nox.session(tags=["check"])
 def types(session: nox.Session) -> None:
     """Check types, strictly."""
     _install(session, "lint", "test")
-    _link_sources()
     session.run(_tool("mypy"), external=True)
     session.run(_tool("mypy"), *RELAXED, "noxfile.py", "tests", external=True)
 

@@ -7,7 +7,6 @@ import importlib.metadata
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -114,10 +113,13 @@ def test_markdown_links_lead_somewhere() -> None:
 
 @pytest.mark.sources
 def test_top_level_folders_are_the_four_and_tests() -> None:
-    """Python lives in the four packages, the tests and the noxfile, and nowhere else."""
+    """Python lives in the four packages, the tests and the noxfile; `skipcost/` says the version and has links."""
     listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
-    assert {name.split("/")[0] for name in listed.split()} <= {*PACKAGES, "tests", "noxfile.py"}
+    assert {name.split("/")[0] for name in listed.split()} <= {*PACKAGES, "tests", "noxfile.py", "skipcost"}
+    assert {path.name: path.readlink() for path in (ROOT / "skipcost").iterdir() if path.is_symlink()} == {
+        name: Path("..", name) for name in PACKAGES
+    }
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -163,9 +165,13 @@ def test_the_workflow_runs_every_python_that_is_promised() -> None:
     assert all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v[\d.]+", each) for each in re.findall(r"uses: (.+)", workflow))
 
 
-@pytest.mark.sources
-def test_the_version_is_said_once() -> None:
-    """The distribution's version is the project file's."""
-    project = tomllib.loads(read("pyproject.toml"))["project"]
+def test_a_folder_of_the_same_name_does_not_take_the_packages_place(tmp_path: Path) -> None:
+    """Beside a folder called skipcost, a clone for example, the installed package is imported, and says its version."""
+    clone = tmp_path / "skipcost" / "bench"
+    clone.mkdir(parents=True)
+    (clone / "__init__.py").write_text("raise SystemExit('the folder, not the package')")
+    script = "import skipcost, skipcost.bench; print(skipcost.__version__)"
 
-    assert importlib.metadata.version("skipcost") == project["version"]
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    assert (done.stdout.strip(), done.stderr) == (importlib.metadata.version("skipcost"), "")
