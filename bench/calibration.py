@@ -21,12 +21,12 @@ import numpy as np
 
 from skipcost.bench import regression
 from skipcost.bench.cases import Case
-from skipcost.bench.devices import device_named
 from skipcost.bench.errors import BenchError
 from skipcost.bench.passes import passes
 from skipcost.bench.regression import Array
 from skipcost.bench.store import Store
 from skipcost.bench.tables import newest_environment, results_by_case, value_of
+from skipcost.kernels.devices import device_named
 
 FORMAT, SCHEMA = "skipcost calibration", 1
 FOLDER = Path("results/calibrations")
@@ -270,7 +270,7 @@ def load_calibration(device: str, folder: Path = FOLDER) -> Calibration | None:
     names = [device]
     try:
         known = device_named(device)
-    except BenchError:
+    except ValueError:
         pass  # a CPU, or a GPU that the table does not have: its file is named after it all the same
     else:
         names += [known.name, *known.driver_names]

@@ -12,9 +12,9 @@ from typing import Any
 from rich.console import Console
 
 from skipcost.bench import figures
-from skipcost.bench.devices import device_named
 from skipcost.bench.errors import BenchError
 from skipcost.bench.probe import probed_cpu
+from skipcost.kernels.devices import device_named
 
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
@@ -36,7 +36,7 @@ def _limits(environment: dict[str, Any]) -> dict[str, dict[str, Any] | str]:
     for name, look_up in {environment["cpu"]: partial(probed_cpu, environment["cpus"]), **looked_up}.items():
         try:
             device = look_up()
-        except BenchError as error:
+        except (BenchError, ValueError) as error:
             limits[name] = f"unknown: {error}"
         else:
             figures_of = {name: getattr(device, name) for name in ("bandwidth_bytes_per_s", "flop_per_s")}

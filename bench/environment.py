@@ -16,8 +16,37 @@ import skipcost.kernels
 import skipcost.unet_models
 from skipcost.bench.gpu import describe_gpus
 
-PACKAGES = ("skipcost", "torch", "triton", "fvcore", "numpy", "nvidia-ml-py")
-FLAGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "TRITON_INTERPRET")
+PACKAGES = (
+    "skipcost", "torch", "triton", "fvcore", "numpy", "nvidia-ml-py",
+    *(f"nvidia-{library}{cuda}" for library in ("cudnn", "cublas") for cuda in ("-cu12", "-cu13", "")),
+)  # fmt: skip
+FLAGS = (  # environment variables that change a number: what is multiplied how, where, in which memory, by whom
+    # threads, and where they run and wait
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES", "OMP_WAIT_POLICY",
+    "OMP_DYNAMIC", "OMP_SCHEDULE", "GOMP_CPU_AFFINITY", "GOMP_SPINCOUNT", "KMP_AFFINITY", "KMP_BLOCKTIME",
+    "MKL_DYNAMIC",
+    # which instructions of the CPU are used, and how exactly it multiplies
+    "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS", "MKL_DEBUG_CPU_TYPE", "OPENBLAS_CORETYPE", "TORCH_MKLDNN_MATMUL_MIN_DIM",
+    # the memory of the CPU
+    "LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TOP_PAD_", "MALLOC_CONF", "THP_MEM_ALLOC_ENABLE",
+    # the memory of the GPU; with several of these set, the one with CUDA in its name wins
+    "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_NO_CUDA_MEMORY_CACHING",
+    "CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "CUDA_MODULE_LOADING",
+    # which GPU, and how it multiplies and launches
+    "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TORCH_BLAS_PREFER_CUBLASLT", "TORCH_CUDNN_V8_API_DISABLED",
+    "TORCH_CUDNN_V8_API_LRU_CACHE_LIMIT", "CUDNN_CONV_WSCAP_DBG", "CUDA_LAUNCH_BLOCKING",
+    "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_FORCE_PTX_JIT", "MIOPEN_FIND_MODE", "HSA_OVERRIDE_GFX_VERSION",
+    # compilers
+    "TRITON_INTERPRET", "TRITON_DEFAULT_FP_FUSION", "TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE",
+    "TORCHINDUCTOR_MAX_AUTOTUNE", "TORCHINDUCTOR_FREEZING", "TORCHINDUCTOR_CPP_WRAPPER", "CXX",
+    # Python, and what this suite measured itself
+    "PYTHONMALLOC", "PYTHONOPTIMIZE", "SKIPCOST_KERNELS",
+)  # fmt: skip
+
+CODE = ("*.py", "devices.toml", "configs/*.json")  # in any folder of the packages
 
 
 def describe() -> dict[str, Any]:
@@ -26,16 +55,27 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": cpu_name(),
+        "cpu_capability": _cpu_capability(),
         "cpus": cpus(),
+        "cpu_quota": _cpu_quota(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": describe_gpus(),
         "cuda": _cuda(),
         "versions": {name: _version(name) for name in PACKAGES},
-        "flags": {name: os.environ[name] for name in FLAGS if name in os.environ},
+        "flags": flags(),
         "code": code_hash(),
     }
-    facts["fingerprint"] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-    return facts | {"host": platform.node(), **_git()}
+    return facts | {"fingerprint": fingerprint(facts), "host": platform.node(), **_git()}
+
+
+def fingerprint(facts: dict[str, Any]) -> str:
+    """Hash what can change a number; results of two fingerprints are never compared."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def flags() -> dict[str, str]:
+    """Return the variables of FLAGS that are set; an empty one is as good as none to most that read it, not to all."""
+    return {name: os.environ[name] for name in FLAGS if name in os.environ}
 
 
 def _cuda() -> bool:
@@ -44,6 +84,21 @@ def _cuda() -> bool:
     import torch  # noqa: PLC0415 - only the server describes, and it has torch
 
     return torch.cuda.is_available()
+
+
+def _cpu_capability() -> str:
+    """Name the widest instructions that PyTorch's own kernels use here: two CPUs of one name may differ by them."""
+    import torch  # noqa: PLC0415 - as above
+
+    return str(torch.backends.cpu.get_cpu_capability())
+
+
+def _cpu_quota() -> str:
+    """Return what a container may use of its CPUs, "max" or microseconds a period, as Linux states it; else nothing."""
+    try:
+        return Path("/sys/fs/cgroup/cpu.max").read_text().strip()
+    except OSError:
+        return ""
 
 
 def cpus() -> int:
@@ -67,11 +122,12 @@ def _version(package: str) -> str:
 
 
 def code_hash() -> str:
-    """Hash of the suite's own code that makes numbers: a change of it is another environment, committed or not."""
+    """Hash of the suite's code and tables that make numbers: a change is another environment, committed or not."""
     digest = hashlib.sha256()
     for package in (skipcost.unet_models, skipcost.kernels, skipcost.bench):
-        for path in sorted(Path(package.__path__[0]).glob("*.py")):
-            digest.update(path.name.encode() + path.read_bytes())
+        folder = Path(package.__path__[0])
+        for path in sorted(path for pattern in CODE for path in folder.rglob(pattern)):
+            digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -12,7 +12,6 @@ from functools import lru_cache
 
 from skipcost.bench.calibration import Calibration, load_calibration, setting_of
 from skipcost.bench.cases import Case, usual_values
-from skipcost.bench.devices import Device, device_named
 from skipcost.bench.environment import cpu_name
 from skipcost.bench.errors import BenchError
 from skipcost.bench.fit_limits import Gauge, counted
@@ -20,6 +19,7 @@ from skipcost.bench.gpu import describe_gpus
 from skipcost.bench.gpu_memory import predict
 from skipcost.bench.liveness import Envelope, envelope, peak_bytes
 from skipcost.bench.workspaces import Interval, context
+from skipcost.kernels.devices import Device, device_named
 
 LIVE = (
     "predicted: peak of live tensor bytes, the larger of first and steady step, exact for PyTorch's eager mode; what "
@@ -63,7 +63,7 @@ def target_named(text: str | None, gpus: Callable[[], list[dict[str, object]]] =
         return Target(None, here=True)
     try:
         device = device_named(text)
-    except BenchError as error:
+    except ValueError as error:
         message = f"{error}, cpu"
         raise BenchError(message) from None
     return Target(device, here=bool(own) and own[0] in device.driver_names)
@@ -75,7 +75,7 @@ def _own_target(own: list[str]) -> Target:
         return Target(None, here=True)
     try:
         return Target(device_named(own[0]), here=True)
-    except BenchError:
+    except ValueError:
         message = f"this machine's GPU, {own[0]!r}, is not in the table of devices: name one with --device, or cpu"
         raise BenchError(message) from None
 

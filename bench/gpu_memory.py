@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING
 from skipcost.bench import workspaces
 from skipcost.bench.allocator import Replay, StepMemory, replay, two_steps
 from skipcost.bench.device_timeline import on_device, running_convolutions
-from skipcost.bench.devices import device_named
 from skipcost.bench.errors import BenchError
 from skipcost.bench.gpu import describe_gpus
 from skipcost.bench.liveness import BACKENDS, Timeline, low_calls, peak_bytes, timeline
 from skipcost.bench.records import Result
 from skipcost.bench.workspaces import Interval, Part
+from skipcost.kernels.devices import device_named
 
 if TYPE_CHECKING:
     from skipcost.bench.cases import Case
-    from skipcost.bench.devices import Device
+    from skipcost.kernels.devices import Device
 
 SCENARIOS = ("low", "high", "likely")  # the fields of an Interval
 LIKELY = SCENARIOS.index("likely")

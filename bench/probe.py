@@ -14,10 +14,10 @@ import sys
 from functools import cache
 from typing import Any
 
-from skipcost.bench.devices import FIGURES, Device
 from skipcost.bench.environment import cpu_name
 from skipcost.bench.errors import MachineError
 from skipcost.bench.worker import take_threads
+from skipcost.kernels.devices import FIGURES, Device
 from skipcost.kernels.timing import Budget, cpu_clock, sample
 
 COPIED_BYTES = 2**28  # per copy, of fp32: more than a core's own caches, as many maps are

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from skipcost.bench.cases import Case
-from skipcost.bench.devices import Device, device_named
 from skipcost.bench.errors import BenchError
 from skipcost.bench.gpu import describe_gpus
 from skipcost.bench.passes import passes
 from skipcost.bench.probe import probed_cpu
 from skipcost.bench.records import Result
+from skipcost.kernels.devices import Device, device_named
 
 FLOP_PER_MAC = 2
 WHAT = ("MACs", "bytes")  # what can limit a pass
@@ -76,7 +76,7 @@ def _bound(case: Case, flop_per_s: float, bandwidth_bytes_per_s: float) -> Bound
 def device_of(case: Case) -> Device:
     """The device that a case runs on here: the first GPU by its name in the table, or this CPU by a probe.
 
-    BenchError where there is no such GPU, or the table does not know it.
+    BenchError where there is no such GPU, ValueError where the table does not know it.
     """
     if case.device == "cpu":
         return probed_cpu(case.threads)

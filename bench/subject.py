@@ -15,6 +15,7 @@ from torch.nn import functional
 from skipcost.bench.cases import Case
 from skipcost.bench.custom import Factory, UnsupportedError, make
 from skipcost.kernels import BACKENDS
+from skipcost.kernels.precision import allow_tf32
 from skipcost.kernels.rewritten import RewrittenOps
 from skipcost.unet_models import build
 
@@ -137,7 +138,7 @@ def _described(output: Any) -> str:
 @contextlib.contextmanager
 def _arithmetic(case: Case, device: str) -> Iterator[None]:
     """The case's precision, as PyTorch is told of it."""
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = case.precision == "tf32"
+    allow_tf32(case.precision == "tf32")
     torch.backends.cudnn.benchmark = case.cudnn_benchmark
     if case.precision in AUTOCAST:
         with torch.autocast(device, AUTOCAST[case.precision]):

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 
 from skipcost.bench.allocator import MIB
 from skipcost.kernels import tap_costs, tap_parts
+from skipcost.kernels.devices import capability
 from skipcost.unet_models.geometry import place
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from skipcost.bench.cases import Case
-    from skipcost.bench.devices import Device
     from skipcost.bench.liveness import LowCall, Storage
+    from skipcost.kernels.devices import Device
     from skipcost.unet_models.geometry import PlacedConv
 
 VALUE_BYTES = {"fp32": 4, "tf32": 4}  # of what a convolution reads and writes; 2 in every other precision
@@ -200,8 +201,7 @@ def cublas_workspace(device: Device, threads: int = 0) -> Interval:
 
     threads: how many are known to multiply matrices, each with a handle of its own.
     """
-    generation = int(device.architecture.removeprefix("sm")) // 10
-    size = 32 * MIB if generation >= 9 else (2 * 4096 + 8 * 16) << 10  # noqa: PLR2004 - see above
+    size = 32 * MIB if capability(device.architecture) >= 90 else (2 * 4096 + 8 * 16) << 10  # noqa: PLR2004 - see above
     return Interval(0, size * max(threads, 1), size * threads)
 
 

@@ -47,9 +47,11 @@ def why_not() -> str:
 
 
 def can_run(launch: Launch, target: Target) -> bool:
-    """Whether the target has what the launch is written for: the engine behind descriptors, products in tf32."""
+    """Whether the target has what the launch is written for: the engine behind descriptors, tensor cores, tf32."""
     moves_blocks = _has_descriptor(tuple(launch.arguments.values()))
-    return (target.copy_engine or not moves_blocks) and (target.tf32 or launch.constants.get("precision") != "tf32")
+    precision = launch.constants.get("precision")  # of products; other kernels have none
+    multiplies = precision is None or (target.tensor_products and (target.tf32 or precision != "tf32"))
+    return (target.copy_engine or not moves_blocks) and multiplies
 
 
 def compiled(launch: Launch, target: str) -> Any:

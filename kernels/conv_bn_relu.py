@@ -37,12 +37,13 @@ from skipcost.kernels.conv import (
     why_not_tma,
 )
 from skipcost.kernels.conv_bn_relu_gradients import gradients, keep, pooled_gradients
-from skipcost.kernels.launch import Launch, architecture_of, on_triton, run, tf32_allowed
+from skipcost.kernels.devices import has_copy_engine
+from skipcost.kernels.launch import Launch, architecture_of, on_triton, run
+from skipcost.kernels.precision import tf32_allowed
 from skipcost.kernels.tiles import FORMS, Tile, tile_for
 from skipcost.unet_models.ops import crop_all
 
 LAST = torch.channels_last
-COPY_ENGINE = 90  # the first compute capability with one, times ten
 
 
 def conv_bn_relu(
@@ -173,14 +174,9 @@ def pick_form(
     if not why_not_few(windows, packed):
         return "few"
     depth = tile_for(need_of(windows, packed, out, tf32=tf32), "tma", architecture).depth
-    if _has_copy_engine(architecture) and not why_not_tma(windows, [out], packed, depth):
+    if has_copy_engine(architecture) and not why_not_tma(windows, [out], packed, depth):
         return "tma"
     return "pointer"
-
-
-def _has_copy_engine(architecture: str) -> bool:
-    """Whether descriptors are more than a notation: from sm_90 on."""
-    return architecture.startswith("sm") and int(architecture[2:]) >= COPY_ENGINE
 
 
 def empty_results(

@@ -50,7 +50,8 @@ from skipcost.kernels.conv_train import (
 )
 from skipcost.kernels.crop_concat import gradients as window_gradients
 from skipcost.kernels.crop_concat import like_channels_last
-from skipcost.kernels.launch import computing_type, on_triton, run, tf32_allowed
+from skipcost.kernels.launch import on_triton, run
+from skipcost.kernels.precision import computing_type, tf32_allowed
 from skipcost.unet_models.ops import crop_all
 
 OP = "conv_bn_relu_train"

@@ -6,16 +6,17 @@ that is decided per shape, never for a whole network. Nothing is timed here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from skipcost.kernels import winners
 from skipcost.kernels.calls import Call
+from skipcost.kernels.devices import Device, has_copy_engine, has_tensor_products
 from skipcost.kernels.tap_costs import KERNEL_SUMS
 from skipcost.kernels.tiles import FEW_CHANNELS
 
 CUDNN_SHARE = 0.65  # of the matrix peak that cuDNN's convolutions reach: an assumption, until a card is measured
-TRITON_SHARE = 0.74 * CUDNN_SHARE  # the best published Triton convolution against cuDNN, channels-last: pytorch#174752
+TRITON_SHARE = 0.86 * CUDNN_SHARE  # the best published Triton convolution against cuDNN: 85.9 %, pytorch#174989
 MARGIN = 0.05  # a predicted win must be this large: the prediction is no better than that
 ALIGNED = 16  # channels: what Triton knows of a stride, or nothing, and the least depth of a product
 WIDE_LOAD = 8  # elements of 16 bits in 16 bytes: fewer channels in a row are loaded one by one
@@ -32,36 +33,6 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {  # by op, what can run it; the f
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
-    """What decides on a GPU: bytes a second of a copy, products and sums a second, from where; and its generation.
-
-    matrix_flop_per_s: dense, 16-bit operands; plain_flop_per_s: fp32, without tensor cores.
-    """
-
-    name: str
-    architecture: str  # "sm90"
-    copy_bytes_per_s: float
-    matrix_flop_per_s: float
-    plain_flop_per_s: float
-    origin: str
-
-    def matrix_rate(self, precision: str) -> float:
-        """Return FLOP/s of products in this precision: tf32 has half the rate of 16 bits."""
-        if precision == "fp32":
-            return self.plain_flop_per_s
-        return self.matrix_flop_per_s * (0.5 if precision == "tf32" else 1.0)
-
-
-CARDS: tuple[Card, ...] = (  # bandwidth and rates as the maker's data sheets give them
-    Card("NVIDIA H200", "sm90", 4.8e12, 989e12, 67e12, "data sheet"),
-    Card("NVIDIA H100", "sm90", 3.35e12, 989e12, 67e12, "data sheet, SXM"),
-    Card("NVIDIA A100", "sm80", 2.04e12, 312e12, 19.5e12, "data sheet, 80 GB"),
-    Card("NVIDIA L4", "sm89", 0.3e12, 121e12, 30.3e12, "data sheet"),
-    Card("NVIDIA GeForce RTX 4090", "sm89", 1.01e12, 165e12, 82.6e12, "data sheet"),
-)
-
-
-@dataclass(frozen=True, slots=True)
 class Choice:
     """What runs a call. origin: "rule", "predicted" or "measured"; seconds: per implementation, as far as known."""
 
@@ -71,26 +42,13 @@ class Choice:
     seconds: dict[str, float]
 
 
-def card_named(name: str, architecture: str = "") -> Card:
-    """Return the card of this name, or the first whose name begins or ends so; unknown ones are taken for an H200.
-
-    A wrong guess moves the break-even, never the result; the origin says that it was guessed.
-    """
-    for card in CARDS:
-        if name.casefold() in card.name.casefold() or card.name.casefold() in name.casefold():
-            return replace(card, name=name if len(name) > len(card.name) else card.name)
-    first = CARDS[0]
-    guess = f"unknown card, taken for {first.name}"
-    return replace(first, name=name, architecture=architecture or first.architecture, origin=guess)
-
-
 @lru_cache(maxsize=4096)  # a network asks for the same few calls in every step
-def choose(call: Call, card: Card | None) -> Choice:
+def choose(call: Call, card: Device | None) -> Choice:
     """Return what runs `call` on a card; None is a machine without one."""
     if card is None:
         return Choice("reference", "no GPU: the PyTorch reference runs", "rule", {})
     able = [name for name in IMPLEMENTATIONS[call.op] if not why_not(call, name, card)]
-    found = winners.measured(call, card.name)
+    found = winners.measured(call, card.names)
     known = {name: found[name].seconds for name in found if name in able or name == "reference"}
     if len(known) > 1:
         best = min(known, key=lambda name: known[name])
@@ -105,14 +63,20 @@ def choose(call: Call, card: Card | None) -> Choice:
     return Choice(best, f"{_saving(call)}: {gain:.2f}x of {first} at break-even", "predicted", guessed)
 
 
-def why_not(call: Call, name: str, card: Card) -> str:
+def why_not(call: Call, name: str, card: Device) -> str:
     """Say why an implementation cannot run a call on a card, or never should; empty where it may."""
-    if name not in ("triton", "tma") or call.op in ("up_conv", "tap_first", "crop_concat"):
+    if name not in ("triton", "tma") or call.op in ("tap_first", "crop_concat"):  # whose kernels multiply no matrices
         return ""
+    if not has_tensor_products(card.architecture):
+        return f"on {card.architecture} Triton multiplies without tensor cores"
+    return "" if call.op == "up_conv" else _why_not_convolve(call, name, card)
+
+
+def _why_not_convolve(call: Call, name: str, card: Device) -> str:
     if call.precision == "fp32":
         return "full 32-bit products run without tensor cores"
     aligned = not any(channels % ALIGNED for channels, _, _ in call.sources)
-    if name == "tma" and card.architecture < "sm90":
+    if name == "tma" and not has_copy_engine(card.architecture):
         return f"{card.architecture} has no copy engine"
     if name == "tma" and (not aligned or call.out_channels % WIDE_LOAD):
         return f"{ALIGNED} does not divide the channels of every map"
@@ -120,7 +84,12 @@ def why_not(call: Call, name: str, card: Card) -> str:
     return "" if aligned or few else f"{ALIGNED} does not divide the channels of every map: they are read one by one"
 
 
-def predict(call: Call, name: str, card: Card) -> float:
+def _rate(card: Device, precision: str) -> float:
+    """Return FLOP/s of products; what a card has no units for runs as fp32."""
+    return card.flop_per_s.get(precision, card.flop_per_s["fp32"])
+
+
+def predict(call: Call, name: str, card: Device) -> float:
     """Return seconds of an implementation: the slower of its product and its bytes, and the passes it adds.
 
     Each tensor is read and written once per kernel; what a small map keeps in the L2 cache is not taken off.
@@ -128,25 +97,25 @@ def predict(call: Call, name: str, card: Card) -> float:
     if call.op == "tap_first":
         return _predict_tap_first(call, name, card)
     ours = name in ("triton", "tma")
-    rate = card.matrix_rate(call.precision) * (TRITON_SHARE if ours else CUDNN_SHARE)
-    product = max(2 * call.macs / rate, call.bytes / card.copy_bytes_per_s)
-    return product + (0 if ours else extra_bytes(call, name) / card.copy_bytes_per_s)
+    rate = _rate(card, call.precision) * (TRITON_SHARE if ours else CUDNN_SHARE)
+    product = max(2 * call.macs / rate, call.bytes / card.bandwidth_bytes_per_s)
+    return product + (0 if ours else extra_bytes(call, name) / card.bandwidth_bytes_per_s)
 
 
-def _predict_tap_first(call: Call, name: str, card: Card) -> float:
+def _predict_tap_first(call: Call, name: str, card: Device) -> float:
     """Return seconds of a convolution over an up-sampled map: its product, and what is written and read beside it.
 
     Both products are a library's. The reference forms the up-sampled map; ours the tap maps, and adds them up in fp32.
     """
     (height, width), (rows, columns) = call.window, call.out_size
     pixels = call.batch * height * width
-    rate = card.matrix_rate(call.precision) * CUDNN_SHARE
+    rate = _rate(card, call.precision) * CUDNN_SHARE
     if name == "reference":
         product, extra = call.macs, call.in_channels * pixels * call.factor**2 * VALUE_BYTES[call.precision]
-        return max(2 * product / rate, call.bytes / card.copy_bytes_per_s) + 2 * extra / card.copy_bytes_per_s
+        return max(2 * product / rate, call.bytes / card.bandwidth_bytes_per_s) + 2 * extra / card.bandwidth_bytes_per_s
     product, taps = call.weights * pixels, call.kernel**2 * call.out_channels * pixels * VALUE_BYTES["fp32"]
-    sums = 2 * KERNEL_SUMS * call.batch * call.out_channels * rows * columns / card.plain_flop_per_s
-    return 2 * product / rate + max(sums, (call.bytes + 2 * taps) / card.copy_bytes_per_s)
+    sums = 2 * KERNEL_SUMS * call.batch * call.out_channels * rows * columns / card.flop_per_s["fp32"]
+    return 2 * product / rate + max(sums, (call.bytes + 2 * taps) / card.bandwidth_bytes_per_s)
 
 
 def extra_bytes(call: Call, name: str) -> float:
@@ -174,7 +143,7 @@ def _saving(call: Call) -> str:
     return f"saves {megabytes:.3g} MB of traffic" if megabytes else "reads few channels better"
 
 
-def _why_first(call: Call, first: str, card: Card, guessed: dict[str, float]) -> str:
+def _why_first(call: Call, first: str, card: Device, guessed: dict[str, float]) -> str:
     """Say what keeps each other implementation from being taken."""
     reasons: dict[str, list[str]] = {}
     for name in IMPLEMENTATIONS[call.op][1:]:
@@ -190,7 +159,7 @@ def _why_first(call: Call, first: str, card: Card, guessed: dict[str, float]) ->
     return "; ".join(f"{' and '.join(names)}: {reason}" for reason, names in reasons.items())
 
 
-def _break_even(call: Call, card: Card) -> float:
+def _break_even(call: Call, card: Device) -> float:
     """Return the share of cuDNN's speed from which on a fused kernel wins: t / (t + what it saves)."""
-    product = max(2 * call.macs / (card.matrix_rate(call.precision) * CUDNN_SHARE), call.bytes / card.copy_bytes_per_s)
-    return product / (product + extra_bytes(call, "cudnn") / card.copy_bytes_per_s)
+    product = max(2 * call.macs / (_rate(card, call.precision) * CUDNN_SHARE), call.bytes / card.bandwidth_bytes_per_s)
+    return product / (product + extra_bytes(call, "cudnn") / card.bandwidth_bytes_per_s)

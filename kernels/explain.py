@@ -8,7 +8,8 @@ import sys
 from typing import Any
 
 from skipcost.kernels.calls import MODES, PRECISIONS
-from skipcost.kernels.dispatch import CARDS, Card, card_named, choose, predict
+from skipcost.kernels.devices import Device, device_or_guess, devices
+from skipcost.kernels.dispatch import choose, predict
 from skipcost.kernels.network_calls import network_calls
 from skipcost.unet_models.spec import ModelSpec
 
@@ -16,7 +17,7 @@ US = 1e6  # microseconds in a second
 WAYS = {"reference": "eager PyTorch", "cudnn": "batch norm folded into cuDNN", "chosen": "as chosen here"}
 
 
-def explain(label: str, batch: int, size: tuple[int, int], mode: str, precision: str, card: Card) -> dict[str, Any]:
+def explain(label: str, batch: int, size: tuple[int, int], mode: str, precision: str, card: Device) -> dict[str, Any]:
     """Return the choice of every call of a network on a card, and the sum of the seconds of each way to run it all.
 
     Seconds of a call are measured where somebody measured it on that card, else predicted from bytes and MACs.
@@ -50,7 +51,7 @@ def explain(label: str, batch: int, size: tuple[int, int], mode: str, precision:
         "mode": mode,
         "precision": precision,
         "card": card.name,
-        "card_origin": card.origin,
+        "card_origin": card.guess or "data sheet",
         "calls": rows,
         "seconds": totals,
     }
@@ -84,13 +85,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch", type=int, default=1)
     made.add_argument("--precision", default="bf16", choices=PRECISIONS)
     made.add_argument("--mode", default="inference", choices=MODES)
-    made.add_argument("--card", help=f"default: this machine's, or {CARDS[0].name}; known: {_known()}")
+    made.add_argument("--card", help=f"default: this machine's, or {_usual().name}; known: {', '.join(devices())}")
     made.add_argument("--json", action="store_true", help="print JSON for a program")
     return made
 
 
-def _known() -> str:
-    return ", ".join(card.name for card in CARDS)
+def _usual() -> Device:
+    return next(iter(devices().values()))
 
 
 def main(argv: list[str]) -> int:
@@ -112,13 +113,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _card(name: str | None) -> tuple[Card, str]:
+def _card(name: str | None) -> tuple[Device, str]:
     """Return the card that was named, or this machine's; without either the first known one, and a note of that."""
     if name:
-        return card_named(name), ""
+        return device_or_guess(name), ""
     import torch  # noqa: PLC0415 - needed only to ask for this machine's card
 
     if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        return card_named(torch.cuda.get_device_name(), f"sm{major}{minor}"), ""
-    return CARDS[0], "\nThis machine has no GPU: here the PyTorch reference runs. Another card: --card\n"
+        from skipcost.kernels.launch import architecture_of  # noqa: PLC0415 - imports torch
+
+        return device_or_guess(torch.cuda.get_device_name(), architecture_of("cuda")), ""
+    return _usual(), "\nThis machine has no GPU: here the PyTorch reference runs. Another card: --card\n"

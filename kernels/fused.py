@@ -21,9 +21,11 @@ from skipcost.kernels.conv import pack_weight, padding_of, why_not_few
 from skipcost.kernels.conv_bn_relu import concat_conv_bn_relu, conv_bn_relu_pool
 from skipcost.kernels.conv_bn_relu_train import train_step
 from skipcost.kernels.crop_concat import merge
-from skipcost.kernels.dispatch import Card, card_named, choose
-from skipcost.kernels.launch import architecture_of, computing_type, tf32_allowed
+from skipcost.kernels.devices import Device, device_or_guess
+from skipcost.kernels.dispatch import choose
+from skipcost.kernels.launch import architecture_of
 from skipcost.kernels.max_pool import pool
+from skipcost.kernels.precision import computing_type, tf32_allowed
 from skipcost.kernels.prepack import affine, pack, run_folded, why_not_fold
 from skipcost.kernels.recompute import Recipes, remembering
 from skipcost.kernels.up_conv import up_conv, up_conv_concat
@@ -204,11 +206,11 @@ def _call(
 
 
 @cache
-def _card(name: str, architecture: str) -> Card:
-    return card_named(name, architecture)
+def _card(name: str, architecture: str) -> Device:
+    return device_or_guess(name, architecture)
 
 
-def card_of(x: Tensor) -> Card | None:
+def card_of(x: Tensor) -> Device | None:
     """Return the card that a map lies on; None on a machine's own memory."""
     if not x.is_cuda:
         return None

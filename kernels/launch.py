@@ -113,18 +113,3 @@ def architecture_of(device: torch.device | str) -> str:
     if torch.version.hip:
         return str(properties.gcnArchName).partition(":")[0]
     return f"sm{properties.major}{properties.minor}"
-
-
-def computing_type(x: Tensor) -> torch.dtype:
-    """Return the type in which PyTorch's convolutions of `x` compute: autocast's where it is on, but never for fp64."""
-    device = x.device.type
-    cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if cast and x.is_floating_point() and x.dtype != torch.float64 else x.dtype
-
-
-def tf32_allowed() -> bool:
-    """Whether PyTorch's convolutions may round fp32 operands to tf32."""
-    if torch.compiler.is_compiling():  # the setting's newer name is one that Dynamo refuses to trace
-        return bool(torch.backends.cudnn.allow_tf32)
-    setting: Any = torch.backends.cudnn
-    return bool(setting.conv.fp32_precision == "tf32")  # the older name raises once a newer one was set

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from skipcost.kernels.calls import Call
 from skipcost.kernels.fused import FusedOps, dispatched
-from skipcost.kernels.launch import computing_type
+from skipcost.kernels.precision import computing_type
 from skipcost.kernels.prepack import pack
 from skipcost.kernels.rewiring import dense
 from skipcost.unet_models.ops import REFERENCE, ConvNormAct

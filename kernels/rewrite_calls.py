@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
-from skipcost.kernels.launch import computing_type, tf32_allowed
+from skipcost.kernels.precision import computing_type, tf32_allowed
 from skipcost.kernels.tap_choice import choose
 from skipcost.kernels.tap_first import DTYPES, axes, tap_first
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from skipcost.kernels.launch import interpreted
+from skipcost.kernels.precision import rounding
 from skipcost.kernels.timing import Budget, Clock, cpu_clock, no_gc, sample
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -114,14 +115,13 @@ def capture_graph(call: Callable[[], object], times: int) -> Callable[[], object
 @contextmanager
 def arithmetic(precision: str, *, benchmark: bool = True) -> Iterator[None]:
     """Multiply fp32 as `precision` has it, and let cuDNN try its algorithms; settings are restored."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
-    cudnn.allow_tf32 = matmul.allow_tf32 = precision == "tf32"
-    cudnn.benchmark = benchmark
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = benchmark
     try:
-        yield
+        with rounding(tf32=precision == "tf32"):
+            yield
     finally:
-        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = before
+        torch.backends.cudnn.benchmark = before
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,7 @@ not checked on a GPU, not timed, and not dispatched to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +18,7 @@ from skipcost.kernels.calls import Call
 from skipcost.kernels.conv import pack_weight, why_not_few
 from skipcost.kernels.crop_concat import crop_concat
 from skipcost.kernels.launch import run
+from skipcost.kernels.precision import rounding
 from skipcost.kernels.prepack import Pack, run_folded
 from skipcost.kernels.tap_first import tap_first
 from skipcost.kernels.tiles import Tile
@@ -107,17 +107,6 @@ def _made(
     make: Callable[..., Tensor], shape: tuple[int, ...], dtype: torch.dtype, seed: int, device: str
 ) -> Tensor:  # fmt: skip
     return make(shape, dtype, seed, device).contiguous(memory_format=LAST)
-
-
-@contextmanager
-def arithmetic(precision: str) -> Iterator[None]:
-    """Let PyTorch's convolutions round 32-bit operands to tf32, or not; as it was before, afterwards."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def _eager(given: Operands, _tile: Tile | None) -> Results:
@@ -215,7 +204,7 @@ def _step(forward: Callable[..., tuple[Tensor, Tensor]]) -> Run:
 
     def step(given: Operands, _tile: Tile | None) -> Results:
         leaves = [each.detach().requires_grad_() for each in (*given.maps, given.weight, given.scale, given.shift)]
-        with torch.enable_grad(), arithmetic(given.call.precision):
+        with torch.enable_grad(), rounding(tf32=given.call.precision == "tf32"):
             out, stored = forward(given.call, leaves[:-3], *leaves[-3:])
             grads = torch.autograd.grad(out, leaves, given.grad)
         return out.detach(), stored.detach(), *grads

@@ -31,10 +31,10 @@ class Both(NamedTuple):
 def measured(rows: Axis, columns: Axis, channels: tuple[int, int], kind: str, device: str) -> Both | None:
     """Return what both forms of a call took on this machine's device; None where that is not known."""
     card = card_here(device)
-    if not card or not winners.table(card):  # most machines: no call to be made of each question
+    if not card or not winners.table((card,)):  # most machines: no call to be made of each question
         return None
     call = call_of(rows, columns, channels, kind, device)
-    found = winners.measured(call, card) if call else {}
+    found = winners.measured(call, (card,)) if call else {}
     direct, ours = found.get("reference"), found.get(TAP_FIRST[device])
     return Both(direct.seconds, ours.seconds, ours.source) if direct and ours else None
 

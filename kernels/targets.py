@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from skipcost.kernels.devices import has_copy_engine, has_tensor_products
+
 PARTITIONS = 4  # of a multiprocessor: schedulers (NVIDIA) or SIMDs (AMD), each with its own registers
 LANE_REGISTERS = 512  # 32-bit registers of one lane of a partition, which its warps share: 16384 / 32 = 32768 / 64
 REGISTER_STEP = 8  # a warp is given registers in eights per lane: 256 per warp of 32
@@ -20,7 +22,8 @@ class Target:
     warps, blocks: at most resident. shared_bytes: per multiprocessor, of which the system takes reserved_bytes for each
     block; shared_step: it is given out in multiples of this.
     tensor_columns: of the memory that tensor cores accumulate in, 0 where that is the registers.
-    copy_engine: whether descriptors (TMA) are executed as such. tf32: whether 32-bit products can be rounded to tf32.
+    copy_engine: whether descriptors (TMA) are executed as such. tensor_products: whether Triton multiplies matrices on
+    tensor cores there. tf32: whether 32-bit products can be rounded to tf32.
     """
 
     backend: str
@@ -32,8 +35,22 @@ class Target:
     reserved_bytes: int = 1024
     shared_step: int = 128
     tensor_columns: int = 0
-    copy_engine: bool = False
     tf32: bool = True
+
+    @property
+    def copy_engine(self) -> bool:
+        """As dispatch has it."""
+        return has_copy_engine(self.name)
+
+    @property
+    def tensor_products(self) -> bool:
+        """As dispatch has it."""
+        return has_tensor_products(self.name)
+
+    @property
+    def name(self) -> str:
+        """The architecture as devices and configurations are filed under: "sm90", "gfx942"."""
+        return f"sm{self.architecture}" if self.backend == "cuda" else str(self.architecture)
 
     @property
     def block_shared_bytes(self) -> int:
@@ -42,16 +59,18 @@ class Target:
 
 
 # NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", and for the reserved KiB the
-# tuning guides of Ampere to Blackwell; tensor memory: PTX ISA, "Tensor Memory", 512 columns of 128 lanes.
+# tuning guides of Ampere to Blackwell; Turing reserves none and gives out 256 bytes at a time (CUDA's occupancy data).
+# Tensor memory: PTX ISA, "Tensor Memory", 512 columns of 128 lanes.
 # AMD: LLVM, AMDGPUBaseInfo.cpp: 8 waves per SIMD; 16 groups of several waves, for want of barriers; local memory of
 # 64 KiB in steps of 512 bytes (gfx942) or 160 KiB in steps of 1280 (gfx950), none of it reserved.
 TARGETS: dict[str, Target] = {
+    "sm_75": Target("cuda", 75, 32, 32, 16, 64 << 10, 0, 256, tf32=False),  # T4, RTX 20
     "sm_80": Target("cuda", 80, 32, 64, 32, 164 << 10),  # A100
     "sm_86": Target("cuda", 86, 32, 48, 16, 100 << 10),  # A10, RTX 30
     "sm_89": Target("cuda", 89, 32, 48, 24, 100 << 10),  # L4, RTX 40
-    "sm_90": Target("cuda", 90, 32, 64, 32, 228 << 10, copy_engine=True),  # H100, H200
-    "sm_100": Target("cuda", 100, 32, 64, 32, 228 << 10, tensor_columns=512, copy_engine=True),  # B200
-    "sm_120": Target("cuda", 120, 32, 48, 24, 100 << 10, copy_engine=True),  # RTX 50
+    "sm_90": Target("cuda", 90, 32, 64, 32, 228 << 10),  # H100, H200
+    "sm_100": Target("cuda", 100, 32, 64, 32, 228 << 10, tensor_columns=512),  # B200
+    "sm_120": Target("cuda", 120, 32, 48, 24, 100 << 10),  # RTX 50
     "gfx942": Target("hip", "gfx942", 64, 32, 16, 64 << 10, 0, shared_step=512),  # MI300
     "gfx950": Target("hip", "gfx950", 64, 32, 16, 160 << 10, 0, shared_step=1280, tf32=False),  # MI350
 }

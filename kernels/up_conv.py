@@ -39,7 +39,8 @@ from skipcost.kernels.conv import need_of
 from skipcost.kernels.crop_concat import centred, keep_shapes
 from skipcost.kernels.crop_concat import gradients as gradients_of_maps
 from skipcost.kernels.crop_concat import launches as moving
-from skipcost.kernels.launch import Launch, architecture_of, on_triton, run, span, tf32_allowed
+from skipcost.kernels.launch import Launch, architecture_of, on_triton, run, span
+from skipcost.kernels.precision import tf32_allowed
 from skipcost.kernels.tiles import Tile, tile_for
 from skipcost.unet_models.ops import crop
 

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from skipcost.kernels import winners
 from skipcost.kernels.calls import Call
-from skipcost.kernels.dispatch import Card, Choice
+from skipcost.kernels.devices import Device
+from skipcost.kernels.dispatch import Choice
 from skipcost.kernels.fused import PRECISIONS, FusedOps, card_of
+from skipcost.kernels.precision import tf32_allowed
 from skipcost.unet_models.network import SkipNet
 from skipcost.unet_models.ops import REFERENCE, Ops
 from skipcost.unet_models.spec import ModelSpec
@@ -97,16 +99,16 @@ def precision_of(image: Tensor) -> str:
     if torch.is_autocast_enabled(device):
         return f"amp-{PRECISIONS.get(torch.get_autocast_dtype(device), 'fp32')}"
     name = PRECISIONS.get(image.dtype, str(image.dtype))
-    return "tf32" if name == "fp32" and torch.backends.cudnn.allow_tf32 else name
+    return "tf32" if name == "fp32" and tf32_allowed() else name
 
 
-def choose_way(network: SkipGraph, case: str, precision: str, card: Card | None) -> Choice:
+def choose_way(network: SkipGraph, case: str, precision: str, card: Device | None) -> Choice:
     """Return the way to run a graph at a case on a card; None is a machine without one."""
     if card is None:
         return Choice("fused", "no GPU: layer by layer, on the PyTorch reference", "rule", {})
-    for label in winners.networks(card.name):
+    for label in winners.networks(card.names):
         if _graph_of(label) in (network, network.final()):
-            seconds = winners.networks(card.name)[label].get((case, precision), {})
+            seconds = winners.networks(card.names)[label].get((case, precision), {})
             known = {name: value for name, value in seconds.items() if name in WAYS}
             if len(known) > 1:
                 best = min(known, key=lambda name: known[name])

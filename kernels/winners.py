@@ -59,26 +59,26 @@ def timings(rows: Iterable[dict[str, Any]]) -> Iterator[Timing]:
 
 
 @cache
-def table(card: str) -> dict[str, dict[str, Timing]]:
-    """Return, for a card by name, the timings of each call by implementation; a machine's own rows win."""
+def table(names: tuple[str, ...]) -> dict[str, dict[str, Timing]]:
+    """Return, for a card by its names, the timings of each call by implementation; a machine's own rows win."""
     found: dict[str, dict[str, Timing]] = {}
     for timing in [*published(), *timings(_own_rows())]:
-        if timing.card == card:
+        if timing.card in names:
             found.setdefault(timing.call, {})[timing.implementation] = timing
     return found
 
 
-def measured(call: Call, card: str) -> dict[str, Timing]:
+def measured(call: Call, names: tuple[str, ...]) -> dict[str, Timing]:
     """Return the timings of a call on a card by implementation; empty where nobody measured it."""
-    return table(card).get(call.key, {})
+    return table(names).get(call.key, {})
 
 
 @cache
-def networks(card: str) -> dict[str, dict[tuple[str, str], dict[str, float]]]:
+def networks(names: tuple[str, ...]) -> dict[str, dict[tuple[str, str], dict[str, float]]]:
     """Return what whole networks took on a card: by label, by case and precision, by way, the median in seconds."""
     found: dict[str, dict[tuple[str, str], dict[str, float]]] = {}
     for row in [*_published_rows(), *_own_rows()]:
-        if row.get("network") and row.get("outcome") == "ok" and row["device"]["name"] == card:
+        if row.get("network") and row.get("outcome") == "ok" and row["device"]["name"] in names:
             at = found.setdefault(row["network"], {}).setdefault((row["case"], row["precision"]), {})
             at[row["implementation"]] = statistics.median(row["seconds"])
     return found

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 from skipcost.kernels.baseline import stored_rows
-from skipcost.kernels.dispatch import CARDS
+from skipcost.kernels.devices import device_named
 from skipcost.kernels.explain import explain
 from skipcost.kernels.winners import published
 from skipcost.reports.data import Data
@@ -18,14 +18,14 @@ from skipcost.reports.grid import Cell, Grid, number, whole, words
 from skipcost.unet_models import VARIANTS
 
 SIZE, BATCHES, PRECISION, WIDTH = (512, 512), (1, 8), "bf16", 64
-TARGET = "sm_90"
+CARD, TARGET = "h200", "sm_90"
 
 
 def kernels_context(_data: Data) -> dict[str, Any]:
     """The break-even on one card, the resources of every kernel, and what was measured on cards."""
     measured = list(_measured())
     return {
-        "card": CARDS[0].name,
+        "card": device_named(CARD).name,
         "size": "x".join(map(str, SIZE)),
         "precision": PRECISION,
         "choices": _choices(),
@@ -41,7 +41,7 @@ def _choices() -> Grid:
     rows = []
     for variant, row in VARIANTS.items():
         for batch in BATCHES:
-            facts = explain(f"{variant}/d4/w{WIDTH}/concat", batch, SIZE, "inference", PRECISION, CARDS[0])
+            facts = explain(f"{variant}/d4/w{WIDTH}/concat", batch, SIZE, "inference", PRECISION, device_named(CARD))
             ours = [call["where"] for call in facts["calls"] if call["implementation"] in ("triton", "tma")]
             seconds = facts["seconds"]
             rows.append(

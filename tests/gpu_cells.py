@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from skipcost.bench.cases import Case
-from skipcost.bench.devices import devices
 from skipcost.bench.gpu_memory import SCENARIOS, StepPrediction
+from skipcost.kernels.devices import devices
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 
 SEGMENT = 2 << 20  # bytes, of which every segment of the allocator is a multiple

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from skipcost.bench import cli, fit_gauge
 from skipcost.bench.cases import Case
-from skipcost.bench.devices import device_named
 from skipcost.bench.errors import BenchError
 from skipcost.bench.fit_gauge import process_bytes
 from skipcost.bench.liveness import peak_bytes
+from skipcost.kernels.devices import device_named
 from skipcost.unet_models import ModelSpec
 
 PLANS = Path(__file__).parent / "nnunet"

@@ -11,7 +11,6 @@ import pytest
 from skipcost.bench import fit_gauge
 from skipcost.bench.calibration import Calibration, HeldOut, Model, setting_of
 from skipcost.bench.cases import Case
-from skipcost.bench.devices import device_named, devices
 from skipcost.bench.driver import Request
 from skipcost.bench.errors import BenchError, MachineError
 from skipcost.bench.fit_gauge import Target, live_gauge, precision_on, predicted_gauge, process_bytes, target_named
@@ -20,6 +19,7 @@ from skipcost.bench.fit_measure import Stopwatch, measured_gauge, percentile
 from skipcost.bench.liveness import peak_bytes
 from skipcost.bench.records import Result
 from skipcost.bench.workspaces import context
+from skipcost.kernels.devices import device_named, devices
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 
 WIDTHS = (*range(1, 18), 24, 31, 32, 33, 64, 128)

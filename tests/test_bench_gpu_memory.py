@@ -12,12 +12,12 @@ from skipcost.bench import gpu_memory, workspaces
 from skipcost.bench.allocator import WORKSPACE, first_event, two_steps
 from skipcost.bench.cases import CHOICES, Case
 from skipcost.bench.device_timeline import convolution_calls, gathered_gradients, named_convolutions, on_device
-from skipcost.bench.devices import Device, devices
 from skipcost.bench.gpu_memory import SCENARIOS, GpuMemory, predict
 from skipcost.bench.liveness import Timeline, peak_bytes, timeline
 from skipcost.bench.metrics import METRICS
 from skipcost.bench.records import Result
 from skipcost.bench.workspaces import Interval, Part
+from skipcost.kernels.devices import Device, devices
 from skipcost.kernels.timing import Budget
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 from skipcost.unet_models.geometry import PlacedConv

@@ -13,11 +13,11 @@ import pytest
 from skipcost.bench import layer_times as timing_layers
 from skipcost.bench import probe, roofline, server
 from skipcost.bench.cases import CHOICES, Case
-from skipcost.bench.devices import Device, device_named, devices
 from skipcost.bench.errors import MachineError
 from skipcost.bench.metrics import METRICS, PREDICTED
 from skipcost.bench.passes import passes
 from skipcost.bench.roofline import bound, device_of, reference_line
+from skipcost.kernels.devices import Device, device_named, devices
 from skipcost.kernels.timing import Budget
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import skipcost.kernels
 from skipcost.kernels import BACKENDS, KERNELS, Backend, backends, ways, winners
-from skipcost.kernels.dispatch import CARDS
+from skipcost.kernels.devices import device_named
 from skipcost.kernels.fused import FusedOps
 from skipcost.kernels.ways import WAYS
 from skipcost.unet_models import REFERENCE, ModelSpec, Ops, build
@@ -208,7 +208,7 @@ def _measured(label: str, case: str, seconds: dict[str, float]) -> Iterator[dict
         yield {**row, "outcome": "ok", "device": {"name": CARD.name}}
 
 
-CARD = CARDS[0]
+CARD = device_named("h200")
 LABEL = "unet/d1/w2/concat"
 
 

@@ -87,11 +87,12 @@ def test_tuned_tiles_are_gated_for_the_gpu_that_they_were_tuned_on() -> None:
 
 
 def test_what_cannot_run_on_a_target_is_left_out() -> None:
-    """Descriptors below sm_90 and on AMD, tf32 on gfx950: nobody launches that, so it is not compiled."""
+    """Descriptors below sm_90 and on AMD, tf32 on gfx950, products on sm_75: nobody launches that."""
     assert any("tma" in name for name, _ in keys(["sm_90"]))
     assert not any("tma" in name for name, _ in keys(["sm_80", "gfx942"]))
     assert any("tf32" in name for name, _ in keys(["gfx942"]))
     assert not any("tf32" in name for name, _ in keys(["gfx950"]))
+    assert {name.split("/")[0] for name, _ in keys(["sm_75"])} == {"crop_concat", "tap_upsample_add", "batch_norm"}
 
 
 def test_an_unknown_target_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,7 +102,7 @@ def test_an_unknown_target_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> N
 
     assert ended.value.code == 2
     assert "invalid choice: 'sm_1' (choose from" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="target='sm_1' is unknown; accepted: sm_80, sm_86"):
+    with pytest.raises(ValueError, match="target='sm_1' is unknown; accepted: sm_75, sm_80, sm_86"):
         compiled(next(iter(GATED.values()))(), "sm_1")
 
 

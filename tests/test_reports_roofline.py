@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from test_reports_store import DOUBTFUL, FAILED, make_store
 
-from skipcost.bench.devices import FIGURES, Device
 from skipcost.bench.passes import passes
 from skipcost.bench.records import Result
 from skipcost.bench.roofline import bound
 from skipcost.bench.store import create_store
+from skipcost.kernels.devices import FIGURES, Device
 from skipcost.reports.compare import times
 from skipcost.reports.data import Data, load
 from skipcost.reports.page import render

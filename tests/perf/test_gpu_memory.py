@@ -8,9 +8,9 @@ import pytest
 
 from skipcost.bench.allocator import replay
 from skipcost.bench.cases import Case, usual_values
-from skipcost.bench.devices import devices
 from skipcost.bench.gpu_memory import predict
 from skipcost.bench.liveness import timeline
+from skipcost.kernels.devices import devices
 from skipcost.unet_models import VARIANTS, ModelSpec
 
 

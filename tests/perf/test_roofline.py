@@ -8,8 +8,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from skipcost.bench.calibration import features
 from skipcost.bench.cases import CHOICES, Case
-from skipcost.bench.devices import device_named
 from skipcost.bench.roofline import bound
+from skipcost.kernels.devices import device_named
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 
 CASES = [
