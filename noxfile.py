@@ -25,6 +25,7 @@ RELAXED = (  # tests build values from tables, bad ones included, and look into 
     *(f"--disable-error-code={code}" for code in ("arg-type", "operator", "index", "union-attr", "redundant-cast")),
 )
 TRITONS = {"3.6.0": ("numpy==2.3.5",), "3.9.0": ()}  # Triton 3.6's interpreter fails on numpy 2.4
+FURTHER_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120")
 OTHER_COUNTERS = ("torchinfo==1.8.0", "thop==0.1.1.post2209072238", "ptflops==0.7.5")
 MONAI = ("monai==1.6.1",)
 PUBLIC_UNETS = (  # what `rewrite` is tried on; each beside torch, none installs another
@@ -176,7 +177,7 @@ def instructions(session: nox.Session) -> None:
 def resources(session: nox.Session) -> None:
     """Compile every kernel for further GPUs and gate what it needs; sm_90 and gfx942 are in every run of the tests."""
     _install(session)
-    targets = [option for name in ("sm_80", "sm_89", "sm_100") for option in ("--target", name)]
+    targets = [option for name in FURTHER_TARGETS for option in ("--target", name)]
     session.run(_tool("skipcost"), "kernels", "resources", *targets, *session.posargs, external=True)
 
 

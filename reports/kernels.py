@@ -11,6 +11,7 @@ from typing import Any
 
 from skipcost.kernels.baseline import stored_rows
 from skipcost.kernels.devices import device_named
+from skipcost.kernels.dispatch import CUDNN_SHARE, TRITON_SHARE
 from skipcost.kernels.explain import explain
 from skipcost.kernels.winners import published
 from skipcost.reports.data import Data
@@ -28,6 +29,8 @@ def kernels_context(_data: Data) -> dict[str, Any]:
         "card": device_named(CARD).name,
         "size": "x".join(map(str, SIZE)),
         "precision": PRECISION,
+        "cudnn_share": f"{CUDNN_SHARE:.0%}",
+        "triton_share": f"{TRITON_SHARE / CUDNN_SHARE:.0%}",
         "choices": _choices(),
         "resources": _resources(),
         "target": TARGET,
