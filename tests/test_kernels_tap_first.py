@@ -188,6 +188,7 @@ def _data(kind: str, dtype: torch.dtype, channels: int) -> tuple[Tensor, Tensor]
 FACTORS = {torch.float32: 3.0, torch.bfloat16: 1.25, torch.float16: 1.25}
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("kind", ["normal", "positive"])
 @pytest.mark.parametrize("channels", [4, 64, 256])
 @pytest.mark.parametrize("factor", [2, 8])
@@ -205,6 +206,7 @@ def test_error_is_not_much_more_than_the_references_own(
     assert error <= FACTORS[dtype] * (call.reference([x, weight]).double() - exact).norm()
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("dtype", FACTORS, ids=str)
 def test_gradients_of_all_types_are_as_good_as_the_references(dtype: torch.dtype) -> None:
     """Against float64 of the same data; their type is the tensors' own."""
