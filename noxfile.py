@@ -7,6 +7,7 @@ installed with constraints.txt, and by pip, which honours a local wheel folder t
 
 from __future__ import annotations
 
+import platform
 import shutil
 import sys
 from pathlib import Path
@@ -36,6 +37,10 @@ PUBLIC_UNETS = (  # what `rewrite` is tried on; each beside torch, none installs
     "unet-torch==0.0.2",
 )
 PARALLEL = ("-n", "2", "--dist", "loadfile")  # tests take one core; a file's fixtures are made once
+NARROW = (  # instruction sets that another machine may be without: ATen's own kernels, then oneDNN's
+    {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+)
 
 nox.options.default_venv_backend = "none"
 nox.options.sessions = ["sweep"]
@@ -108,6 +113,24 @@ def tests(session: nox.Session) -> None:
     """Run the tests; arguments go to pytest."""
     _install(session, "test")
     session.run(_tool("python"), "-m", "pytest", *(session.posargs or PARALLEL), external=True)
+
+
+@nox.session(tags=["check"])
+def isa(session: nox.Session) -> None:
+    """Run the tests marked `numeric` as on a CPU with AVX2, and as on one with SSE4.1 alone, whatever this one has.
+
+    Marked is what judges rounding by a bound where PyTorch's own CPU kernels compute: one test for each place where
+    these differ by instruction set. Those are the order of sums in fp32 and where a bias joins them, products of 16
+    bits with instructions and without, forwards and backwards, and whole networks of both. What is in float64, exact,
+    or computed by Triton's interpreter alone says the same everywhere, and would take ten times as long.
+    """
+    if platform.machine() not in {"x86_64", "AMD64"}:
+        session.skip(f"these instruction sets are those of x86-64, this is {platform.machine()}")
+    _install(session, "test")
+    marked = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.numeric" in path.read_text()]
+    for narrow in NARROW:
+        options = (*PARALLEL, "-m", "numeric", *(session.posargs or map(str, marked)))
+        session.run(_tool("python"), "-m", "pytest", *options, env=narrow, external=True)
 
 
 @nox.session(tags=["check"])

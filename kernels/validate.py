@@ -44,15 +44,17 @@ class Exact:
 def allowed(exact: Exact, dtype: torch.dtype, *, tf32: bool = False, roundings: int = 0) -> Tensor:
     """Return the absolute error, element by element, that a right kernel whose results are `dtype` may make.
 
-    tf32: the operands of products were cut to tf32. roundings: how many operands of each product the kernel itself
-    rounded to `dtype` beforehand, such as a weight that it composed.
+    tf32: the operands of products were cut to tf32. roundings: how often each product, or a sum that it is in, was
+    rounded to `dtype` on the way: operands that the kernel rounded itself, such as a weight that it composed, and
+    partial sums that it kept in 16 bits.
 
         1.01 * u_out * |value| + (3 * sqrt(terms) * u_acc + tau) * magnitude + smallest + slack
 
     The first part rounds the result, with 1 % for what is rounded being in error itself. In the second, K additions
     in any order err by at most K * u_acc * magnitude, but with errors of either sign this grows as sqrt(K), and 3
     times that is allowed; the hard limit could not tell tf32 from float32 at K = 8192. u_acc is the unit of float32,
-    of float64 for float64. tau is what the roundings of operands make of a product: these may all have one sign.
+    of float64 for float64. tau is what tf32 and `roundings` units of `dtype` make of each product: these may all have
+    one sign.
     `smallest` is the spacing of subnormal numbers.
     """
     accumulation = _accumulation(dtype)

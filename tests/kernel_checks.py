@@ -28,7 +28,18 @@ from skipcost.kernels.canaries import LAYOUTS as CANARY_LAYOUTS
 from skipcost.kernels.launch import interpreted
 from skipcost.kernels.validate import bits
 
-__all__ = ["LAYOUTS", "MARGIN", "amid", "assert_same", "bits", "far_apart", "map_sizes", "maps_amid_nan", "run_checks"]
+__all__ = [
+    "LAYOUTS",
+    "MARGIN",
+    "amid",
+    "assert_same",
+    "bits",
+    "far_apart",
+    "kept_in_16_bits",
+    "map_sizes",
+    "maps_amid_nan",
+    "run_checks",
+]
 
 LAYOUTS = tuple(CANARY_LAYOUTS)
 
@@ -83,6 +94,16 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
     """Compare shape, type and every bit."""
     assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
     assert torch.equal(bits(actual), bits(expected))
+
+
+def kept_in_16_bits(dtype: torch.dtype, parts: int) -> int:
+    """How often ATen rounds a sum on its way to a convolution's gradient of `dtype`, added up from `parts` on a CPU.
+
+    oneDNN adds up in fp32 and rounds once, in bf16 from AVX-512 on, in fp16 from its own instructions on. Without
+    them ATen multiplies matrices: each product adds up in fp32, but what is added to it is stored in the type: the
+    gradient of the weight image by image, that of the map tap by tap (unfold's adjoint). Roundings beside the last.
+    """
+    return parts - 1 if dtype.itemsize == 2 else 0
 
 
 def run_checks(file: Path, folder: Path) -> dict[str, list[str]]:

@@ -125,6 +125,7 @@ def _step(function: Any, dtype: torch.dtype, *, autocast: bool = False) -> list[
     return [out, *torch.autograd.grad(out.double().square().sum(), leaves), *list(state(layers).values())[:2]]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bf16 parameters"])
 def test_sixteen_bits_are_as_exact_as_pytorchs(autocast: bool) -> None:  # noqa: FBT001 - parametrised
     """Types are those of PyTorch, and no error against float64 is more than twice its own; statistics stay in fp32."""

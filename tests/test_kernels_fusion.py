@@ -262,6 +262,7 @@ def test_a_single_image_needs_no_batch() -> None:
     assert torch.equal(*outputs(fused, x), *outputs(model, x))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", ["padding", "valid", "resnet"])
 def test_autocast_computes_in_its_type(name: str) -> None:
     """The result has the original's type, and is no further from float64 than the rule says of 16 bits."""

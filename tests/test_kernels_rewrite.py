@@ -323,6 +323,7 @@ def test_results_are_laid_out_as_the_originals(layout: torch.memory_format) -> N
     assert model(x).stride() == faster(x).stride()
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", ["dividing", "nested", "unet3+"])
 @pytest.mark.parametrize("way", ["autocast", "bf16", "fp32"])
 def test_rounding_is_not_worse_than_the_originals(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,7 @@ def test_what_is_seen_of_a_map_is_the_reference_crop() -> None:
     assert seen_of((5, 4), 2, [(7, 12), (9, 5)]) == (1, 1, 7, 5)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sixteen_bits_are_rounded_twice_at_most(dtype: torch.dtype) -> None:
     """Each term is rounded, then their sum: at most twice the reference's own error against float64."""

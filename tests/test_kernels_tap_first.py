@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from skipcost.kernels import tap_blocks
+from skipcost.kernels import tap_blocks, validate
 from skipcost.kernels import tap_first as module
 from skipcost.kernels.tap_axis import BLOCK
 from skipcost.kernels.tap_first import tap_first
@@ -188,6 +188,7 @@ def _data(kind: str, dtype: torch.dtype, channels: int) -> tuple[Tensor, Tensor]
 FACTORS = {torch.float32: 3.0, torch.bfloat16: 1.25, torch.float16: 1.25}
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("kind", ["normal", "positive"])
 @pytest.mark.parametrize("channels", [4, 64, 256])
 @pytest.mark.parametrize("factor", [2, 8])
@@ -205,21 +206,24 @@ def test_error_is_not_much_more_than_the_references_own(
     assert error <= FACTORS[dtype] * (call.reference([x, weight]).double() - exact).norm()
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("dtype", FACTORS, ids=str)
-def test_gradients_of_all_types_are_as_good_as_the_references(dtype: torch.dtype) -> None:
-    """Against float64 of the same data; their type is the tensors' own."""
+def test_gradients_of_all_types_are_rounded_once(dtype: torch.dtype) -> None:
+    """Within the bound of sums in fp32, against float64 of the same data; their type is the tensors' own.
+
+    The direct form's own are no measure: in 16 bits they are up to 148 times that bound on a CPU with AVX2.
+    """
     call = problem((2, 16, 9, 8), 8)
     tensors = call.tensors(dtype)
-    grad = torch.randn_like(call.run(tensors))
-    exact_tensors = [each.detach().double().requires_grad_() for each in tensors]
-    exact = torch.autograd.grad(call.reference(exact_tensors), exact_tensors, grad.double())
-    direct = torch.autograd.grad(call.reference(tensors), tensors, grad)
+    result = call.run(tensors)
+    grad = torch.randn_like(result)
 
-    actual = torch.autograd.grad(call.run(tensors), tensors, grad)
+    actual = torch.autograd.grad(result, tensors, grad)
 
-    for mine, theirs, best in zip(actual, direct, exact, strict=True):
+    oracles = validate.gradients(lambda *given: call.reference(list(given)), tensors, grad)
+    for mine, exact in zip(actual, oracles, strict=True):
         assert mine.dtype == dtype
-        assert (mine.double() - best).norm() <= 3 * (theirs.double() - best).norm() + 1e-7 * best.norm()
+        assert validate.worst(mine, exact.value, validate.allowed(exact, dtype)) <= 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

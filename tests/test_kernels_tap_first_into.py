@@ -29,6 +29,7 @@ def _buffer(dtype: torch.dtype = torch.float32, layout: torch.memory_format = to
     return torch.randn(2, 9, 10, 40).to(dtype).contiguous(memory_format=layout)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)

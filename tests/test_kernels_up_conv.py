@@ -267,6 +267,7 @@ def test_fvcore_can_be_told_what_the_op_counts() -> None:
         assert ours.total() == plain.total() == (2 * 4 * 5) * (4 * 3 * 4)
 
 
+@pytest.mark.numeric
 def test_the_oracle_is_pytorchs_op() -> None:
     """What the kernel is judged by in the interpreter is what the reference computes."""
     x, weight, bias = (each.detach() for each in _inputs()[2:])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import example, given, settings
-from kernel_checks import run_checks
+from kernel_checks import kept_in_16_bits, run_checks
 from torch import Tensor
 from torch.nn import functional
 from up_conv_cases import Case, cases, no_tf32  # noqa: F401 - a fixture, named below
@@ -22,7 +22,7 @@ from skipcost.kernels import validate
 from skipcost.kernels.up_conv import up_conv_concat
 from skipcost.unet_models import REFERENCE
 
-pytestmark = pytest.mark.usefixtures("no_tf32")
+pytestmark = [pytest.mark.usefixtures("no_tf32"), pytest.mark.numeric]
 
 
 @pytest.mark.parametrize("beyond", [(), ((2, 1, 3),), ((2, 0, 1), (1, 3, 0))], ids=str)
@@ -41,7 +41,10 @@ def check_gradcheck_passes_in_float64(beyond: tuple[tuple[int, int, int], ...]) 
 @given(cases().filter(lambda case: case.batch > 0 and case.precision != "tf32"))
 @example(Case(2, (5, 3, 4), 3, "bf16", beyond=((3, 1, 0), (1, 2, 2))))
 def check_the_gradients_are_within_the_bound(case: Case) -> None:
-    """Any sizes, strides and types: the gradients are those of the reference in float64, to their own rounding."""
+    """Any sizes, strides and types: the gradients are those of the reference in float64, to their own rounding.
+
+    That of the weight, which is ATen's, to a rounding of each further image where a CPU adds images up in 16 bits.
+    """
     given = [each for each in (*case.maps(), *case.inputs()) if each is not None]
     leaves = [each.detach().requires_grad_() for each in given]
     count = len(case.beyond)
@@ -54,10 +57,10 @@ def check_the_gradients_are_within_the_bound(case: Case) -> None:
     result = up_conv_concat(leaves[:count], *leaves[count:])
     grad = torch.randn(result.shape).to(result.dtype)
 
-    for actual, exact in zip(
-        torch.autograd.grad(result, leaves, grad), validate.gradients(reference, given, grad), strict=True
-    ):
-        assert validate.worst(actual, exact.value, validate.allowed(exact, actual.dtype)) <= 1
+    grads = torch.autograd.grad(result, leaves, grad)
+    for index, (actual, exact) in enumerate(zip(grads, validate.gradients(reference, given, grad), strict=True)):
+        roundings = kept_in_16_bits(case.dtype, case.batch) if index == count + 1 else 0
+        assert validate.worst(actual, exact.value, validate.allowed(exact, actual.dtype, roundings=roundings)) <= 1
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own, torch 2.15

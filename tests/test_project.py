@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
+import platform
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -48,13 +51,35 @@ def test_ci_runs_the_readmes_test_command() -> None:
 
 @pytest.mark.sources
 def test_every_check_is_behind_the_test_command() -> None:
-    """Lint, types, tests, the exact gate and package all carry the tag that the command asks for."""
+    """Lint, types, tests, tests of other instruction sets, gate and package carry the tag that the command asks for."""
     listed = subprocess.run(
         [sys.executable, "-m", "nox", "-l", "-t", "check"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
 
     chosen = re.findall(r"^\* (\w+) \[check\] -> \S", listed, re.MULTILINE)
-    assert chosen == ["lint", "types", "tests", "gate", "package"]
+    assert chosen == ["lint", "types", "tests", "isa", "gate", "package"]
+
+
+@pytest.mark.sources
+@pytest.mark.skipif(platform.machine() not in {"x86_64", "AMD64"}, reason="instruction sets of x86-64")
+def test_narrower_instruction_sets_reach_torch_and_onednn() -> None:
+    """In a process with the settings of `isa`, ATen names the set, and oneDNN's convolution is the one for it."""
+    program = (
+        "import torch; print(torch.backends.cpu.get_cpu_capability());"
+        "torch.conv2d(torch.ones(2, 8, 64, 64), torch.ones(8, 8, 3, 3))"  # too large for ATen's own
+    )
+    found = []
+    for narrow in runpy.run_path(str(ROOT / "noxfile.py"))["NARROW"]:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, **narrow, "ONEDNN_VERBOSE": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found.append((done.stdout.split()[0], *re.findall(r",convolution,(\S+?),", done.stdout)))
+
+    assert found == [("AVX2", "jit:avx2"), ("DEFAULT", "jit:sse41")]
 
 
 @pytest.mark.sources
