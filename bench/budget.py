@@ -1,42 +1,53 @@
 """What any module costs against absolute budgets: exact metrics, no baseline, no case. `pytest_plugin` is its front.
 
-Everything is counted on a copy of the module without data (on the meta device) where it can run there, else in a run
-on the tensors given. Leaves out time: no budget in milliseconds holds on two machines.
+Everything is counted, by `tracing`, on a copy of the module without data (on the meta device) where it can run there,
+else in a run on the tensors given. Leaves out time: no budget in milliseconds holds on two machines.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
 from skipcost.bench import figures
 from skipcost.bench.cases import CHOICES
+from skipcost.bench.custom import UnsupportedError
 from skipcost.bench.memory import trace_peaks
+from skipcost.bench.modules import (
+    as_written,
+    count_elements,
+    described,
+    packed_note,
+    require_tensors,
+    settle,
+    stand_in,
+    tensors_of,
+)
+from skipcost.bench.tracing import count_forward, layer_names
 from skipcost.bench.units import parse_bytes, parse_count
 from skipcost.unet_models.spec import suggest
 
 UNITS = {"params": "count", "conv_macs": "macs", "activations": "count", "peak_bytes": "bytes"}
-CONVOLUTION = torch.ops.aten.convolution
-FLOPS_OF_A_MAC = 2  # as FlopCounterMode counts
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
     """What one step costs: totals by the keys of UNITS, and each one's share by layer, where it can be split.
 
-    Layers are leaf modules by their names. peak_bytes is split into what each layer returns, which is not all of it.
+    Layers are modules by their names, for what runs in them: what a module runs beside its layers stands under its own.
+    peak_bytes is split into what each leaf returns, which is not all of it. `remarks` say what is to be known of a
+    total; `unknown` says which convolutions are not in conv_macs, which is then held to no budget.
     """
 
     totals: dict[str, int]
     layers: dict[str, dict[str, int]]
+    remarks: dict[str, str] = field(default_factory=dict)
+    unknown: str = ""
 
 
 def cost_of(model: nn.Module, inputs: Sequence[Any], mode: str = "inference") -> Cost:
@@ -44,41 +55,63 @@ def cost_of(model: nn.Module, inputs: Sequence[Any], mode: str = "inference") ->
 
     params: elements of all parameters. conv_macs: multiply-adds of all convolutions, for the whole batch. activations:
     elements of all convolutions' outputs. peak_bytes: most bytes of live tensors, parameters, buffers, gradients and
-    inputs included, the optimizer's state not. The model is left as it was. ValueError for an unknown mode.
+    inputs included, the optimizer's state not. The model is left as it was; of one that is compiled, what was written
+    is counted. ValueError for an unknown mode and for a model that returns no tensor.
     """
     if mode not in CHOICES["mode"]:
         raise ValueError(suggest("mode", mode, CHOICES["mode"]))
+    model = getattr(model, "_orig_mod", model)
     try:
-        return _count(copy.deepcopy(model).to("meta"), tree_map(_without_data, list(inputs)), mode)
+        with stand_in(model, data=False) as network:
+            return _count(network, tree_map(_without_data, list(inputs)), mode)
+    except UnsupportedError:
+        raise
     except Exception:  # noqa: BLE001 - what a model may do to need data is without end; then it gets it
-        return _count(copy.deepcopy(model), list(inputs), mode)
+        with stand_in(model, data=True) as network:
+            return _count(network, tree_map(_own_data, list(inputs)), mode)
 
 
 def _without_data(value: Any) -> Any:
     return value.to("meta") if isinstance(value, Tensor) else value
 
 
+def _own_data(value: Any) -> Any:
+    return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+
 def _count(model: nn.Module, inputs: list[Any], mode: str) -> Cost:
-    model.train(mode == "training")
-    layers: dict[str, dict[str, int]] = {name: {} for name in UNITS}
-    for name, module in model.named_modules():
-        if own := sum(each.numel() for each in module.parameters(recurse=False)):
-            layers["params"][name or type(module).__name__] = own
-    with torch.no_grad(), _outputs(model, layers), FlopCounterMode(display=False) as flops:
-        model(*inputs)
-    counts = flops.get_flop_counts()
-    for name, operators in counts.items():
-        layer = name.partition(".")[2]
-        if layer in layers["peak_bytes"] and CONVOLUTION in operators:
-            layers["conv_macs"][layer] = operators[CONVOLUTION] // FLOPS_OF_A_MAC
-    present = [*model.parameters(), *model.buffers(), *(each for each in tree_iter(inputs) if isinstance(each, Tensor))]
+    with as_written():
+        settle(model, inputs).train(mode == "training")
+        count = count_forward(model, lambda: require_tensors(model(*inputs)))
+        tensors = [each for each in tree_iter(inputs) if isinstance(each, Tensor)]
+        present = [*model.parameters(), *model.buffers(), *tensors]
+        peak = trace_peaks(_step(model, inputs, mode), present, 1)[0]
+    params = count_elements(model)
     totals = {
-        "params": sum(each.numel() for each in model.parameters()),
-        "conv_macs": counts["Global"].get(CONVOLUTION, 0) // FLOPS_OF_A_MAC,
-        "activations": sum(layers["activations"].values()),
-        "peak_bytes": trace_peaks(_step(model, inputs, mode), present, 1)[0],
+        "params": params,
+        "conv_macs": count.conv_macs.total(),
+        "activations": count.activations.total(),
+        "peak_bytes": peak,
     }
-    return Cost(totals, layers)
+    split = {
+        "params": _params_by_layer(model),
+        "conv_macs": count.conv_macs,
+        "activations": count.activations,
+        "peak_bytes": count.returned,
+    }
+    remarks = {"params": "; ".join(filter(None, (count.idle_note(params), packed_note(model))))}
+    return Cost(totals, {name: dict(layers) for name, layers in split.items()}, remarks, count.unknown_note())
+
+
+def _params_by_layer(model: nn.Module) -> dict[str, int]:
+    """Elements that each layer owns; those that layers share belong to the first."""
+    names, known, layers = layer_names(model), set(), dict[str, int]()
+    for module in model.modules():
+        own = {id(each): each.numel() for each in module.parameters(recurse=False) if id(each) not in known}
+        known |= set(own)
+        if own:
+            layers[names[id(module)]] = layers.get(names[id(module)], 0) + sum(own.values())
+    return layers
 
 
 def _step(model: nn.Module, inputs: list[Any], mode: str) -> Callable[[], object]:
@@ -87,38 +120,20 @@ def _step(model: nn.Module, inputs: list[Any], mode: str) -> Callable[[], object
             return model(*inputs)
 
     def training() -> None:
-        outputs = [each for each in tree_iter(model(*inputs)) if isinstance(each, Tensor) and each.requires_grad]
-        torch.stack([each.float().sum() for each in outputs]).sum().backward()
+        _sum_of(model(*inputs)).backward()
 
     return training if mode == "training" else inference
 
 
-@contextmanager
-def _outputs(model: nn.Module, layers: dict[str, dict[str, int]]) -> Iterator[None]:
-    """Note what every leaf module returns: bytes, and elements where it is a convolution; more than once adds up."""
-    handles = []
-
-    def watch(name: str, *, convolution: bool) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
-            tensors = [each for each in tree_iter(output) if isinstance(each, Tensor)]
-            for metric, sizes in (
-                ("peak_bytes", [t.nbytes for t in tensors]),
-                ("activations", [t.numel() for t in tensors]),
-            ):
-                if metric == "peak_bytes" or convolution:
-                    layers[metric][name] = layers[metric].get(name, 0) + sum(sizes)
-
-        return hook
-
-    for name, module in model.named_modules():
-        if not list(module.children()):
-            convolution = isinstance(module, nn.modules.conv._ConvNd)  # noqa: SLF001 - the base of all convolutions
-            handles.append(module.register_forward_hook(watch(name, convolution=convolution)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _sum_of(output: Any) -> Tensor:
+    """The sum of everything in an output that has a gradient; UnsupportedError where nothing has."""
+    outputs = [each for each in tensors_of(output) if each.requires_grad]
+    if not outputs:
+        message = f"the model returned {described(output)}, no part of which has a gradient: count mode='inference'"
+        raise UnsupportedError(message)
+    return torch.stack(
+        [(torch.view_as_real(each) if each.is_complex() else each).float().sum() for each in outputs]
+    ).sum()
 
 
 def read_budget(metric: str, value: object) -> int:
@@ -136,6 +151,8 @@ def passed(cost: Cost, budgets: dict[str, int], model: str) -> list[str]:
     sentences = []
     for metric, budget in budgets.items():
         total, unit = cost.totals[metric], UNITS[metric]
+        if metric == "conv_macs" and cost.unknown:
+            sentences.append(f"{model} cannot be held to conv_macs={budget:,}: {cost.unknown}")
         if total <= budget:
             continue
         share = f"{total / budget - 1:.1%} over" if budget else "over"
@@ -147,5 +164,7 @@ def passed(cost: Cost, budgets: dict[str, int], model: str) -> list[str]:
             name, most = max(split.items(), key=lambda item: item[1])
             verb = "returns most" if metric == "peak_bytes" else "costs most"
             sentence += f"; {name} {verb}, {most:,} ({figures.text(most, unit)})"
+        if remark := cost.remarks.get(metric):
+            sentence += f"; {remark}"
         sentences.append(sentence)
     return sentences

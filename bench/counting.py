@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from skipcost.bench.cases import Case
 from skipcost.bench.memory import trace_peaks
+from skipcost.bench.modules import as_written, compiled_note, parameter_bytes
 from skipcost.bench.records import Result
 from skipcost.bench.subject import Subject, make_subject
 from skipcost.bench.tracing import trace
@@ -43,7 +43,7 @@ def fvcore_count(case: Case) -> Result:
         case, batch=1, precision="fp32", backend="eager", mode="inference", layout="contiguous", device="cpu"
     )
     subject = make_subject(plain, "cpu")
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), as_written(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer's remarks about sizes that become constants
         analysis = count(subject.network, subject.tensors[-1])
         for name, handle in HANDLES.items():
@@ -66,7 +66,8 @@ def predicted_peaks(case: Case) -> tuple[int, int, dict[str, Any]]:
     steps = 2 if case.mode == "training" or case.backend == "rewritten" else 1
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # kept weights look
-        (peaks, weights), note = trace(case, lambda subject: (_peaks(subject, steps), _weight_bytes(subject.network)))
+        (peaks, weights, compiled), note = trace(case, lambda subject: _traced(subject, steps))
+    note = "; ".join(filter(None, (note, compiled)))
     return peaks[0], peaks[-1], {"parameter_bytes": weights} | ({"note": note} if note else {})
 
 
@@ -86,9 +87,7 @@ def traced_peaks(case: Case) -> list[Result]:
     ]
 
 
-def _peaks(subject: Subject, steps: int) -> list[int]:
-    return trace_peaks(subject.step, subject.tensors, steps)
-
-
-def _weight_bytes(network: nn.Module) -> int:
-    return sum(each.numel() * each.element_size() for each in network.parameters())
+def _traced(subject: Subject, steps: int) -> tuple[list[int], int, str]:
+    """Peaks of so many steps, bytes of the parameters, and what is to be said where a model is compiled."""
+    peaks = trace_peaks(subject.step, subject.tensors, steps)
+    return peaks, parameter_bytes(subject.network), compiled_note(subject.network)

@@ -189,7 +189,9 @@ def make(factory: Factory, device: str) -> tuple[nn.Module, str]:
             "name a function or a class that returns the model"
         )
         raise UnsupportedError(message)
-    return network.to(device), said.getvalue()
+    from skipcost.bench.modules import without_data  # noqa: PLC0415 - imports torch, and this module
+
+    return (without_data(network) if device == "meta" else network.to(device)), said.getvalue()
 
 
 def _printed(text: str) -> str:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from skipcost.bench.cases import Case
+from skipcost.bench.modules import compiled_note
 from skipcost.bench.records import Result
 from skipcost.bench.tracing import trace
 from skipcost.bench.watching import Watching
@@ -15,7 +16,10 @@ STEPS = {"inference": 1, "training": 2}  # the first training step makes the opt
 
 def count_operators(case: Case) -> Result:
     """Run steps without data and count the operators of the last one."""
-    counts, note = trace(case, lambda subject: _count(subject.step, STEPS[case.mode]))
+    (counts, compiled), note = trace(
+        case, lambda subject: (_count(subject.step, STEPS[case.mode]), compiled_note(subject.network))
+    )
+    note = "; ".join(filter(None, (note, compiled)))
     by_operator = dict(sorted(counts.items()))
     return Result("operators", samples=(counts.total(),), note=note, detail={"by_operator": by_operator})
 

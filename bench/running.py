@@ -27,7 +27,8 @@ def latency(case: Case, budget: Budget) -> Result:
     throttled = throttle_reason() if case.device == "cuda" else ""
     if throttled:
         return Result("latency_s", "throttled", tuple(samples.seconds), throttled, detail)
-    return Result("latency_s", samples=tuple(samples.seconds), note=samples.note(budget), detail=detail)
+    note = "; ".join(filter(None, (samples.note(budget), subject.note)))
+    return Result("latency_s", samples=tuple(samples.seconds), note=note, detail=detail)
 
 
 def compile_time(case: Case) -> Result:
@@ -64,7 +65,7 @@ def gpu_memory(case: Case, names: Callable[[str, bool], str]) -> list[Result]:
         detail = {text: stats[key] for key, text in CUDA_EXTRA.items() if stats.get(key)}
         for figure in ("requested", "allocated", "reserved"):
             peak = stats[f"{figure}_bytes.all.peak"]
-            results.append(Result(names(figure, first), samples=(peak,), detail=detail))
+            results.append(Result(names(figure, first), samples=(peak,), note=subject.note, detail=detail))
         held, why_not = process_bytes()
         name = names("process", first)
         results.append(Result(name, "unsupported", note=why_not) if why_not else Result(name, samples=(held,)))

@@ -10,28 +10,41 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
 from skipcost.bench.cases import Case
 from skipcost.bench.custom import Factory, UnsupportedError, make
+from skipcost.bench.modules import as_written, described, is_lazy_in, replace_tensors, require_tensors, settle
 from skipcost.kernels import BACKENDS
 from skipcost.kernels.precision import allow_tf32
 from skipcost.kernels.rewritten import RewrittenOps
 from skipcost.unet_models import build
 
 SEED = 0
+MAP_DIMENSIONS = 4  # (N, C, H, W)
 AUTOCAST = {"amp-bf16": torch.bfloat16, "amp-fp16": torch.float16}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+CAST = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+)  # what a precision concerns: not complex, not 8 bits
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The network of a case on a device, what it reads, its forward pass alone, and the call that is measured."""
+    """The network of a case on a device, what it reads, its forward pass alone, and the call that is measured.
+
+    `note` says where a factory's weights had another type than the case's precision asks for.
+    """
 
     network: nn.Module
     tensors: tuple[Tensor, ...]
     forward: Callable[[], object]
     step: Callable[[], object]
+    note: str = ""
 
 
 Score = Callable[[Any], Tensor]  # from what a network returns to its loss
@@ -46,23 +59,82 @@ def make_subject(case: Case, device: str, *, traced: bool = False) -> Subject:
     dtype = DTYPES.get(case.precision, torch.float32)
     with torch.device(device):
         network = (
-            make(case.spec, device)[0]
+            _own_network(case, case.spec, device)
             if isinstance(case.spec, Factory)
             else build(case.spec, RewrittenOps(case.device).ops() if rewritten else backend.ops(), case.outputs)
         )
-        if not (traced and case.precision in AUTOCAST):  # fake tensors cannot be converted in place; bytes stay equal
-            network = network.to(dtype=dtype, memory_format=layout)  # type: ignore[call-overload]  # not in torch's stub
+        note = _cast(network, case, dtype, layout)
         network.train(case.mode == "training")
         image = torch.randn(case.batch, case.spec.in_channels, case.height, case.width, dtype=dtype)
         image = image.contiguous(memory_format=layout)
         targets, score = _lesson(case)
     present = [*network.parameters(), *network.buffers(), image]
     runnable = backend.wrap(network)
-    forward = partial(_forward, case, runnable, image, device)
+    forward = _looked_at(case, partial(_forward, case, runnable, image, device), note)
     if case.mode == "inference":
-        return Subject(network, tuple(present), forward, _inference(case, runnable, image, device))
+        step = _looked_at(case, _inference(case, runnable, image, device), note)
+        return Subject(network, tuple(present), forward, step, note)
     step = _training(case, runnable, (image, score), device, traced=traced)
-    return Subject(network, (*present, *targets), forward, step)
+    return Subject(network, (*present, *targets), forward, step, note)
+
+
+def _own_network(case: Case, factory: Factory, device: str) -> nn.Module:
+    """Make a user's own model; layers that take their sizes from an image have seen one, on the CPU or without data."""
+    network, _ = make(factory, device)
+    if not is_lazy_in(network):
+        return network
+    where = "meta" if device == "meta" else "cpu"  # a GPU's first step stays the first
+    with torch.device(where), as_written():
+        network = make(factory, where)[0]
+        dtype = next(network.parameters()).dtype
+        settle(network, [torch.randn(case.batch, factory.in_channels, case.height, case.width, dtype=dtype)])
+    return network.to(device)
+
+
+def _cast(network: nn.Module, case: Case, dtype: torch.dtype, layout: torch.memory_format) -> str:
+    """Give weights and buffers the case's type and layout, in place; say where a factory had chosen another type.
+
+    Whole numbers, complex numbers and what has 8 bits or fewer keep their type.
+    """
+    found = {each.dtype for each in (*network.parameters(), *network.buffers()) if each.dtype in CAST}
+
+    def typed(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype=dtype if tensor.dtype in CAST else tensor.dtype)
+
+    def cast(tensor: Tensor) -> Tensor:
+        map_like = tensor.layout is torch.strided and tensor.dim() == MAP_DIMENSIONS
+        return typed(tensor).to(memory_format=layout) if map_like else typed(tensor)
+
+    if not any(isinstance(each, FakeTensor) for each in network.parameters()):
+        network._apply(cast)  # noqa: SLF001 - Module.to makes real numbers of complex ones
+    elif found - {dtype}:  # they cannot be converted in place; in another layout they have as many bytes
+        replace_tensors(network, typed)
+    if case.factory is None or not (others := found - {torch.float32, dtype}):
+        return ""
+    was, now = ", ".join(sorted(str(each).removeprefix("torch.") for each in others)), str(dtype).removeprefix("torch.")
+    return f"the factory's weights are {was}: made {now}, as precision={case.precision} says"
+
+
+def _looked_at(case: Case, call: Callable[[], object], note: str) -> Callable[[], object]:
+    """The call, of which a user's own model must return a tensor the first time; `note` goes with what it raises."""
+    if case.factory is None:
+        return call
+    known = False
+
+    def looked_at() -> object:
+        nonlocal known
+        try:
+            output = call()
+        except Exception as error:
+            if note:
+                error.add_note(note)
+            raise
+        if not known:
+            require_tensors(output)
+            known = True
+        return output
+
+    return looked_at
 
 
 def _lesson(case: Case) -> tuple[tuple[Tensor, ...], Score]:
@@ -96,8 +168,9 @@ def _output_sizes(case: Case, factory: Factory) -> list[tuple[int, int]]:
 
 
 def _sizes_on(case: Case, factory: Factory, device: str) -> list[tuple[int, int]]:
-    with torch.no_grad(), torch.device(device):
-        network = make(factory, device)[0].train()
+    with torch.no_grad(), torch.device(device), as_written():
+        network = _own_network(case, factory, device).train()
+        _cast(network, case, torch.float32, torch.contiguous_format)
         output = network(torch.randn(case.batch, factory.in_channels, case.height, case.width))
     return [(each.shape[2], each.shape[3]) for each in maps_of(output, factory.classes)]
 
@@ -107,11 +180,12 @@ def maps_of(output: Any, classes: int) -> list[Tensor]:
 
     UnsupportedError for any other form and for maps that have not as many channels as there are classes.
     """
+    require_tensors(output)
     maps = list(output) if isinstance(output, list | tuple) else [output]
-    if not maps or not all(isinstance(each, Tensor) and each.ndim == 4 for each in maps):  # noqa: PLR2004 - (N, C, H, W)
+    if not maps or not all(isinstance(each, Tensor) and each.ndim == MAP_DIMENSIONS for each in maps):
         message = (
             f"the loss understands a tensor (N, classes, H, W), or a list or tuple of them, but the model returns "
-            f"{_described(output)}: give a factory whose model returns the maps of logits alone, or measure inference"
+            f"{described(output)}: give a factory whose model returns the maps of logits alone, or measure inference"
         )
         raise UnsupportedError(message)
     found = sorted({each.shape[1] for each in maps} - {classes})
@@ -122,17 +196,6 @@ def maps_of(output: Any, classes: int) -> list[Tensor]:
         )
         raise UnsupportedError(message)
     return maps
-
-
-def _described(output: Any) -> str:
-    """The form of an output, in words."""
-    if isinstance(output, Tensor):
-        return f"a tensor of shape {tuple(output.shape)}"
-    if isinstance(output, dict):
-        return f"a dict with {', '.join(map(repr, output))}"
-    if isinstance(output, list | tuple):
-        return f"a {type(output).__name__} of {', '.join(_described(each) for each in output) or 'nothing'}"
-    return f"{type(output).__name__!r}"
 
 
 @contextlib.contextmanager
@@ -165,6 +228,9 @@ def _training(
 ) -> Callable[[], object]:
     """Forward, loss, backward, optimizer step; gradients are dropped before the next step, PyTorch's default."""
     image, score = pair
+    if not any(True for _ in network.parameters()):
+        message = "the model has no parameters, so there is nothing to train: measure mode=inference"
+        raise UnsupportedError(message)
     foreach = case.device == "cuda"  # what PyTorch itself picks; single-tensor optimizers elsewhere
     if case.optimizer == "adamw":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(network.parameters(), foreach=foreach)
