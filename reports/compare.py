@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Self
 
 import pandas as pd
@@ -50,8 +51,8 @@ class Spread:
 class Matched:
     """A cost of two or more alternatives, in the cells where each of them has a number without a doubt.
 
-    `table` has a row per cell and a column per alternative, in base units; `left_out` are alternatives that have
-    numbers but too few in common with the others; `where` is the device and the backend of all of them.
+    `table` has a row per cell and a column per alternative, in base units; `left_out` are alternatives that were
+    asked for and have too few numbers in common with the others; `where` is the device and the backend of all of them.
     """
 
     cost: Cost
@@ -86,25 +87,23 @@ class Matched:
 def matched(
     data: Data, cost: Cost, axis: str, names: Sequence[str], needed: str, *, least: int = LEAST, **fixed: str
 ) -> Matched | None:
-    """A cost of those of `names` along `axis` that have `least` cells in common, `needed` among them; None for fewer.
+    """A cost of as many of `names` along `axis` as have `least` cells in common, `needed` among them; None for fewer.
 
-    The cells are those of the cost's main setting, without doubts and failures. Where all names have too few in common,
-    the one is left out without which the others have most.
+    The cells are those of the cost's main setting, without doubts and failures. Of several sets of as many
+    alternatives, it is the one with most cells, then the first in the order of `names`.
     """
-    cells = data.cells(cost.mode, sound=True).dropna(subset=[cost.metric])
+    cells = data.cells(cost.mode, sound=True)
     for name, value in fixed.items():
         cells = cells[cells[name] == value]
+    asked, cells = set(cells[axis]), cells.dropna(subset=[cost.metric])
     rest = [name for name in AXES if name != axis]
     table = cells.pivot(index=rest, columns=axis, values=cost.metric)  # noqa: PD010 - two of one cell are no average
-    present = [name for name in names if name in table.columns]
-    kept = [name for name in present if name == needed or table[name].notna().sum() >= least]
-    while needed in kept and len(kept) > 1:
-        common = table[kept].dropna()
+    others = [name for name in names if name in table.columns and name != needed]
+    for count in range(len(others) if needed in table.columns else 0, 0, -1):
+        common = max((table[[needed, *some]].dropna() for some in combinations(others, count)), key=len)
         if len(common) >= least:
-            left_out = tuple(name for name in present if name not in kept)
+            left_out = tuple(name for name in names if name in asked and name not in common.columns)
             return Matched(cost, common, where_of(cells), left_out)
-        without = {name: len(table[[other for other in kept if other != name]].dropna()) for name in kept}
-        kept.remove(max((name for name in reversed(kept) if name != needed), key=without.__getitem__))
     return None
 
 
