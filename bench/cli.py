@@ -38,7 +38,7 @@ from skipcost.bench.driver import sweep as run_sweep
 from skipcost.bench.environment import cpus
 from skipcost.bench.errors import BenchError
 from skipcost.bench.plan import Plan, PlannedCase, load_plan
-from skipcost.bench.preview import preview, print_preview
+from skipcost.bench.preview import preview, print_preview, slow_precisions
 from skipcost.bench.records import Result
 from skipcost.bench.store import create_store, open_store
 from skipcost.bench.units import parse_size
@@ -116,7 +116,10 @@ def sweep(
         create_store(path := store or Path("results") / f"{planned.name}.sqlite") as opened,
         progress_bar() as progress,
     ):
-        bar = progress.add_task("", total=len(pending(planned, opened, server.environment["fingerprint"])))
+        todo = pending(planned, opened, server.environment["fingerprint"])
+        for said in slow_precisions(todo):
+            ERR.print(said, soft_wrap=True, highlight=False)
+        bar = progress.add_task("", total=len(todo))
 
         def tell(case: PlannedCase, results: list[Result]) -> None:
             for result in results:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from skipcost.bench import figures
 from skipcost.bench.errors import BenchError
-from skipcost.bench.probe import probed_cpu
+from skipcost.bench.probe import known_cpu, probed_cpu, slow_words
 from skipcost.kernels.devices import device_named
 
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
@@ -68,6 +68,8 @@ def _doubts(environment: dict[str, Any]) -> list[str]:
         doubts.append(
             f"the load is {load:.1f} on {environment['cpus']} CPUs: something else is running; stop it, or expect noise"
         )
+    cpu = known_cpu(environment["cpus"])  # probed for its limits
+    doubts += filter(None, (slow_words(cpu, operands) for operands in ("bf16", "fp16"))) if cpu else ()
     if GOVERNOR.exists() and GOVERNOR.read_text().strip() != "performance":
         doubts.append(
             f"the CPU's clock follows its load (governor {GOVERNOR.read_text().strip()}); set it to performance"

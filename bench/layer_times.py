@@ -22,7 +22,7 @@ from skipcost.bench.cases import Case
 from skipcost.bench.passes import passes
 from skipcost.bench.records import Result
 from skipcost.bench.subject import make_subject
-from skipcost.kernels.timing import Budget, sample
+from skipcost.kernels.timing import Budget, preempted, sample, waited
 
 MAP_DIMENSIONS = 4  # (N, C, H, W): what a pass is about; scores and masks of one value an image are not
 NOTHING_AT_INFERENCE = ("aten::dropout",)
@@ -107,4 +107,5 @@ def layer_times(case: Case, budget: Budget) -> Result:
         return Result("layers_s", "unsupported", note=note)
     medians = [statistics.median(times) for times in zip(*kept, strict=True)]
     layers = {each.name: seconds for each, seconds in zip(expected, medians, strict=True)}
-    return Result("layers_s", samples=tuple(samples.seconds), detail={"layers": layers})
+    note = waited(samples, short) or preempted(samples, short)
+    return Result("layers_s", samples=tuple(samples.seconds), note=note, detail={"layers": layers})

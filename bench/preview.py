@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,8 +14,11 @@ from rich.table import Table
 
 from skipcost.bench import figures
 from skipcost.bench.driver import Server, request_for
+from skipcost.bench.errors import MachineError
 from skipcost.bench.liveness import peak_bytes, why_not
+from skipcost.bench.metrics import METRICS
 from skipcost.bench.plan import Plan, PlannedCase
+from skipcost.bench.probe import probed_cpu, slow_words
 from skipcost.bench.tables import value_of
 from skipcost.bench.worker import refusal_of
 from skipcost.unet_models.geometry import size_note
@@ -36,9 +41,29 @@ def preview(plan: Plan, todo: list[PlannedCase], server: Server, tell: Callable[
         "planned": len(plan.cases),
         "cases": cases,
         "left_out": plan.left_out,
+        "slow": slow_precisions(todo),
         "memory_limit_bytes": limit,
         "time_s": len(todo) * OVERHEAD_S + timed * plan.budget.seconds * 1.5,
     }
+
+
+def slow_precisions(todo: list[PlannedCase]) -> list[str]:
+    """A sentence for every precision that would be timed on a CPU without instructions for it; probes such a CPU.
+
+    Where the probe fails, nothing is said: the case's rows will have the reason.
+    """
+    counts: Counter[tuple[int, str]] = Counter()
+    for planned in todo:
+        case, timed = planned.case, any(METRICS[name].unit == "seconds" for name in planned.metrics)
+        if case.device == "cpu" and timed and case.precision.removeprefix("amp-") in ("bf16", "fp16"):
+            counts[case.threads, case.precision] += 1
+    sentences = []
+    for (threads, precision), count in counts.items():
+        with contextlib.suppress(MachineError):
+            if said := slow_words(probed_cpu(threads), precision):
+                cases = "1 case" if count == 1 else f"{count} cases"
+                sentences.append(f"{cases} with precision={precision}: {said}")
+    return sentences
 
 
 def _memory_of(plan: Plan, environment: dict[str, Any]) -> int | None:
@@ -89,6 +114,8 @@ def print_preview(facts: dict[str, Any], console: Console) -> None:
         remarks += [f"also {', '.join(case['aliases'])}"] if case["aliases"] else []
         table.add_row(escape(case["name"]), figures.text(case["predicted_bytes"], "bytes"), escape("; ".join(remarks)))
     console.print(table)
+    for said in facts["slow"]:
+        console.print(said, highlight=False)
     for text, reason in facts["left_out"].items():
         console.print(f"left out: {text}: {reason}", highlight=False)
     tight = sum(case["will_not_fit"] for case in facts["cases"])

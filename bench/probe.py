@@ -26,6 +26,7 @@ SMALL_SIDE = 256  # of those that tell whether the large ones would take too lon
 SLOW = 1 / 16  # of fp32's rate: without instructions for them, 16-bit products can be 86 times slower
 BUDGET = Budget(seconds=0.15, noise=0.02, least=10, warmup_seconds=0.3)
 TIME_LIMIT_S = 120.0
+_known: dict[int, Device] = {}  # what was probed in this process, and in the one that it was forked from, by threads
 
 
 def probe(threads: int) -> dict[str, Any]:
@@ -73,13 +74,29 @@ def probed_cpu(threads: int) -> Device:
     figures = json.loads(done.stdout)
     load = os.getloadavg()[0]
     what = f"measured by a probe on {threads} thread{'s' if threads > 1 else ''}, the load was {load:.1f}"
-    return Device(
+    _known[threads] = Device(
         name=f"{cpu_name()}, {threads} thread{'s' if threads > 1 else ''}",
         architecture="cpu",
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         sources=dict.fromkeys(FIGURES, what) | {"memory_bytes": "the operating system"},
         **figures,
     )
+    return _known[threads]
+
+
+def known_cpu(threads: int) -> Device | None:
+    """The same where it was probed already; nothing is measured."""
+    return _known.get(threads)
+
+
+def slow_words(device: Device, precision: str) -> str:
+    """Say how far below fp32 a CPU's products are that has no instructions for this precision's; empty elsewhere."""
+    operands = precision.removeprefix("amp-")
+    rate = device.flop_per_s.get(operands, device.flop_per_s["fp32"])
+    if device.architecture != "cpu" or rate >= SLOW * device.flop_per_s["fp32"]:
+        return ""
+    ratio = device.flop_per_s["fp32"] / rate
+    return f"slow: the CPU has no instructions for {operands}, whose products take {ratio:.0f} times as long as fp32's"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from skipcost.bench.cases import Case
 from skipcost.bench.errors import BenchError
 from skipcost.bench.gpu import describe_gpus
 from skipcost.bench.passes import passes
-from skipcost.bench.probe import probed_cpu
+from skipcost.bench.probe import known_cpu, probed_cpu
 from skipcost.bench.records import Result
 from skipcost.kernels.devices import Device, device_named
 
@@ -85,6 +85,16 @@ def device_of(case: Case) -> Device:
         message = "no NVIDIA driver answers (nvidia-ml-py asks it), so the GPU's name is not known"
         raise BenchError(message)
     return device_named(gpus[0]["name"])
+
+
+def known_device(case: Case) -> Device | None:
+    """The same without a probe: None where nobody probed this CPU yet, or the table does not know the GPU."""
+    if case.device == "cpu":
+        return known_cpu(case.threads)
+    try:
+        return device_of(case)
+    except BenchError:
+        return None
 
 
 def reference_line(case: Case) -> Result:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 
 import torch
 
 from skipcost.bench.cases import Case
+from skipcost.bench.doubts import Timing, machine
 from skipcost.bench.gpu import process_bytes, throttle_reason
 from skipcost.bench.records import Result
+from skipcost.bench.roofline import known_device
 from skipcost.bench.subject import make_subject
 from skipcost.kernels.running import cuda_clock
 from skipcost.kernels.timing import Budget, Clock, cpu_clock, sample
@@ -22,12 +23,14 @@ def latency(case: Case, budget: Budget) -> Result:
     """Sample the duration of one step; on a GPU the caches are hot and the events include launch gaps."""
     subject = make_subject(case, case.device)
     clock: Clock = cuda_clock if case.device == "cuda" else cpu_clock
+    before = machine()
     samples = sample(subject.step, clock, budget)
-    detail = {"warmup_calls": samples.warmup_calls, "threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
+    timed = Timing(case, samples, before, machine(), known_device(case))
+    detail = {"warmup_calls": samples.warmup_calls, "threads": torch.get_num_threads()} | timed.detail()
     throttled = throttle_reason() if case.device == "cuda" else ""
     if throttled:
         return Result("latency_s", "throttled", tuple(samples.seconds), throttled, detail)
-    note = "; ".join(filter(None, (samples.note(budget), subject.note)))
+    note = "; ".join(filter(None, (timed.note(budget), subject.note)))
     return Result("latency_s", samples=tuple(samples.seconds), note=note, detail=detail)
 
 

@@ -56,9 +56,12 @@ def serve(requests: IO[str], replies: IO[str]) -> None:
 
 
 def _probe_for(request: dict[str, Any]) -> None:
-    """Probe the CPU ahead of the forks that need its limits, once; where that fails, the fork tries and says why."""
+    """Probe the CPU ahead of the forks that need its limits, once; where that fails, the fork tries and says why.
+
+    A latency needs them to be judged by: how far it is from its line, whether its precision has instructions.
+    """
     case = Case.from_json(json.dumps(request["case"]))
-    if case.device == "cpu" and "roofline_s" in request["metrics"]:
+    if case.device == "cpu" and not {"roofline_s", "latency_s"}.isdisjoint(request["metrics"]):
         with contextlib.suppress(BenchError):
             probed_cpu(case.threads)
 

@@ -42,6 +42,23 @@ class Axis:
     unit: str
     log: bool = True
 
+    @property
+    def doubt(self) -> str:
+        """The column of truth values that says where the number carries a doubt; absent where none can."""
+        return f"{self.column} doubtful"
+
+
+def doubtful(rows: pd.DataFrame, *axes: Axis) -> pd.Series[bool]:
+    """Which points have a doubt in any of these of their numbers: a doubt is one number's, not its network's."""
+    columns = [axis.doubt for axis in axes if axis.doubt in rows]
+    return rows[columns].any(axis="columns").astype(bool)
+
+
+def on_front(rows: pd.DataFrame, cost: Axis, gain: Axis) -> pd.DataFrame:
+    """The points without a doubt in either number that no other one beats in low cost and high gain, cheapest first."""
+    sound = rows[~doubtful(rows, cost, gain)].dropna(subset=[cost.column, gain.column])
+    return sound.iloc[front(sound[cost.column].tolist(), sound[gain.column].tolist())]
+
 
 _HALVES = ([1 + at / 16 for at in range(16)], (1, 1.25, 1.5, 1.75), (1, 1.5), (1,))
 _LEADS = ([at / 10 for at in range(10, 100)], [at / 2 for at in range(2, 20)], range(1, 10), (1, 2, 5), (1, 3), (1,))
@@ -167,8 +184,9 @@ def scatter(
 ) -> Markup:
     """A panel per axis of `across`, sharing `up`; colour is the variant, shape the skip scheme, hollow is doubtful.
 
-    Rows without a variant are models that are not of the suite: stars, with their names.
-    `best` draws the front of low cost and high `up`. Columns `low` and `high`, if there, are the range of `up`.
+    A panel shows the rows that have its two numbers, hollow where one of these carries a doubt. Rows without a variant
+    are models that are not of the suite: stars, with their names. `best` draws the front of low cost and high `up`.
+    Columns `low` and `high`, if there, are the range of `up`.
     """
     variants = [v for v in VARIANTS if (rows["variant"] == v).any()]
     skips = [s for s in SKIPS if (rows["skip"] == s).any()]
@@ -177,10 +195,11 @@ def scatter(
             1, len(across), figsize=(9.2, 3.0), sharey=True, squeeze=False, gridspec_kw={"wspace": 0.08}
         )
         for axes, axis in zip(grid[0], across, strict=True):
-            _points(axes, rows, axis, up, variants)
-            _stars(axes, rows[rows["variant"].isna()], axis, up)
+            here = rows.dropna(subset=[axis.column, up.column])
+            _points(axes, here, axis, up, variants)
+            _stars(axes, here[here["variant"].isna()], axis, up)
             if best:
-                _front_line(axes, rows, axis, up)
+                _front_line(axes, here, axis, up)
             axes.set(title="", xlabel=axis.label, ylabel="")
         if up.log:
             set_log(grid[0][0], "y", (rows[up.column].min(), rows[up.column].max()), up.unit)
@@ -198,10 +217,11 @@ def _points(axes: Axes, rows: pd.DataFrame, axis: Axis, up: Axis, variants: list
     skips = [s for s in SKIPS if (rows["skip"] == s).any()]
     if "low" in rows:
         axes.vlines(rows[axis.column], rows["low"], rows["high"], color=FAINT, linewidth=0.8)
-    for (variant, skip), odd in rows[rows["doubtful"]].groupby(["variant", "skip"], sort=True):
+    unsure = doubtful(rows, axis, up)
+    for (variant, skip), odd in rows[unsure].groupby(["variant", "skip"], sort=True):
         axes.plot(odd[axis.column], odd[up.column], SKIP_SHAPES[str(skip)], markersize=4, fillstyle="none",
                   color=VARIANT_COLOURS[str(variant)], markeredgewidth=0.7)  # fmt: skip
-    sound = rows[~rows["doubtful"] & rows["variant"].notna()]
+    sound = rows[~unsure & rows["variant"].notna()]
     if len(sound):
         sns.scatterplot(
             sound, x=axis.column, y=up.column, hue="variant", style="skip", hue_order=variants, style_order=skips,
@@ -212,7 +232,7 @@ def _points(axes: Axes, rows: pd.DataFrame, axis: Axis, up: Axis, variants: list
 
 
 def _stars(axes: Axes, rows: pd.DataFrame, axis: Axis, up: Axis) -> None:
-    for row in rows.to_dict("records"):
+    for row in rows.assign(doubtful=doubtful(rows, axis, up)).to_dict("records"):
         at = (row[axis.column], row[up.column])
         style = "none" if row["doubtful"] else "full"
         axes.plot(*at, "*", markersize=8, fillstyle=style, color=INK, markeredgewidth=0.7, zorder=3)
@@ -224,5 +244,5 @@ def _stars(axes: Axes, rows: pd.DataFrame, axis: Axis, up: Axis) -> None:
 
 
 def _front_line(axes: Axes, rows: pd.DataFrame, axis: Axis, up: Axis) -> None:
-    kept = rows.iloc[front(rows[axis.column].tolist(), rows[up.column].tolist())]
+    kept = on_front(rows, axis, up)
     axes.step(kept[axis.column], kept[up.column], where="post", color=INK, linewidth=1, dashes=(2, 1.5), zorder=1)

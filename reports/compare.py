@@ -1,15 +1,19 @@
-"""Ratios between cells that differ in one thing alone: median, range, and how many cells there were."""
+"""Comparisons of cells that differ in one thing alone: everything that is compared is compared in the same cells."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Self
 
 import pandas as pd
 
-from skipcost.reports.data import AXES
+from skipcost.reports.data import AXES, Cost, Data
+from skipcost.reports.sentences import Number, Part, listed
 
 TIMES = "\u00d7"
+LEAST = 5  # cells: if nothing differed, five of five would favour one side once in 32 times, four of four once in 16
 
 
 def times(value: float) -> str:
@@ -37,30 +41,119 @@ class Spread:
         low, high = times(self.low), times(self.high)
         return "" if low == high else f" ({low} to {high})"
 
+    @property
+    def either_way(self) -> bool:
+        """Whether some cells have more and some less."""
+        return self.low < 1 < self.high
 
-def ratios(cells: pd.DataFrame, metric: str, axis: str, top: str, bottom: str, **fixed: str) -> Spread | None:
-    """The metric at axis=top over axis=bottom, matched on the other axes; None where no cell has both."""
-    rest = [name for name in AXES if name != axis]
-    known = cells.dropna(subset=[metric])
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """A cost of two or more alternatives, in the cells where each of them has a number without a doubt.
+
+    `table` has a row per cell and a column per alternative, in base units; `left_out` are alternatives that were
+    asked for and have too few numbers in common with the others; `where` is the device and the backend of all of them.
+    """
+
+    cost: Cost
+    table: pd.DataFrame
+    where: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def basis(self) -> tuple[object, ...]:
+        """What is equal for costs that may stand in one sentence: cells, alternatives, device and backend."""
+        return frozenset(self.table.index), tuple(self.table.columns), self.left_out, self.where
+
+    def over(self, top: str, bottom: str) -> Spread:
+        """One alternative over another, cell by cell."""
+        return Spread.of(self.table[top] / self.table[bottom])
+
+    def least(self, names: Sequence[str]) -> tuple[list[str], bool]:
+        """Which of `names` no other undercuts in any cell, several where they are equal in all, and True.
+
+        Where there is none: all that nothing undercuts in some cell, and False, since they cannot be told apart.
+        """
+        costs = self.table[list(names)]
+        lowest = costs.eq(costs.min(axis="columns"), axis="index")
+        always = [name for name in names if lowest[name].all()]
+        return (always, True) if always else ([name for name in names if lowest[name].any()], False)
+
+    def most(self, names: Sequence[str]) -> tuple[list[str], bool]:
+        """The same for the highest."""
+        return Matched(self.cost, -self.table).least(names)
+
+
+def matched(
+    data: Data, cost: Cost, axis: str, names: Sequence[str], needed: str, *, least: int = LEAST, **fixed: str
+) -> Matched | None:
+    """A cost of as many of `names` along `axis` as have `least` cells in common, `needed` among them; None for fewer.
+
+    The cells are those of the cost's main setting, without doubts and failures. Of several sets of as many
+    alternatives, it is the one with most cells, then the first in the order of `names`.
+    """
+    cells = data.cells(cost.mode, sound=True)
     for name, value in fixed.items():
-        known = known[known[name] == value]
-    over = known[known[axis] == top].set_index(rest)[metric]
-    under = known[known[axis] == bottom].set_index(rest)[metric]
-    found = (over / under).dropna()
-    return Spread.of(found) if len(found) else None
+        cells = cells[cells[name] == value]
+    asked, cells = set(cells[axis]), cells.dropna(subset=[cost.metric])
+    rest = [name for name in AXES if name != axis]
+    table = cells.pivot(index=rest, columns=axis, values=cost.metric)  # noqa: PD010 - two of one cell are no average
+    others = [name for name in names if name in table.columns and name != needed]
+    for count in range(len(others) if needed in table.columns else 0, 0, -1):
+        common = max((table[[needed, *some]].dropna() for some in combinations(others, count)), key=len)
+        if len(common) >= least:
+            left_out = tuple(name for name in names if name in asked and name not in common.columns)
+            return Matched(cost, common, where_of(cells), left_out)
+    return None
 
 
-def depth_steps(cells: pd.DataFrame, metric: str) -> Spread | None:
-    """The metric at depth d+1 over depth d, all else equal."""
-    return _steps(cells.assign(depth=cells["depth"] - 1), cells, metric)
+def where_of(cells: pd.DataFrame) -> tuple[str, ...]:
+    """The device and the backend of cells of one setting; empty of none."""
+    return tuple(str(cells[name].iloc[0]) for name in ("device", "backend")) if len(cells) else ()
 
 
-def width_doublings(cells: pd.DataFrame, metric: str) -> Spread | None:
-    """The metric at twice the width over the width, all else equal."""
-    return _steps(cells.assign(width=cells["width"] / 2), cells, metric)
+def together(found: Iterable[Matched | None]) -> list[list[Matched]]:
+    """Costs in groups of equal cells, in the order of the first of each: a group is a sentence."""
+    groups: dict[tuple[object, ...], list[Matched]] = {}
+    for each in found:
+        if each is not None:
+            groups.setdefault(each.basis, []).append(each)
+    return list(groups.values())
 
 
-def _steps(moved: pd.DataFrame, cells: pd.DataFrame, metric: str) -> Spread | None:
-    over, under = (each.dropna(subset=[metric]).set_index(list(AXES))[metric] for each in (moved, cells))
-    found = (over / under).dropna()
-    return Spread.of(found) if len(found) else None
+def depth_steps(data: Data, cost: Cost) -> Matched | None:
+    """A cost at depth d+1 beside depth d, all else equal."""
+    return _steps(data, cost, lambda cells: cells.assign(depth=cells["depth"] - 1))
+
+
+def width_doublings(data: Data, cost: Cost) -> Matched | None:
+    """A cost at twice the width beside the width, all else equal."""
+    return _steps(data, cost, lambda cells: cells.assign(width=cells["width"] / 2))
+
+
+def _steps(data: Data, cost: Cost, move: Callable[[pd.DataFrame], pd.DataFrame]) -> Matched | None:
+    cells = data.networks(cost.mode, sound=True).dropna(subset=[cost.metric])
+    over, under = (each.set_index(list(AXES))[cost.metric] for each in (move(cells), cells))
+    return pairs_of(cost, over, under, cells)
+
+
+def pairs_of(cost: Cost, over: pd.Series[float], under: pd.Series[float], cells: pd.DataFrame) -> Matched | None:
+    """Pairs of equal index, as the alternatives "over" and "under"; None where they are too few."""
+    values = pd.concat({"over": over, "under": under}, axis="columns", join="inner")
+    return Matched(cost, values, where_of(cells)) if len(values) >= LEAST else None
+
+
+def ratio(spread: Spread, origin: str) -> Number:
+    """A ratio of a sentence: median and range."""
+    return Number(times(spread.median), origin, spread.span)
+
+
+def range_words(group: list[Matched], top: str, bottom: str) -> list[Part]:
+    """The ratio of two alternatives by every cost of a group; where its range has 1 in it, what that says."""
+    items: list[list[Part]] = []
+    for each in group:
+        spread = each.over(top, bottom)
+        crossing = "cannot be told apart" if each.cost.origin == "measured" else "more in some cells, less in others"
+        doubt = f" ({crossing})" if spread.either_way else ""
+        items.append([ratio(spread, each.cost.origin), f" the {each.cost.word}{doubt}"])
+    return listed(items)

@@ -7,11 +7,11 @@ from typing import Any
 import pandas as pd
 
 from skipcost.bench.metrics import METRICS
-from skipcost.reports.charts import Axis, scaling, scatter
+from skipcost.reports.charts import Axis, doubtful, on_front, scaling, scatter
+from skipcost.reports.compare import LEAST
 from skipcost.reports.data import Cost, Data, records
 from skipcost.reports.findings import rank_correlation
 from skipcost.reports.grid import Cell, Grid, Plot, number, whole, words
-from skipcost.reports.pareto import front
 from skipcost.unet_models import VARIANTS
 
 
@@ -102,28 +102,32 @@ _KNOWN = (
     Axis("peak_memory_predicted_bytes", "peak memory (predicted)", "bytes"),
 )
 _LATENCY = Axis("latency_s", "latency (measured)", "seconds")
+_AGAINST = (_LATENCY, _KNOWN[2], _KNOWN[1])  # what a gain is paid with
 
 
-def _rows(data: Data, axes: tuple[Axis, ...]) -> pd.DataFrame:
-    """Networks of the main inference setting (or training's) that have every one of the axes, own models too."""
-    rows = data.points(None).dropna(subset=[axis.column for axis in axes])
-    timed = _LATENCY in axes
-    return rows.assign(doubtful=data.doubtful(rows, "latency_s") if timed else False)
+def _pointed(data: Data, rows: pd.DataFrame, up: str, across: tuple[Axis, ...]) -> tuple[pd.DataFrame, list[Axis]]:
+    """The rows that have a number `up` and one across, with the doubt of each; and the axes across that any has."""
+    rows = rows.dropna(subset=[up])
+    present = [axis for axis in across if rows[axis.column].notna().any()]
+    rows = rows.dropna(subset=[axis.column for axis in present], how="all") if present else rows
+    return rows.assign(**{axis.doubt: data.doubtful(rows, axis.column) for axis in (*_KNOWN, _LATENCY)}), present
 
 
 def _cost_against_cost(data: Data) -> Plot | None:
-    present = [axis for axis in (*_KNOWN, _LATENCY) if data.points(None)[axis.column].notna().any()]
-    if len(present) < 2:  # noqa: PLR2004 - a plot has two sides
+    points = data.points(None)
+    costs = [axis for axis in (*_KNOWN, _LATENCY) if points[axis.column].notna().any()]
+    if len(costs) < 2:  # noqa: PLR2004 - a plot has two sides
         return None
-    up, across = present[-1], present[:-1]
-    rows = _rows(data, tuple(present))
-    if len(rows) < 3:  # noqa: PLR2004 - fewer points are read better in the table
+    up = costs[-1]
+    rows, across = _pointed(data, points, up.column, tuple(costs[:-1]))
+    if len(rows) < 3 or not across:  # noqa: PLR2004 - fewer points are read better in the table
         return None
-    sound = rows[~rows["doubtful"] & rows["variant"].notna()]
+    axes = [*across, up]
+    sound = rows[~doubtful(rows, *axes) & rows["variant"].notna()].dropna(subset=[axis.column for axis in axes])
     ranks = [
         f"{rank_correlation(sound[axis.column], sound[up.column]):.2f} for {METRICS[axis.column].title}"
         for axis in across
-        if len(sound) > 2  # noqa: PLR2004 - two points are always in line
+        if len(sound) >= LEAST
     ]
     what = up.label.split(" (")[0]
     title = f"{what} against what can be known beforehand"
@@ -133,12 +137,12 @@ def _cost_against_cost(data: Data) -> Plot | None:
         f"over {len(sound)} points: {', '.join(ranks) or 'too few'}. Lower left is better in every panel, so no front "
         "is drawn."
     )
-    if rows["doubtful"].any():
+    if doubtful(rows, *axes).any():
         caption += " Hollow points carry a doubt and are left out of the correlation."
     caption += _own_words(rows)
     described = f"{len(rows)} networks, colour is the variant, shape is the skip scheme"
     svg = scatter(rows, across, up, "cost-cost", (title, described), best=False)
-    return Plot("cost-cost", title, svg, caption, _point_table(rows, present))
+    return Plot("cost-cost", title, svg, caption, _point_table(rows, axes))
 
 
 def _own_words(rows: pd.DataFrame) -> str:
@@ -147,22 +151,24 @@ def _own_words(rows: pd.DataFrame) -> str:
     return " Stars are models that are not of the suite; the correlation leaves them out."
 
 
+def _front_words(rows: pd.DataFrame, axes: list[Axis]) -> str:
+    """What a caption says of doubts: which numbers have them, and that no front rests on one."""
+    names = [axis.label.split(" (")[0] for axis in axes if doubtful(rows, axis).any()]
+    return f" Hollow points carry a doubt in their {' or '.join(names)} and are on no front by it." if names else ""
+
+
 def _receptive(data: Data) -> Plot | None:
     reach = Axis("receptive_field", "receptive field, pixels (counted)", "pixels", log=False)
-    present = [axis for axis in (_LATENCY, _KNOWN[2], _KNOWN[1]) if data.points(None)[axis.column].notna().any()]
+    rows, present = _pointed(data, data.points(None), reach.column, _AGAINST)
     if data.networks(None)["receptive_field"].nunique() < 2 or not present:  # noqa: PLR2004 - a front takes two heights
         return None
-    rows = _rows(data, (*present, reach))
-    sound = rows[~rows["doubtful"]]
-    rows, left_out = (sound, len(rows) - len(sound)) if len(sound) else (rows, 0)
     title = "What a receptive field costs"
     caption = (
         "Here the axes pull against each other: up is better, left is cheaper. The dashed front joins the networks "
         "that no other one beats in both; its members are marked in the table. A receptive field is what an output "
         "pixel could see, not what a trained network uses."
     )
-    if left_out:
-        caption += f" {left_out} networks whose latency carries a doubt are left out."
+    caption += _front_words(rows, present)
     described = f"{len(rows)} networks; the front runs from the cheapest to the one with the largest receptive field"
     svg = scatter(rows, present, reach, "reach", (title, described), best=True)
     return Plot("reach", title, svg, caption, _point_table(rows, [*present, reach], reach))
@@ -172,49 +178,43 @@ def _scores(data: Data) -> Plot | None:
     if not data.quality or not data.quality.scores:
         return None
     scores = data.quality.scores
-    present = [axis for axis in (_LATENCY, _KNOWN[2], _KNOWN[1]) if data.points(None)[axis.column].notna().any()]
-    if not present:
-        return None
     both = [rows for rows in (data.cells(None), data.own_models(None)) if len(rows)]
-    cells = pd.concat(both, ignore_index=True).dropna(subset=[axis.column for axis in present])
-    rows = cells[cells["label"].isin(scores)]
-    if rows.empty:
-        return None
-    named = rows["label"]
-    rows = rows.assign(
+    cells = pd.concat(both, ignore_index=True) if both else data.cells(None)
+    cells = cells[cells["label"].isin(scores)]
+    named = cells["label"]
+    cells = cells.assign(
         score=named.map(lambda label: scores[label].mean), low=named.map(lambda label: scores[label].low),
-        high=named.map(lambda label: scores[label].high), doubtful=data.doubtful(rows, "latency_s"),
+        high=named.map(lambda label: scores[label].high),
     )  # fmt: skip
+    rows, present = _pointed(data, cells, "score", _AGAINST)
+    if rows.empty or not present:
+        return None
     up = Axis("score", f"score ({data.quality.name})", "count", log=False)
     title = "What a score costs"
     caption = (
         f"Scores are the mean over seeds from {data.quality.name}, whiskers their range; they were measured elsewhere "
         "and are taken as given, higher as better. The dashed front joins the networks that no other one beats in both."
     )
+    caption += _front_words(rows, present)
     svg = scatter(rows, present, up, "score", (title, f"{len(rows)} networks with a score"), best=True)
     return Plot("score", title, svg, caption, _point_table(rows, [*present, up], up))
 
 
 def _point_table(rows: pd.DataFrame, axes: list[Axis], gain: Axis | None = None) -> Grid:
-    """The points of a scatter plot; with a `gain`, which of them are on which front."""
+    """The points of a scatter plot, doubts marked number by number; with a `gain`, which of them are on which front."""
     costs = [axis for axis in axes if axis is not gain]
-    ahead = {axis.column: set(_front(rows, axis, gain)) for axis in costs} if gain else {}
+    ahead = {axis: set(on_front(rows, axis, gain).index) for axis in costs} if gain else {}
     columns = ("network", *(axis.label for axis in axes), *(["on the front of"] if gain else []), "doubt")
     table = []
-    for at, row in enumerate(records(rows)):
-        members = ", ".join(axis.label.split(" (")[0] for axis in costs if at in ahead.get(axis.column, set()))
+    for at, row in zip(rows.index, records(rows), strict=True):
+        members = ", ".join(axis.label.split(" (")[0] for axis in costs if at in ahead.get(axis, set()))
+        unsure = ", ".join(axis.label.split(" (")[0] for axis in axes if row.get(axis.doubt))
         values = (_value(row, axis) for axis in axes)
-        table.append(
-            (words(row["label"]), *values, *([words(members)] if gain else []), words("yes" if row["doubtful"] else ""))
-        )
+        table.append((words(row["label"]), *values, *([words(members)] if gain else []), words(unsure)))
     return Grid(columns, tuple(table))
 
 
 def _value(row: dict[str, Any], axis: Axis) -> Cell:
     if axis.column == "score":
         return Cell(f"{row['score']:.4f} ({row['low']:.4f} to {row['high']:.4f})", float(row["score"]))
-    return number(row[axis.column], axis.unit)
-
-
-def _front(rows: pd.DataFrame, cost: Axis, gain: Axis) -> list[int]:
-    return front(rows[cost.column].tolist(), rows[gain.column].tolist())
+    return number(row[axis.column], axis.unit, doubtful=bool(row.get(axis.doubt)))

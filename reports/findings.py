@@ -5,14 +5,26 @@ Nothing here is written for one store. A finding whose rows are missing does not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pandas as pd
 
 from skipcost.bench import figures
 from skipcost.bench.metrics import METRICS
-from skipcost.reports.compare import Spread, depth_steps, ratios, times, width_doublings
-from skipcost.reports.data import BASE, REFERENCE_SKIP, Cost, Data, records
+from skipcost.reports.compare import (
+    LEAST,
+    Matched,
+    Spread,
+    depth_steps,
+    matched,
+    range_words,
+    ratio,
+    times,
+    together,
+    where_of,
+    width_doublings,
+)
+from skipcost.reports.data import BASE, REFERENCE_SKIP, Data, records
 from skipcost.reports.rewriting import rewriting_saves
 from skipcost.reports.sentences import Finding, Number, Part, listed, plural
 from skipcost.unet_models import SKIPS, VARIANTS
@@ -35,114 +47,101 @@ def _variants(data: Data) -> list[str]:
     return [name for name in VARIANTS if name in present]
 
 
-def _cells(found: list[tuple[Cost, Spread]], what: str = "matched cell") -> str:
-    """How many cells the ratios rest on; costs that have fewer are named."""
-    most = max(spread.cells for _, spread in found)
-    fewer = [f"{cost.word}: {spread.cells}" for cost, spread in found if spread.cells < most]
-    return plural(most, what) + (f" ({', '.join(fewer)}, without failures and doubts)" if fewer else "")
+def _costs(data: Data, axis: str, names: Sequence[str], needed: str, **fixed: str) -> list[list[Matched]]:
+    """Every cost of these alternatives, in groups of equal cells: each group may stand in one sentence."""
+    return together(matched(data, cost, axis, names, needed, **fixed) for cost in data.costs)
 
 
-def _spreads(data: Data, axis: str, top: str, bottom: str, **fixed: str) -> list[tuple[Cost, Spread]]:
-    """The ratio top/bottom along an axis for every cost that has matched cells."""
-    found = []
-    for cost in data.costs:
-        spread = ratios(data.cells(cost.mode, sound=True), cost.metric, axis, top, bottom, **fixed)
-        if spread:
-            found.append((cost, spread))
-    return found
+def _basis(group: list[Matched], what: str = "matched cell") -> str:
+    """How many cells a sentence rests on, and which alternatives it is silent about."""
+    out = group[0].left_out
+    return plural(len(group[0].table), what) + (f", without {' and '.join(out)}: too few in common" if out else "")
 
 
-def _range_words(found: list[tuple[Cost, Spread]]) -> list[Part]:
-    return listed([[_ratio(spread, cost.origin), f" the {cost.word}"] for cost, spread in found])
+def _ranked(
+    group: list[Matched], names: Sequence[str], end: str, base: str, titles: Callable[[str], str] = str
+) -> list[Part]:
+    """Who is "the cheapest" or "the dearest" of `names` by the costs of a group, with how many times the base's it is.
+
+    Several are named together where they are equal in every cell, or where none is at that end in every cell.
+    """
+    found: dict[tuple[tuple[str, ...], str], list[list[Part]]] = {}
+    for each in group:
+        who, always = each.least(names) if end == "the cheapest" else each.most(names)
+        item: list[Part] = [each.cost.word]
+        if always and base not in who:
+            item += [" (", Number(times(each.over(who[0], base).median), each.cost.origin), ")"]
+        found.setdefault((tuple(who), _relation(who, end, each.cost.origin, always=always)), []).append(item)
+    return listed([
+        [*listed([[titles(name)] for name in who]), relation, *listed(items)]
+        for (who, relation), items in found.items()
+    ])  # fmt: skip
 
 
-def _ratio(spread: Spread, origin: str) -> Number:
-    return Number(times(spread.median), origin, spread.span)
+def _relation(who: Sequence[str], end: str, origin: str, *, always: bool) -> str:
+    if always:
+        return f" is {end} in " if len(who) == 1 else f" are equally {end} in "
+    return f" cannot be told apart as {end} in " if origin == "measured" else f", each in some cells, are {end} in "
 
 
 def in_short(data: Data) -> Iterator[Finding]:
-    """Which variant is the cheapest and which the dearest, by every cost that all of them have."""
-    variants = _variants(data)
-    found = {name: dict(_spreads(data, "variant", name, BASE, skip=REFERENCE_SKIP)) for name in variants}
-    shared = [cost for cost in data.costs if all(cost in spreads for spreads in found.values())]
-    if len(variants) < 2 or not shared:  # noqa: PLR2004 - one variant is no choice
-        return
-    least: dict[str, list[list[Part]]] = {}
-    most: dict[str, list[list[Part]]] = {}
-    for cost in shared:
-        by = {name: found[name][cost].median for name in variants}
-        least.setdefault(min(by, key=by.__getitem__), []).append([cost.word])
-        dearest = max(by, key=by.__getitem__)
-        most.setdefault(dearest, []).append([f"{cost.word} (", Number(times(by[dearest]), cost.origin), ")"])
-    lows = listed([[f"{_title(name)} is the cheapest in ", *listed(items)] for name, items in least.items()])
-    highs = listed([[f"{_title(name)} the dearest in ", *listed(items)] for name, items in most.items()])
-    parts = ("At equal depth and width ", *lows, "; ", *highs, ".")
-    rests = [(cost, min((found[name][cost] for name in variants), key=lambda spread: spread.cells)) for cost in shared]
-    yield Finding("In short", parts, f"times {_title(BASE)}; medians over {_cells(rests)}, skip {REFERENCE_SKIP}")
+    """Which variant is the cheapest and which the dearest in every cell, by every cost."""
+    for group in _costs(data, "variant", _variants(data), BASE, skip=REFERENCE_SKIP):
+        names = [name for name in _variants(data) if name in group[0].table.columns]
+        lows, highs = (_ranked(group, names, end, BASE, _title) for end in ("the cheapest", "the dearest"))
+        parts = ("At equal depth and width ", *lows, "; ", *highs, ".")
+        yield Finding("In short", parts, f"times {_title(BASE)}; medians over {_basis(group)}, skip {REFERENCE_SKIP}")
 
 
 def variant_costs(data: Data) -> Iterator[Finding]:
     """Each variant against U-Net at equal depth and width, all with the papers' own skips."""
     for variant in _variants(data):
-        found = _spreads(data, "variant", variant, BASE, skip=REFERENCE_SKIP) if variant != BASE else []
-        if found:
-            parts = (f"{_title(variant)} takes ", *_range_words(found), f" of {_title(BASE)}.")
-            basis = f"median and range over {_cells(found)} of equal depth and width, skip {REFERENCE_SKIP}"
+        for group in _costs(data, "variant", (variant, BASE), BASE, skip=REFERENCE_SKIP) if variant != BASE else []:
+            parts = (f"{_title(variant)} takes ", *range_words(group, variant, BASE), f" of {_title(BASE)}.")
+            basis = f"median and range over {_basis(group)} of equal depth and width, skip {REFERENCE_SKIP}"
             yield Finding("Variants", parts, basis)
 
 
 def misleading_parameters(data: Data) -> Iterator[Finding]:
-    """Where the parameter ratio and the MAC ratio tell different stories."""
+    """Where, in every cell, the parameter ratio and the MAC ratio tell different stories."""
     for variant in _variants(data):
-        found = _spreads(data, "variant", variant, BASE, skip=REFERENCE_SKIP) if variant != BASE else []
-        by = {cost.metric: spread for cost, spread in found if cost.mode is None}
-        if not {"params", "conv_macs"} <= set(by):
-            continue
-        params, macs = by["params"], by["conv_macs"]
-        gap = macs.median / params.median
-        if max(gap, 1 / gap) < MISLEADS:
-            continue
-        judged = f" its MACs: judged by parameters its cost is {'under' if gap > 1 else 'over'}stated by "
-        parts = (
-            *(f"{_title(variant)} has ", Number(times(params.median), "counted")),
-            *(f" the parameters of {_title(BASE)} but ", Number(times(macs.median), "counted")),
-            *(judged, Number(times(max(gap, 1 / gap)), "counted"), "."),
-        )
-        yield Finding("Parameters mislead", parts, f"medians over {plural(macs.cells)}, skip {REFERENCE_SKIP}")
+        found = [] if variant == BASE else _costs(data, "variant", (variant, BASE), BASE, skip=REFERENCE_SKIP)
+        for by in ({each.cost.metric: each for each in group if each.cost.mode is None} for group in found):
+            if not {"params", "conv_macs"} <= set(by):
+                continue
+            params, macs = (by[name].table[variant] / by[name].table[BASE] for name in ("params", "conv_macs"))
+            gap = Spread.of(macs / params)
+            off = max(gap.median, 1 / gap.median)
+            if off < MISLEADS or gap.either_way:
+                continue
+            judged = f" its MACs: judged by parameters its cost is {'under' if gap.median > 1 else 'over'}stated by "
+            parts = (
+                *(f"{_title(variant)} has ", Number(times(params.median()), "counted")),
+                *(f" the parameters of {_title(BASE)} but ", Number(times(macs.median()), "counted")),
+                *(judged, Number(times(off), "counted"), "."),
+            )
+            yield Finding("Parameters mislead", parts, f"medians over {plural(gap.cells)}, skip {REFERENCE_SKIP}")
 
 
 def skip_costs(data: Data) -> Iterator[Finding]:
     """The papers' own skips against none, per variant."""
     for variant in _variants(data):
-        found = _spreads(data, "skip", REFERENCE_SKIP, "none", variant=variant)
-        if found:
-            parts = (f"The skips of {_title(variant)}, concatenated, make it take ", *_range_words(found),
-                     " of the same variant without skips.")  # fmt: skip
-            yield Finding("What skips cost", parts, f"median and range over {_cells(found)}")
+        for group in _costs(data, "skip", (REFERENCE_SKIP, "none"), "none", variant=variant):
+            parts = (f"The skips of {_title(variant)}, concatenated, make it take ",
+                     *range_words(group, REFERENCE_SKIP, "none"), " of the same variant without skips.")  # fmt: skip
+            yield Finding("What skips cost", parts, f"median and range over {_basis(group)}")
 
 
 def cheapest_scheme(data: Data) -> Iterator[Finding]:
-    """Per variant, the scheme that keeps skips and costs least over `none`, by each cost."""
+    """Per variant, the scheme that keeps skips and costs least in every cell, by each cost."""
     for variant in _variants(data):
-        best: dict[str, list[tuple[Cost, Spread]]] = {}
-        for cost in data.costs:
-            cells = data.cells(cost.mode, sound=True)
-            found = {name: ratios(cells, cost.metric, "skip", name, "none", variant=variant) for name in SKIPS}
-            spreads = {name: spread for name, spread in found.items() if spread and name != "none"}
-            if len(spreads) > 1:  # one scheme is no choice
-                name = min(spreads, key=lambda each: spreads[each].median)
-                best.setdefault(name, []).append((cost, spreads[name]))
-        if best:
-            items = [_medians(name, won, everything=len(best) == 1) for name, won in best.items()]
-            parts = (f"Of the schemes that keep skips, in {_title(variant)} ", *listed(items), ".")
-            basis = f"times no skips; medians over {_cells([pair for won in best.values() for pair in won])}"
-            yield Finding("Cheapest skips", parts, basis)
-
-
-def _medians(scheme: str, won: list[tuple[Cost, Spread]], *, everything: bool) -> list[Part]:
-    numbers: list[list[Part]] = [[f"{cost.word} ", Number(times(spread.median), cost.origin)] for cost, spread in won]
-    return [f"{scheme} is the cheapest {'in everything' if everything else 'in'} (" if everything else
-            f"{scheme} is the cheapest in ", *listed(numbers), ")" if everything else ""]  # fmt: skip
+        for group in _costs(data, "skip", tuple(SKIPS), "none", variant=variant):
+            names = [name for name in SKIPS if name in group[0].table.columns and name != "none"]
+            if len(names) < 2:  # noqa: PLR2004 - one scheme is no choice
+                continue
+            parts = (f"Of {', '.join(names[:-1])} and {names[-1]}, in {_title(variant)} ",
+                     *_ranked(group, names, "the cheapest", "none"), ".")  # fmt: skip
+            yield Finding("Cheapest skips", parts, f"times no skips; medians over {_basis(group)}")
 
 
 def growth(data: Data) -> Iterator[Finding]:
@@ -151,11 +150,9 @@ def growth(data: Data) -> Iterator[Finding]:
         ("One more level", depth_steps, "of equal variant, width and skip"),
         ("Twice the width", width_doublings, "of equal variant, depth and skip"),
     ):
-        found = [(cost, pairs(data.networks(cost.mode, sound=True), cost.metric)) for cost in data.costs]
-        spreads = [(cost, spread) for cost, spread in found if spread]
-        if spreads:
-            parts = (f"{change} takes ", *_range_words(spreads), ".")
-            yield Finding("Growth", parts, f"median and range over {_cells(spreads, 'pair')} {words}")
+        for group in together(pairs(data, cost) for cost in data.costs):
+            parts = (f"{change} takes ", *range_words(group, "over", "under"), ".")
+            yield Finding("Growth", parts, f"median and range over {_basis(group, 'pair')} {words}")
 
 
 def dearest_edge(data: Data) -> Iterator[Finding]:
@@ -164,14 +161,19 @@ def dearest_edge(data: Data) -> Iterator[Finding]:
     per_image = (networks["conv_macs"] / networks["batch"]).dropna()
     if per_image.empty:
         return
-    case, _ = data.cases[records(networks.loc[per_image.index[per_image == per_image.max()]])[0]["case_id"]]
+    first = networks.loc[per_image.index[per_image == per_image.max()]]
+    case, _ = data.cases[records(first)[0]["case_id"]]
+    equal = first["label"].nunique()
     split = costs(case.graph(), case.height, case.width)
     edge = max(split.edges, key=lambda each: each.all_macs)
+    alike = sum(each.all_macs == edge.all_macs for each in split.edges)
     share = f"{edge.all_macs / split.total_macs:.1%}"
     skips = f"{sum(each.all_macs for each in split.edges if each.skip) / split.total_macs:.1%}"
     way = f"{edge.source} to {edge.target} ({'a skip' if edge.skip else 'no skip'}; {edge.how})"
+    place = "the dearest network" if equal == 1 else f"one of the {equal} dearest networks"
+    which = f"the single edge {way}" if alike == 1 else f"each of {alike} edges, one of them {way},"
     parts = (
-        f"In {case.spec.label}, the dearest network here, the single edge {way} holds ",
+        f"In {case.spec.label}, {place} here, {which} holds ",
         Number(share, "counted"),
         " of all MACs; all skips together, with what they feed, ",
         Number(skips, "counted"),
@@ -186,7 +188,7 @@ def what_latency_follows(data: Data) -> Iterator[Finding]:
         cells = data.networks(mode, sound=True).dropna(subset=["latency_s"])
         names = ("conv_macs", "activations", "params", "peak_memory_predicted_bytes")
         known = [name for name in names if cells[name].notna().all() and len(set(cells[name])) > 1]
-        if len(cells) < 5 or not known or len(set(cells["latency_s"])) < 2:  # noqa: PLR2004 - too few ranks to speak of
+        if len(cells) < LEAST or not known or len(set(cells["latency_s"])) < 2:  # noqa: PLR2004 - one rank is no order
             continue
         rank = {name: rank_correlation(cells[name], cells["latency_s"]) for name in known}
         order = sorted(known, key=lambda name: -rank[name])
@@ -210,10 +212,10 @@ def memory_gap(data: Data) -> Iterator[Finding]:
     for mode in ("inference", "training"):
         cells = data.networks(mode, sound=True)
         share = (cells["peak_memory_allocated_bytes"] / cells["peak_memory_predicted_bytes"]).dropna()
-        if len(share):
+        if len(share) >= LEAST:
             spread = Spread.of(share)
             parts: tuple[Part, ...] = (
-                f"In {mode} the allocator's peak is ", _ratio(spread, "measured"), " the predicted one.",
+                f"In {mode} the allocator's peak is ", ratio(spread, "measured"), " the predicted one.",
             )  # fmt: skip
             yield Finding("Memory", parts, f"{spread.cells} networks")
 
@@ -229,17 +231,19 @@ def same_networks(data: Data) -> Iterator[Finding]:
 
 
 def extent(data: Data) -> Iterator[Finding]:
-    """The span of each cost over the whole store: what there is to choose from."""
-    items: list[list[Part]] = []
+    """The span of each cost over the networks of its main setting that have it without a doubt: what there is."""
+    spans: dict[tuple[frozenset[str], tuple[str, ...]], list[list[Part]]] = {}
     for cost in data.costs:
-        values = data.networks(cost.mode, sound=True)[cost.metric].dropna()
+        rows = data.networks(cost.mode, sound=True).dropna(subset=[cost.metric])
+        values = rows[cost.metric]
         if len(values) < 2:  # noqa: PLR2004 - one network spans nothing
             continue
         low, high = (figures.text(float(value), cost.unit) for value in (values.min(), values.max()))
-        items.append([f"{cost.word} ", Number(f"{low} to {high}", cost.origin)])
-    if items:
+        basis = frozenset(rows["label"]), where_of(rows)
+        spans.setdefault(basis, []).append([f"{cost.word} ", Number(f"{low} to {high}", cost.origin)])
+    for (labels, _), items in spans.items():
         parts = ("The networks here span ", *listed(items), ".")
-        yield Finding("Span", parts, f"{len(data.networks(None))} networks, numbers with a doubt left out")
+        yield Finding("Span", parts, f"{len(labels)} networks, numbers with a doubt left out")
 
 
 FINDERS: tuple[Callable[[Data], Iterator[Finding]], ...] = (

@@ -6,6 +6,8 @@ from collections import Counter
 from typing import Any
 
 from skipcost.bench import figures
+from skipcost.bench.metrics import METRICS
+from skipcost.bench.records import Result
 from skipcost.bench.store import Run
 from skipcost.reports.data import Data, kinds_of_doubt
 from skipcost.reports.grid import Cell, Grid, words
@@ -56,8 +58,8 @@ def _doubts(data: Data) -> list[str]:
     if odd:
         kinds = "; ".join(f"{count} {kind}" for kind, count in kinds_of_doubt([result for _, result in odd]))
         told.append(
-            f"{len(odd)} of {sum(map(len, data.results.values()))} numbers carry a doubt ({kinds}). They are in the "
-            "tables and figures, marked; no finding rests on them."
+            f"{_counted(data, odd)} carry a doubt ({kinds}). They are in the tables and figures, marked; no finding "
+            "rests on them."
         )
     failed = Counter(result.outcome for _, result in data.failures())
     if failed:
@@ -71,6 +73,22 @@ def _doubts(data: Data) -> list[str]:
             f"{data.other_rows} rows of other environments in this store are left out: they cannot be compared."
         )
     return told
+
+
+def _counted(data: Data, odd: list[tuple[str, Result]]) -> str:
+    """How many numbers of each metric are doubtful, of those that there are: "23 of 99 latencies"."""
+    doubtful = Counter(result.metric for _, result in odd)
+    known = Counter(name for results in data.results.values() for name, result in results.items() if result.samples)
+    return " and ".join(
+        f"{doubtful[name]} of {known[name]} {_many(metric.title)}" for name, metric in METRICS.items() if doubtful[name]
+    )
+
+
+def _many(title: str) -> str:
+    """A metric's title for many numbers of it."""
+    if title.endswith("s"):
+        return title
+    return f"{title[:-1]}ies" if title.endswith("y") else f"numbers of {title}"
 
 
 def provenance_context(data: Data) -> dict[str, Any]:

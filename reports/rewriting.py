@@ -8,9 +8,9 @@ import pandas as pd
 
 from skipcost.bench.cases import CASE_KEYS
 from skipcost.kernels.tap_choice import executed_macs
-from skipcost.reports.compare import Spread, times
+from skipcost.reports.compare import LEAST, Matched, Spread, pairs_of, range_words, times, together
 from skipcost.reports.data import REFERENCE_SKIP, Cost, Data, records
-from skipcost.reports.sentences import Finding, Number, Part, listed, plural
+from skipcost.reports.sentences import Finding, Number, Part, plural
 from skipcost.unet_models import VARIANTS
 
 MEASURED = (
@@ -21,35 +21,32 @@ MEASURED = (
     Cost("peak_memory_allocated_bytes", "inference", "allocated memory"),
     Cost("peak_memory_allocated_bytes", "training", "allocated training memory"),
 )
-SAME = [name for name in (*CASE_KEYS, "label") if name != "backend"]
+SETTING = [name for name in CASE_KEYS if name != "backend"]
 
 
 def rewriting_saves(data: Data) -> Iterator[Finding]:
-    """Per variant: the share of MACs that is left, counted, and of costs where both backends were measured."""
+    """Per variant: the share of MACs that is left, counted; then the costs for which both backends were measured."""
     for variant, entry in VARIANTS.items():
-        counted = _counted(data, variant)
-        if counted is None:
-            continue
-        parts: tuple[Part, ...] = (
-            f"{entry.title} is the same function with ", Number(times(counted.median), "counted", counted.span),
-            " of its MACs as backend=rewritten runs it at inference.",
-        )  # fmt: skip
-        found = [(cost, spread) for cost in MEASURED if (spread := _pairs(data, variant, cost))]
-        if found:
-            items: list[list[Part]] = [
-                [Number(times(spread.median), cost.origin, spread.span), f" the {cost.word}"] for cost, spread in found
-            ]
-            parts += (" Beside eager it takes ", *listed(items), ".")
-        pairs = f", and {plural(max(spread.cells for _, spread in found), 'pair')} of cells" if found else ""
-        yield Finding(
-            "Exact algebra",
-            parts,
-            f"median and range over {plural(counted.cells, 'network')}, skip {REFERENCE_SKIP}{pairs}",
-        )
+        shares = _counted(data, variant)
+        less = pd.Series([share for share in shares if share < 1], dtype=float)
+        if len(less) >= LEAST:
+            spread = Spread.of(less)
+            parts: tuple[Part, ...] = (
+                f"{entry.title} is the same function with ", Number(times(spread.median), "counted", spread.span),
+                " of its MACs as backend=rewritten runs it at inference.",
+            )  # fmt: skip
+            of_all = "" if len(less) == len(shares) else f" of {len(shares)}, the others have nothing to rewrite"
+            basis = f"median and range over {plural(len(less), 'network')}{of_all}, skip {REFERENCE_SKIP}"
+            yield Finding("Exact algebra", parts, basis)
+        for group in together(_pairs(data, variant, cost) for cost in MEASURED):
+            words = range_words(group, "over", "under")
+            pairs = plural(len(group[0].table), "pair")
+            parts = (f"{entry.title} under backend=rewritten takes ", *words, " of what eager takes.")
+            yield Finding("Exact algebra", parts, f"median and range over {pairs} of cells of one setting")
 
 
-def _counted(data: Data, variant: str) -> Spread | None:
-    """Executed MACs over those of the definition, in networks of the papers' own skips with something to rewrite."""
+def _counted(data: Data, variant: str) -> list[float]:
+    """Executed MACs over those of the definition, in every network of the variant with the papers' own skips."""
     shares = []
     for row in records(data.networks(None).dropna(subset=["conv_macs"])):
         case, _ = data.cases[row["case_id"]]
@@ -60,14 +57,22 @@ def _counted(data: Data, variant: str) -> Spread | None:
                 graph, case.height, case.width, batch=case.batch, precision=case.precision, device=case.device
             )
             shares.append(executed / macs)
-    less = pd.Series([share for share in shares if share < 1], dtype=float)
-    return Spread.of(less) if len(less) else None
+    return shares
 
 
-def _pairs(data: Data, variant: str, cost: Cost) -> Spread | None:
-    """A cost as rewritten over the same as eager, in all settings that have both, without failures and doubts."""
+def _pairs(data: Data, variant: str, cost: Cost) -> Matched | None:
+    """A cost as rewritten beside the same as eager, without failures and doubts, in the setting that has most pairs.
+
+    Settings are told apart by everything but the network and the backend; of several with as many pairs, the first.
+    """
     rows = data.sound[(data.sound["variant"] == variant) & (data.sound["mode"] == cost.mode)]
     rows = rows[rows["same_as"] == ""].dropna(subset=[cost.metric])
-    over, under = (rows[rows["backend"] == name].set_index(SAME)[cost.metric] for name in ("rewritten", "eager"))
-    found = (over / under).dropna()
-    return Spread.of(found) if len(found) else None
+    best: Matched | None = None
+    for _, alike in rows.groupby(SETTING, dropna=False, sort=True):
+        of = {name: part.set_index("label")[cost.metric] for name, part in alike.groupby("backend")}
+        if not {"rewritten", "eager"} <= set(of):
+            continue
+        found = pairs_of(cost, of["rewritten"], of["eager"], alike)
+        if found and (best is None or len(found.table) > len(best.table)):
+            best = found
+    return best

@@ -37,8 +37,9 @@ class Measured:
 
     @property
     def doubtful(self) -> bool:
-        """Whether the latency carries a doubt."""
-        return "latency_s" in self.results and bool(self.results["latency_s"].note)
+        """Whether the latency, or the line itself, carries a doubt."""
+        both = (self.results[name] for name in ("latency_s", "roofline_s") if name in self.results)
+        return any(each.outcome + each.note != "ok" for each in both)
 
 
 def roofline_context(data: Data) -> dict[str, Any]:
@@ -49,11 +50,13 @@ def roofline_context(data: Data) -> dict[str, Any]:
         if "roofline_s" in results and results["roofline_s"].samples
     ]
     timed = [each for each in found if each.seconds("latency_s")]
-    ratios = [(each.seconds("latency_s") or 0.0) / each.line.seconds for each in timed]
+    sound = [each for each in timed if not each.doubtful]
+    ratios = [(each.seconds("latency_s") or 0.0) / each.line.seconds for each in sound]
     return {
         "limits": _limits(found),
         "networks": _networks(timed),
         "spread": (min(ratios), statistics.median(ratios), max(ratios)) if ratios else None,
+        "sound": len(sound),
         "below": sum(ratio < 1 for ratio in ratios),
         "layers": [_layers(each) for each in _largest(data, found)],
         "lines": len(found),

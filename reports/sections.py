@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from skipcost.bench.metrics import METRICS
 from skipcost.bench.records import Result
 from skipcost.reports.accuracy import accuracy_context
-from skipcost.reports.compare import Spread, ratios
+from skipcost.reports.compare import Matched, Spread, matched
 from skipcost.reports.curves import scaling_context, tradeoff_context
-from skipcost.reports.data import BASE, REFERENCE_SKIP, Data
+from skipcost.reports.data import BASE, REFERENCE_SKIP, Cost, Data
 from skipcost.reports.findings import find
 from skipcost.reports.grid import Cell, Grid, whole, words
 from skipcost.reports.kernels import kernels_context
@@ -45,21 +45,15 @@ def overview_context(data: Data) -> dict[str, Any]:
     """The answer first: variants against U-Net, then every finding, then the skip schemes against none."""
     costs = data.costs
     variants = [name for name in VARIANTS if (data.frame["variant"] == name).any()]
+    found = [_matched(data, cost, "variant", variants, BASE, skip=REFERENCE_SKIP) for cost in costs]
     against = [
-        (
-            VARIANTS[name].title,
-            [_spread(data, at, "variant", name, BASE, skip=REFERENCE_SKIP) for at in range(len(costs))],
-        )
-        for name in variants
-        if name != BASE
+        (VARIANTS[name].title, [_spread(each, name, BASE) for each in found]) for name in variants if name != BASE
     ]
-    schemes = [
-        (VARIANTS[variant].title, [
-            (skip, [_spread(data, at, "skip", skip, "none", variant=variant) for at in range(len(costs))])
-            for skip in SKIPS if skip != "none"
-        ])
-        for variant in variants
-    ]  # fmt: skip
+    schemes = []
+    for variant in variants:
+        of_variant = [_matched(data, cost, "skip", tuple(SKIPS), "none", variant=variant) for cost in costs]
+        rows = [(skip, [_spread(each, skip, "none") for each in of_variant]) for skip in SKIPS if skip != "none"]
+        schemes.append((VARIANTS[variant].title, rows))
     return {
         "findings": find(data),
         "costs": costs,
@@ -70,9 +64,14 @@ def overview_context(data: Data) -> dict[str, Any]:
     }
 
 
-def _spread(data: Data, at: int, axis: str, top: str, bottom: str, **fixed: str) -> Spread | None:
-    cost = data.costs[at]
-    return ratios(data.cells(cost.mode, sound=True), cost.metric, axis, top, bottom, **fixed)
+def _matched(data: Data, cost: Cost, axis: str, names: Sequence[str], needed: str, **fixed: str) -> Matched | None:
+    """What a column of ratios compares, in equal cells; in as few as there are where no findings rest on them."""
+    enough = matched(data, cost, axis, names, needed, **fixed)
+    return enough or matched(data, cost, axis, names, needed, least=1, **fixed)
+
+
+def _spread(found: Matched | None, name: str, base: str) -> Spread | None:
+    return found.over(name, base) if found and name in found.table.columns else None
 
 
 def failures_context(data: Data) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def _macs(label: str) -> int:
 
 
 def _ratios(top: str, bottom: str) -> list[float]:
-    cells = [(depth, width) for depth in (2, 3) for width in (8, 16)]
+    cells = [(depth, width) for depth in (2, 3) for width in (8, 12, 16)]
     return [_macs(top.format(d=d, w=w)) / _macs(bottom.format(d=d, w=w)) for d, w in cells]
 
 
@@ -68,7 +68,7 @@ def test_a_variants_macs_are_the_median_of_matched_cells(told: list[str]) -> Non
     sentence = next(text for text in told if text.startswith("Variants: UNet 3+"))
 
     assert expected in sentence
-    assert "4 matched cells" in sentence
+    assert "6 matched cells" in sentence
 
 
 def test_skips_cost_is_concat_over_none(told: list[str]) -> None:
@@ -108,7 +108,7 @@ def test_no_sentence_rests_on_a_doubtful_or_failed_latency(told: list[str]) -> N
     latency = next(text for text in told if text.startswith("What latency follows"))
 
     assert "1.00 [measured] with convolution MACs" in latency
-    assert f"{36 - 4 - 2} networks without a doubt" in latency
+    assert f"{54 - 6 - 2} networks without a doubt" in latency
     assert not any("1.00e" in text or "16 min" in text for text in told)
     assert DOUBTFUL != FAILED
 
@@ -130,8 +130,8 @@ def test_the_dearest_edge_holds_the_share_that_is_told(told: list[str]) -> None:
 
 
 def test_aliases_are_counted(told: list[str]) -> None:
-    """UNet++ without skips is U-Net without skips, at both depths and both widths."""
-    assert any(text.startswith("Same networks: 4 [counted] of 36 cells") for text in told)
+    """UNet++ without skips is U-Net without skips, at both depths and all widths."""
+    assert any(text.startswith("Same networks: 6 [counted] of 54 cells") for text in told)
 
 
 @pytest.mark.parametrize("finder", FINDERS, ids=lambda finder: finder.__name__)
@@ -153,7 +153,7 @@ def test_a_finding_without_its_rows_does_not_appear(finder: object, tmp_path: Pa
 def test_exact_algebra_is_counted_from_the_graphs(told: list[str]) -> None:
     """What is left of UNet 3+'s MACs with the papers' own skips."""
     graphs = {label: ModelSpec.parse(label).graph() for label in
-              (f"unet3+/d{depth}/w{width}/concat" for depth in (2, 3) for width in (8, 16))}  # fmt: skip
+              (f"unet3+/d{depth}/w{width}/concat" for depth in (2, 3) for width in (8, 12, 16))}  # fmt: skip
 
     shares = [executed_macs(graph, 64, 64) / graph.conv_macs(64, 64) for graph in graphs.values()]
     less = [share for share in shares if share < 1]
@@ -176,9 +176,9 @@ def test_both_backends_in_one_store_are_compared(tmp_path: Path) -> None:
 
     found = [each.text for each in rewriting_saves(load(tmp_path / "tiny.sqlite"))]
 
-    assert count > 2
-    assert any(f"Beside eager it takes {times(0.5)} [measured] the latency." in text for text in found)
-    assert any(f"and {count} pairs of cells" in text for text in found)
+    assert count > 5
+    assert any(f"under backend=rewritten takes {times(0.5)} [measured] the latency of what" in text for text in found)
+    assert any(f"over {count} pairs of cells" in text for text in found)
 
 
 def test_every_number_says_where_it_comes_from(told: list[str]) -> None:

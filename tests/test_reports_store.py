@@ -18,7 +18,7 @@ SWEEP = """
 [[grid]]
 variant = ["unet", "unet++", "unet3+"]
 depth = [2, 3]
-width = [8, 16]
+width = [8, 12, 16]
 skip = ["concat", "sum", "none"]
 size = 64
 metrics = ["params"]
@@ -26,7 +26,7 @@ metrics = ["params"]
 [[grid]]
 variant = ["unet", "unet++", "unet3+"]
 depth = [2, 3]
-width = [8, 16]
+width = [8, 12, 16]
 skip = ["concat", "sum", "none"]
 size = 64
 mode = "training"
@@ -98,7 +98,7 @@ def test_every_alias_has_a_row_that_names_what_was_measured(data: Data) -> None:
     """A variant's curve is complete although the store measures each network once."""
     cells = data.cells("inference").set_index("label")
 
-    assert len(cells) == 3 * 2 * 2 * 3
+    assert len(cells) == 3 * 2 * 3 * 3
     assert cells.loc["unet++/d2/w8/none", "same_as"] == "unet/d2/w8/none"
     assert cells.loc["unet++/d2/w8/none", "conv_macs"] == cells.loc["unet/d2/w8/none", "conv_macs"]
 
