@@ -93,7 +93,7 @@ def known_device(case: Case) -> Device | None:
         return known_cpu(case.threads)
     try:
         return device_of(case)
-    except BenchError:
+    except (BenchError, ValueError):
         return None
 
 
