@@ -10,14 +10,15 @@ import ast
 import contextlib
 import hashlib
 import importlib
-import importlib.util
 import io
 import json
+import os
 import re
 import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,13 +95,23 @@ def _is_label(name: str) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _importing_from_here() -> Iterator[None]:
-    """Have the current folder on sys.path, as `python -m` has."""
+def search_path() -> list[str]:
+    """Where a factory's module is looked for, here and in the measuring process: on sys.path, the current folder last.
+
+    So no file of that folder takes a library's place; the folder is further in front only where PYTHONPATH names it.
+    """
     here = str(Path.cwd())
+    given = os.environ.get("PYTHONPATH")
+    if given is not None and here in {str(Path(each).absolute()) for each in given.split(os.pathsep)}:
+        return list(sys.path)
+    return [*(each for each in sys.path if each not in ("", here)), here]
+
+
+@contextlib.contextmanager
+def importing_from_here() -> Iterator[None]:
+    """Have `search_path` as sys.path."""
     before = list(sys.path)
-    if here not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)
+    sys.path[:] = search_path()
     importlib.invalidate_caches()
     try:
         yield
@@ -108,15 +119,37 @@ def _importing_from_here() -> Iterator[None]:
         sys.path[:] = before
 
 
+def locate(top: str) -> ModuleSpec | None:
+    """Find what a top-level name stands for on `search_path`, without importing it, whatever is imported already."""
+    with importing_from_here():
+        found = (finder.find_spec(top, None) for finder in sys.meta_path if hasattr(finder, "find_spec"))
+        return next(filter(None, found), None)
+
+
+def check_reachable(top: str) -> None:
+    """Refuse the name of a user's module that imports something else. UnsupportedError says what, and what to do."""
+    if top in sys.stdlib_module_names:
+        message = f"the name {top} is that of a module of Python itself, which comes first: give your file another name"
+        raise UnsupportedError(message)
+    found, own = locate(top), PathFinder.find_spec(top, [str(Path.cwd())])
+    if found and own and found.origin and own.origin and Path(found.origin).resolve() != Path(own.origin).resolve():
+        message = (
+            f"two modules are called {top}: {found.origin}, which is installed and comes first, and {own.origin}: "
+            "give your file another name, or put its folder first with PYTHONPATH"
+        )
+        raise UnsupportedError(message)
+
+
 def code_of(path: str) -> str:
     """Hash the sources of a factory without importing them; empty where there are none to be found.
 
     That is its whole top-level package or module; outside of site-packages also what these import of the files beside
-    them. Nothing else of what it imports is part of it.
+    them. Nothing else of what it imports is part of it. UnsupportedError where it cannot be reached by its name.
     """
     top = path.partition(":")[0].partition(".")[0]
-    with _importing_from_here(), contextlib.suppress(ImportError, ValueError):
-        found = importlib.util.find_spec(top)
+    check_reachable(top)
+    with contextlib.suppress(ImportError):
+        found = locate(top)
         if found is None or not (found.origin or found.submodule_search_locations):
             return ""
         folder = Path(found.origin or next(iter(found.submodule_search_locations or [""])))
@@ -164,7 +197,7 @@ def make(factory: Factory, device: str) -> tuple[nn.Module, str]:
     import torch  # noqa: PLC0415 - cases are read and planned without torch
 
     said = io.StringIO()
-    with contextlib.redirect_stdout(said), _importing_from_here():
+    with contextlib.redirect_stdout(said), importing_from_here():
         function = _find(factory.path)
         arguments = json.loads(factory.arguments)
         try:
@@ -205,6 +238,7 @@ def shorten(text: str) -> str:
 def _find(path: str) -> Any:
     """The function that a path names; UnsupportedError that says which part is missing."""
     module_name, _, names = path.partition(":")
+    check_reachable(module_name.partition(".")[0])
     try:
         found: Any = importlib.import_module(module_name)
     except ImportError as error:
