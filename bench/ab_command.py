@@ -24,10 +24,11 @@ from skipcost.bench.plan import load_plan
 from skipcost.bench.revisions import WORKING_TREE, checked_out, dirty, own_repository, repository_here, resolve, state
 from skipcost.bench.verdicts import Verdict
 from skipcost.bench.worker import refusal_of
+from skipcost.kernels.errors import Stopped
 from skipcost.unet_models.spec import suggest
 
 TITLE = "skipcost ab"
-INCONCLUSIVE, INTERRUPTED = 3, 130
+INCONCLUSIVE = 3
 RESULTS = Path("results")  # where journals are kept
 DEFAULT = Rules()
 
@@ -93,12 +94,12 @@ def ab(
 
 @contextlib.contextmanager
 def _resumable() -> Iterator[None]:
-    """Where what was measured is kept: Ctrl-C ends the command with a sentence, and the same one goes on."""
+    """Where what was measured is kept: a signal ends the command with a sentence, and the same one goes on."""
     try:
         yield
-    except KeyboardInterrupt:
-        ERR.print(f"skipcost: stopped; what was measured is kept in {RESULTS}/, the same command goes on")
-        raise typer.Exit(INTERRUPTED) from None
+    except Stopped as stop:
+        stop.add_note(f"what was measured is kept in {RESULTS}/, the same command goes on")
+        raise
 
 
 def _cases(sweep: str, settings: list[str] | None, device: str) -> list[Case]:

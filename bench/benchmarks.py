@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 from skipcost.bench.baseline import FIGURES, Baseline, Entry
 from skipcost.bench.errors import BenchError, MachineError
 from skipcost.bench.metrics import METRICS
+from skipcost.kernels.serving import PYTHON, finished
 
 PRESENT = "benchmark"  # the number that every benchmark has: 1, so that one without extra_info is missed, too
 
@@ -75,14 +74,7 @@ def run_benchmarks(names: Sequence[str], folder: Path, environment: dict[str, st
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "benchmarks.json"
         options = ("-q", "-p", "no:cacheprovider", "--benchmark-only", f"--benchmark-json={output}")
-        done = subprocess.run(  # noqa: S603 - the user's own benchmarks
-            [sys.executable, "-m", "pytest", *options, *names],
-            cwd=folder,
-            env=own,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = finished([*PYTHON, "-m", "pytest", *options, *names], cwd=folder, env=own)
         if not output.is_file() or done.returncode:
             said = " ".join((done.stdout + done.stderr).split())[-400:]
             message = f"`pytest {' '.join(names)}` fails in {folder} (exit code {done.returncode}): {said}"

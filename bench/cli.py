@@ -42,6 +42,7 @@ from skipcost.bench.preview import preview, print_preview
 from skipcost.bench.records import Result
 from skipcost.bench.store import create_store, open_store
 from skipcost.bench.units import parse_size
+from skipcost.kernels.errors import PIPE_CLOSED, Stopped, flushed, stoppable
 from skipcost.unet_models import ModelSpec
 from skipcost.unet_models.spec import suggest
 
@@ -52,7 +53,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 class Format(StrEnum):
@@ -125,10 +125,9 @@ def sweep(
 
         try:
             run_sweep(planned, opened, server, seed, tell)
-        except KeyboardInterrupt:
-            progress.stop()
-            ERR.print("skipcost: stopped; what was measured is kept, run the same command again to go on")
-            raise typer.Exit(INTERRUPTED) from None
+        except Stopped as stop:
+            stop.add_note("what was measured is kept, run the same command again to go on")
+            raise
     told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or "nothing was missing"
     ERR.print(f"{len(planned.cases)} cases in {path}; this run added: {told}", soft_wrap=True, highlight=False)
     for text, reason in planned.left_out.items():
@@ -215,12 +214,24 @@ def main() -> None:
 def guarded(command: Any) -> None:
     """Run a command line and turn what it raises into one sentence and an exit code."""
     try:
-        command()
+        with flushed():
+            _told(command)
+    except BrokenPipeError:
+        raise SystemExit(PIPE_CLOSED) from None
+
+
+def _told(command: Any) -> None:
+    try:
+        with stoppable():
+            command()
     except BenchError as error:
         ERR.print(f"skipcost: {error}", soft_wrap=True, highlight=False, markup=False)
         raise SystemExit(error.exit_code) from None
+    except Stopped as stop:
+        ERR.print(f"skipcost: {stop.sentence}", soft_wrap=True, highlight=False, markup=False)
+        raise SystemExit(stop.exit_code) from None
     except BrokenPipeError:
-        raise SystemExit(0) from None
+        raise
     except Exception:  # noqa: BLE001 - the last resort: nothing that the user did explains this one
         with tempfile.NamedTemporaryFile("w", prefix="skipcost-", suffix=".log", delete=False) as log:
             traceback.print_exc(file=log)

@@ -188,6 +188,13 @@ def _imported(file: Path) -> set[str]:
     return {name.partition(".")[0] for name in names} - {""}
 
 
+class Heard(io.StringIO):
+    """What is printed; nobody can close it."""
+
+    def close(self) -> None:
+        """Stay open: who made it reads it."""
+
+
 def make(factory: Factory, device: str) -> tuple[nn.Module, str]:
     """Import a factory and call it on a device; return the module and what it printed.
 
@@ -196,7 +203,7 @@ def make(factory: Factory, device: str) -> tuple[nn.Module, str]:
     """
     import torch  # noqa: PLC0415 - cases are read and planned without torch
 
-    said = io.StringIO()
+    said = Heard()
     with contextlib.redirect_stdout(said), importing_from_here():
         function = _find(factory.path)
         arguments = json.loads(factory.arguments)

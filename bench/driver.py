@@ -6,7 +6,6 @@ import contextlib
 import json
 import random
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ from skipcost.bench.errors import MachineError
 from skipcost.bench.plan import Plan, PlannedCase
 from skipcost.bench.records import Result
 from skipcost.bench.store import Store
+from skipcost.kernels.serving import PYTHON
 
 GRACE_S = 5.0
 
@@ -41,12 +41,17 @@ class Server:
 
     def __init__(self) -> None:
         self._process = self._start()
-        self.environment = self._hello()
+        try:
+            self.environment = self._hello()
+        except BaseException:
+            self._process.kill()
+            self._stop()
+            raise
 
     def _start(self) -> subprocess.Popen[str]:
         # A session of its own: Ctrl-C at the terminal reaches the driver alone, which then ends the server in order.
-        return subprocess.Popen(
-            [sys.executable, "-m", "skipcost.bench.server"],
+        return subprocess.Popen(  # noqa: S603 - our own module
+            [*PYTHON, "-m", "skipcost.bench.server"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -56,7 +61,8 @@ class Server:
     def _hello(self) -> dict[str, Any]:
         line = self._replies.readline()
         if not line:
-            message = "the measuring process did not start: run `python -m skipcost.bench.server` to see why"
+            command = " ".join(("python", *PYTHON[1:], "-m skipcost.bench.server"))
+            message = f"the measuring process did not start: run `{command}` to see why"
             raise MachineError(message)
         environment: dict[str, Any] = json.loads(line)["environment"]
         return environment
@@ -91,11 +97,11 @@ class Server:
             asked = Request(request.case, tuple(left), request.budget, request.time_limit_s, request.memory_limit_bytes)
             ending = {"timed_out": False, "code": 0, "said": "the worker left without a result"}
             for reply in self._ask(asked):
-                if isinstance(reply, Result):
+                if not isinstance(reply, Result):
+                    ending = reply
+                elif reply.metric in left:
                     left.remove(reply.metric)
                     yield reply
-                else:
-                    ending = reply
             if left:
                 yield _failure(left.pop(0), ending, request)
 
@@ -122,6 +128,9 @@ def _failure(metric: str, ending: dict[str, Any], request: Request) -> Result:
         note = f"{metric} was not done after {request.time_limit_s:g} s; raise [limits] case_seconds to give it longer"
         return Result(metric, "timeout", note=note)
     said = f": {ending['said']}" if ending["said"] else ""
+    if ending.get("two_answered"):
+        note = "two processes answered: the model forks while it is made or run, and both go on as if alone"
+        return Result(metric, "crash", note=f"{note}{said}")
     if ending["code"] == -9:  # noqa: PLR2004 - SIGKILL
         return Result(
             metric,

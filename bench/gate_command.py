@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +23,7 @@ from skipcost.bench.revisions import Revision, checked_out, merge_base
 from skipcost.bench.store import Store, open_store
 from skipcost.bench.tables import newest_environment, results_by_case
 from skipcost.bench.verdicts import Verdict
+from skipcost.kernels.serving import PYTHON, finished
 
 TITLE = "skipcost gate"
 
@@ -161,12 +160,8 @@ def _against_revision(path: Path, base: Revision) -> list[Verdict]:
 def _sweep(revision: Revision | None, sweep: str, store: Path) -> None:
     """Run a sweep's cases with a revision's code, or with this one's."""
     words = ("sweep", sweep, "-o", str(store.resolve()))
-    command = (
-        revision.command("skipcost.bench", *words) if revision else [sys.executable, "-m", "skipcost.bench", *words]
-    )
-    done = subprocess.run(  # noqa: S603 - our own command
-        command, env=revision.environment() if revision else None, capture_output=True, text=True, check=False
-    )
+    command = revision.command("skipcost.bench", *words) if revision else [*PYTHON, "-m", "skipcost.bench", *words]
+    done = finished(command, env=revision.environment() if revision else None)
     if done.returncode:
         where = f"revision {revision.commit[:12]}" if revision else "the working tree"
         message = f"`skipcost sweep {sweep}` fails at {where}: {' '.join(done.stderr.split())[-400:]}"

@@ -8,7 +8,6 @@ needs nothing but this.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import resource
@@ -18,7 +17,7 @@ from dataclasses import replace
 from typing import IO, Any
 
 from skipcost.bench.cases import Case
-from skipcost.bench.custom import UnsupportedError, make, shorten
+from skipcost.bench.custom import Heard, UnsupportedError, importing_from_here, make, shorten
 from skipcost.bench.metrics import MEASURED, METRICS
 from skipcost.bench.records import Result
 from skipcost.kernels.timing import Budget
@@ -32,10 +31,17 @@ NO_MEMORY = ("can't allocate memory", "could not create a memory object", "not e
 def run_case(request: dict[str, Any]) -> Iterator[Result]:
     """Yield one result for each metric asked for; a failure is a result with its reason."""
     case = Case.from_json(json.dumps(request["case"]))
-    budget = Budget(**request["budget"])
     take_threads(case.threads)
+    with importing_from_here() if case.factory else contextlib.nullcontext():  # a model may import when it runs
+        yield from _results(case, list(request["metrics"]), Budget(**request["budget"]))
+
+
+def _results(case: Case, left: list[str], budget: Budget) -> Iterator[Result]:
+    own = os.getpid()
     failure, printed = _examined(case)
-    left = list(request["metrics"])
+    if os.getpid() != own:
+        yield Result(left[0], "crash", note="the factory forked, and this is the other process")
+        return
     while left:
         measure = METRICS[left[0]].measure
         together = [name for name in left if METRICS[name].measure == measure]
@@ -82,7 +88,7 @@ def _measure(names: list[str], case: Case, budget: Budget) -> list[Result]:
     metric = METRICS[names[0]]
     if metric.origin == MEASURED and (reason := _why_not(case)):
         return _failed(names, "unsupported", reason)
-    said = io.StringIO()
+    said = Heard()
     try:
         with contextlib.redirect_stdout(said) if case.factory else contextlib.nullcontext():
             found = [result for result in metric.measure(case, budget) if result.metric in names]
@@ -98,7 +104,7 @@ def _outcome(error: Exception) -> tuple[str, str]:
     """The outcome and the note of what was raised; notes of the exception itself say where it came from."""
     if isinstance(error, MemoryError):
         return "out_of_memory", "the process ran out of memory"
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).encode(errors="backslashreplace").decode().split())
     if isinstance(error, UnsupportedError):
         return "unsupported", text
     kind = type(error).__name__

@@ -80,7 +80,7 @@ def test_an_interruption_has_its_own_code(monkeypatch: pytest.MonkeyPatch) -> No
     """Shells take it for what it is."""
 
     def interrupted(_argv: list[str]) -> int:
-        raise KeyboardInterrupt
+        raise Stopped(signal.SIGINT)
 
     monkeypatch.setattr(check, "main", interrupted)
 
