@@ -63,7 +63,7 @@ def ab(
         message = f"--effect {effect:g} is not above {DEFAULT.floor:g}, which is the change that is too small to matter"
         raise BenchError(message)
     rules = Rules(pairs=pairs, seconds=seconds, effect=effect)
-    if not self_test and (base is None or is_benchmarks(Path(base))):
+    if not self_test and (not base or is_benchmarks(Path(base))):
         stored = f"{base} has stored samples, taken at another time: they cannot give a paired verdict; "
         message = f"{stored if base else ''}name the revision to compare with, e.g. `skipcost ab main`"
         raise BenchError(message)
@@ -80,7 +80,7 @@ def ab(
             else partial(_compare, head, _cases(sweep, settings, device), rules, sweep)
         )
         verdicts = []
-        for name in filter(None, (base, release)):
+        for name in (each for each in (base, release) if each is not None):
             found = compared(name)
             if not as_json:
                 OUT.print(f"{head} against {name}", highlight=False)

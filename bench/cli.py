@@ -9,7 +9,7 @@ import runpy
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -39,8 +39,9 @@ from skipcost.bench.environment import cpus
 from skipcost.bench.errors import BenchError
 from skipcost.bench.plan import Plan, PlannedCase, load_plan
 from skipcost.bench.preview import preview, print_preview
-from skipcost.bench.records import OUTCOMES, Result
+from skipcost.bench.records import FAILED, OUTCOMES, Result
 from skipcost.bench.store import create_store, open_store
+from skipcost.bench.tables import newest_environment, reasons_of, results_asked, results_by_case
 from skipcost.bench.units import parse_size
 from skipcost.kernels.errors import PIPE_CLOSED, Stopped, flushed, stoppable
 from skipcost.unet_models import ModelSpec
@@ -53,6 +54,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+MOST_REASONS = 10  # that a sweep tells at its end
 
 
 class Format(StrEnum):
@@ -109,10 +111,11 @@ def sweep(
     settings: SET = None,
     seed: Annotated[int, typer.Option(help="of the order in which the cases run")] = 0,
     again: Annotated[bool, typer.Option("--again", help="measure everything anew; the newer rows are read")] = False,  # noqa: FBT002
+    retry: Annotated[bool, typer.Option("--retry", help="try what failed again; the newer rows are read")] = False,  # noqa: FBT002
 ) -> None:
     """Measure every case of a sweep that the store does not have yet. Ctrl-C loses nothing; run it again to go on."""
     counts: dict[str, int] = {}
-    repeated = OUTCOMES if again else ()
+    repeated = OUTCOMES if again else FAILED if retry else ()
     with (
         _planned(sweep, model, settings, device) as (planned, server),
         create_store(path := store or Path("results") / f"{planned.name}.sqlite") as opened,
@@ -131,10 +134,26 @@ def sweep(
         except Stopped as stop:
             stop.add_note("what was measured is kept, run the same command again to go on")
             raise
+        asked = results_asked(planned, opened, server.environment["fingerprint"])
     told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or "nothing was missing"
     ERR.print(f"{len(planned.cases)} cases in {path}; this run added: {told}", soft_wrap=True, highlight=False)
     for text, reason in planned.left_out.items():
         ERR.print(f"left out: {text}: {reason}", soft_wrap=True, highlight=False)
+    _tell_failures(asked, MOST_REASONS, f"`skipcost show {path}` has them all")
+    if not any(result.samples for _, result in asked):
+        ERR.print(f"skipcost: nothing of what was asked for has a number in {path}", soft_wrap=True, highlight=False)
+        raise typer.Exit(1)
+
+
+def _tell_failures(results: Iterable[tuple[str, Result]], most: int | None = None, rest: str = "") -> None:
+    """Say on stderr why there are rows without a number, each reason once, and how to try them again."""
+    reasons = reasons_of(results)
+    for reason in reasons[:most]:
+        ERR.print(f"failed: {reason}", soft_wrap=True, highlight=False, markup=False)
+    if more := len(reasons[most:]) if most else 0:
+        ERR.print(f"and for {more} more reasons: {rest}", soft_wrap=True, highlight=False, markup=False)
+    if reasons:
+        ERR.print("`skipcost sweep` with --retry tries what failed again", highlight=False)
 
 
 @app.command()
@@ -146,11 +165,14 @@ def show(
         Format, typer.Option("--format", help="table is for people; the others have every column")
     ] = Format.TABLE,
 ) -> None:
-    """Print what a store holds: one row per case, a column per metric."""
+    """Print what a store holds: one row per case, a column per metric; the reasons of failures go to stderr."""
     with open_store(store) as opened:
         frame = showing.select(opened, where, sort)
         labels = {case_id: case.spec.label for case_id, (case, _) in opened.cases().items()}
+        table = results_by_case(opened, newest_environment(opened).fingerprint)
     showing.write(frame, form.value, OUT, labels)
+    if form is Format.TABLE:
+        _tell_failures((labels[case_id], each) for case_id in frame.index for each in table[case_id].values())
 
 
 @app.command()

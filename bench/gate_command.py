@@ -35,7 +35,7 @@ def baseline(
 ) -> None:
     """Write down what the cases of a store cost, one a line, for `skipcost gate` and for reviewers."""
     made = read_benchmarks(store) if is_benchmarks(store) else _of_store(store)
-    count = sum(len(entry.exact) for entry in made.entries.values())
+    count = sum(isinstance(value, int | float) for entry in made.entries.values() for value in entry.exact.values())
     if not count:
         message = f"{store} holds no exact number: a baseline of it would compare nothing"
         raise BenchError(message)

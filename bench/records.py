@@ -8,6 +8,8 @@ from typing import Any
 
 OUTCOMES = ("ok", "out_of_memory", "timeout", "crash", "unsupported", "throttled")
 
+FAILED = OUTCOMES[1:]
+
 
 @dataclass(frozen=True, slots=True)
 class Result:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
@@ -11,11 +12,13 @@ import pandas as pd
 from skipcost.bench.cases import CASE_KEYS, SPEC_KEYS
 from skipcost.bench.errors import BenchError
 from skipcost.bench.metrics import METRICS
+from skipcost.bench.plan import Plan
 from skipcost.bench.records import Result
 from skipcost.bench.store import Run, Store
 
 WHOLE = ("depth", "width", "in_channels", "classes", "max_width", "pruned_to")  # of a spec
 NAMES = ("label", "factory")
+NAMED = 3  # networks beside a reason
 COLUMNS = (*SPEC_KEYS, *NAMES, *CASE_KEYS, *METRICS, "outcome")
 
 
@@ -35,6 +38,31 @@ def results_by_case(store: Store, fingerprint: str) -> dict[str, dict[str, Resul
         if row.fingerprint == fingerprint:
             table[row.case_id][row.result.metric] = row.result
     return dict(table)
+
+
+def results_asked(plan: Plan, store: Store, fingerprint: str) -> list[tuple[str, Result]]:
+    """Label and result of everything that a plan asks for and an environment has a row of, old and new."""
+    table = results_by_case(store, fingerprint)
+    return [
+        (planned.case.spec.label, table[planned.case.case_id][name])
+        for planned in plan.cases
+        for name in planned.metrics
+        if name in table.get(planned.case.case_id, {})
+    ]
+
+
+def reasons_of(results: Iterable[tuple[str, Result]]) -> list[str]:
+    """A line for each reason why results are not ok, the most frequent first: how many, of which networks, and why."""
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for label, result in results:
+        if result.outcome != "ok":
+            found[result.outcome, result.note].append(label)
+    lines = []
+    for (outcome, note), labels in sorted(found.items(), key=lambda item: -len(item[1])):
+        names = list(dict.fromkeys(labels))
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        lines.append(f"{len(labels)} {outcome} ({', '.join(names[:NAMED])}{more}): {note or 'no reason is known'}")
+    return lines
 
 
 def value_of(result: Result) -> float | None:
