@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from skipcost.bench import (
     ab_command,
@@ -43,6 +42,7 @@ from skipcost.bench.records import FAILED, OUTCOMES, Result
 from skipcost.bench.store import create_store, open_store
 from skipcost.bench.tables import newest_environment, reasons_of, results_asked, results_by_case
 from skipcost.bench.units import parse_size
+from skipcost.kernels.console import steady_streams
 from skipcost.kernels.errors import PIPE_CLOSED, Stopped, flushed, stoppable
 from skipcost.unet_models import ModelSpec
 from skipcost.unet_models.spec import suggest
@@ -127,7 +127,7 @@ def sweep(
         def tell(case: PlannedCase, results: list[Result]) -> None:
             for result in results:
                 counts[result.outcome] = counts.get(result.outcome, 0) + 1
-            progress.update(bar, advance=1, description=escape(case.case.spec.label))
+            progress.update(bar, advance=1, description=case.case.spec.label)
 
         try:
             run_sweep(planned, opened, server, seed, tell, repeated)
@@ -136,12 +136,12 @@ def sweep(
             raise
         asked = results_asked(planned, opened, server.environment["fingerprint"])
     told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or "nothing was missing"
-    ERR.print(f"{len(planned.cases)} cases in {path}; this run added: {told}", soft_wrap=True, highlight=False)
+    ERR.print(f"{len(planned.cases)} cases in {path}; this run added: {told}")
     for text, reason in planned.left_out.items():
-        ERR.print(f"left out: {text}: {reason}", soft_wrap=True, highlight=False)
+        ERR.print(f"left out: {text}: {reason}")
     _tell_failures(asked, MOST_REASONS, f"`skipcost show {path}` has them all")
     if not any(result.samples for _, result in asked):
-        ERR.print(f"skipcost: nothing of what was asked for has a number in {path}", soft_wrap=True, highlight=False)
+        ERR.print(f"skipcost: nothing of what was asked for has a number in {path}")
         raise typer.Exit(1)
 
 
@@ -149,11 +149,11 @@ def _tell_failures(results: Iterable[tuple[str, Result]], most: int | None = Non
     """Say on stderr why there are rows without a number, each reason once, and how to try them again."""
     reasons = reasons_of(results)
     for reason in reasons[:most]:
-        ERR.print(f"failed: {reason}", soft_wrap=True, highlight=False, markup=False)
+        ERR.print(f"failed: {reason}")
     if more := len(reasons[most:]) if most else 0:
-        ERR.print(f"and for {more} more reasons: {rest}", soft_wrap=True, highlight=False, markup=False)
+        ERR.print(f"and for {more} more reasons: {rest}")
     if reasons:
-        ERR.print("`skipcost sweep` with --retry tries what failed again", highlight=False)
+        ERR.print("`skipcost sweep` with --retry tries what failed again")
 
 
 @app.command()
@@ -238,6 +238,7 @@ def main() -> None:
 
 def guarded(command: Any) -> None:
     """Run a command line and turn what it raises into one sentence and an exit code."""
+    steady_streams()
     try:
         with flushed():
             _told(command)
@@ -250,10 +251,10 @@ def _told(command: Any) -> None:
         with stoppable():
             command()
     except BenchError as error:
-        ERR.print(f"skipcost: {error}", soft_wrap=True, highlight=False, markup=False)
+        ERR.print(f"skipcost: {error}")
         raise SystemExit(error.exit_code) from None
     except Stopped as stop:
-        ERR.print(f"skipcost: {stop.sentence}", soft_wrap=True, highlight=False, markup=False)
+        ERR.print(f"skipcost: {stop.sentence}")
         raise SystemExit(stop.exit_code) from None
     except BrokenPipeError:
         raise

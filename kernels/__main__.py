@@ -9,7 +9,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from skipcost.kernels.console import tell
+from skipcost.kernels.console import steady_streams, tell
 from skipcost.kernels.errors import PIPE_CLOSED, MachineError, Stopped, flushed, stoppable
 
 BAD_USAGE, ENVIRONMENT = 2, 4
@@ -31,6 +31,7 @@ def usage() -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Run a command and return its exit code; what it raises becomes one sentence on stderr."""
+    steady_streams()
     if not argv or argv[0] in ("-h", "--help"):
         (sys.stdout if argv else sys.stderr).write(usage())
         return 0 if argv else BAD_USAGE
