@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn
 
 from skipcost.bench import self_test as testing
 from skipcost.bench import verdicts as telling
@@ -17,7 +17,7 @@ from skipcost.bench.ab import Arena, Journal, Rules, Subject, compare
 from skipcost.bench.arenas import benchmarks_arena, benchmarks_of, cases_arena
 from skipcost.bench.benchmarks import is_benchmarks
 from skipcost.bench.cases import CHOICES, Case
-from skipcost.bench.console import ERR, JSON, JUNIT, KEPT, OUT, SET, Description, check_outputs, settings_of
+from skipcost.bench.console import ERR, JSON, JUNIT, KEPT, OUT, SET, Bar, check_outputs, settings_of
 from skipcost.bench.environment import code_hash, cpus
 from skipcost.bench.errors import BenchError
 from skipcost.bench.plan import load_plan
@@ -150,8 +150,7 @@ def _kept(what: str, sides: tuple[str, str], subjects: list[Subject], arena: Are
 @contextlib.contextmanager
 def _bar() -> Iterator[Callable[[str], Callable[[int, str], None]]]:
     """A bar whose total may shrink, because settled cases are left alone, or grow by what has to be confirmed."""
-    columns = (BarColumn(), TaskProgressColumn(), Description(), TimeRemainingColumn())
-    with Progress(*columns, console=ERR) as progress:
+    with Bar(BarColumn(), TaskProgressColumn()) as progress:
 
         def start(what: str) -> Callable[[int, str], None]:
             task = progress.add_task(what, total=None)

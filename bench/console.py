@@ -6,9 +6,12 @@ cells whole, and `write_file` and `append_file` write no file over an input or a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Iterable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +27,7 @@ from skipcost.bench.errors import BenchError
 from skipcost.kernels import outputs
 from skipcost.kernels.console import visible
 
+EVERY_S = 30.0  # between lines that say how far a command is, where no bar can be seen
 PIPED_WIDTH = 200  # columns for a pipe or a file; a terminal has its own
 GAP, PROSE_WIDTH = 2, 16  # columns between cells; the fewest that a sentence in a cell is wrapped to
 
@@ -207,7 +211,67 @@ class Description(ProgressColumn):
         return Text(visible(task.description))
 
 
+class Ticker:
+    """Says on stderr every EVERY_S how far something is, from `start` to `stop`: a pipe shows no bar."""
+
+    def __init__(self, line: Callable[[float], str]) -> None:
+        self._line, self._over = line, threading.Event()
+
+    def start(self) -> None:
+        """Begin; `line` is given the seconds since."""
+        threading.Thread(target=self._run, args=(time.monotonic(),), daemon=True).start()
+
+    def _run(self, began: float) -> None:
+        while not self._over.wait(EVERY_S):
+            ERR.print(self._line(time.monotonic() - began))
+
+    def stop(self) -> None:
+        """Say no more."""
+        self._over.set()
+
+
+@contextlib.contextmanager
+def going_on(what: str) -> Iterator[None]:
+    """Say now and then that work which has no parts to count still goes on."""
+    ticker = Ticker(lambda seconds: f"{what}: {_minutes(seconds)} so far")
+    ticker.start()
+    try:
+        yield
+    finally:
+        ticker.stop()
+
+
+class Bar(Progress):
+    """A bar on stderr with the time left; where that is no terminal, a line now and then."""
+
+    def __init__(self, *columns: ProgressColumn) -> None:
+        super().__init__(*columns, Description(), TimeRemainingColumn(), console=ERR, disable=not ERR.is_terminal)
+        self._ticker = Ticker(self._told)
+
+    def _told(self, seconds: float) -> str:
+        task = self.tasks[-1] if self.tasks else None
+        if task is None or not task.total:
+            return f"{_minutes(seconds)} so far"
+        left = seconds * (task.total - task.completed) / task.completed if task.completed else None
+        expected = "" if left is None else f", {_minutes(left)} left"
+        return f"{task.completed:.0f} of {task.total:.0f} done{expected}: {task.description or 'starting'}"
+
+    def start(self) -> None:
+        """Show it."""
+        super().start()
+        if self.disable:
+            self._ticker.start()
+
+    def stop(self) -> None:
+        """Leave what it shows."""
+        self._ticker.stop()
+        super().stop()
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+
+
 def progress_bar() -> Progress:
-    """Make a bar on stderr with the time left."""
-    columns = (BarColumn(), MofNCompleteColumn(), Description(), TimeRemainingColumn())
-    return Progress(*columns, console=ERR, transient=False)
+    """Make a bar of parts that are counted."""
+    return Bar(BarColumn(), MofNCompleteColumn())

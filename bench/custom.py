@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 CLASSES = 2  # as a spec's
+MOST_OF_A_LABEL = 100  # characters
 MOST_SAID = 300  # characters kept of what a model prints
 
 
@@ -70,6 +71,12 @@ class Factory:
             check_integer(name, getattr(self, name), 1, MAX_CHANNELS)
         if not isinstance(self.name, str) or _is_label(self.name):
             message = f"label={self.name!r} of {self.path} is not a text, or is the label of a network of the suite"
+            raise ValueError(message)
+        if self.name and not (self.name.isprintable() and self.name.strip() and len(self.name) <= MOST_OF_A_LABEL):
+            message = (
+                f"label={shorten(repr(self.name))} of {self.path} cannot stand in a table: write 1 to "
+                f"{MOST_OF_A_LABEL} letters that can be printed, without line breaks and control characters"
+            )
             raise ValueError(message)
 
     def __str__(self) -> str:

@@ -13,7 +13,7 @@ from skipcost.bench import verdicts as telling
 from skipcost.bench.attribution import attribute
 from skipcost.bench.baseline import Baseline, baseline_of, failures_of, read_baseline
 from skipcost.bench.benchmarks import is_benchmarks, read_benchmarks
-from skipcost.bench.console import ERR, JSON, JUNIT, KEPT, OUT, check_outputs, write_file
+from skipcost.bench.console import ERR, JSON, JUNIT, KEPT, OUT, check_outputs, going_on, write_file
 from skipcost.bench.environment import code_hash
 from skipcost.bench.errors import BenchError, MachineError
 from skipcost.bench.gate import compared, judge
@@ -146,8 +146,9 @@ def _against_revision(path: Path, base: Revision) -> list[Verdict]:
         raise BenchError(message)
     with tempfile.TemporaryDirectory() as scratch:
         other = Path(scratch) / "base.sqlite"
-        _sweep(base, sweep, other)
-        _sweep(None, sweep, path)
+        with going_on(f"measuring `{sweep}` at the merge base, and here"):
+            _sweep(base, sweep, other)
+            _sweep(None, sweep, path)
         then, before = _side(other, base)
         now, after = _side(path, None)
         with open_store(path) as opened:

@@ -10,7 +10,7 @@ import typer
 
 from skipcost.bench import verdicts as telling
 from skipcost.bench.callgrind import SUBJECTS
-from skipcost.bench.console import ERR, JSON, JUNIT, KEPT, OUT, Column, check_outputs
+from skipcost.bench.console import ERR, JSON, JUNIT, KEPT, OUT, Column, check_outputs, going_on
 from skipcost.bench.errors import BenchError
 from skipcost.bench.instructions import Counts, count, count_both, judge
 from skipcost.bench.revisions import WORKING_TREE, Revision, checked_out, merge_base
@@ -34,7 +34,8 @@ def instructions(
         _print(count(Revision("this code", os.environ.get("PYTHONPATH", ""), Path())), as_json=as_json)
         return
     check_outputs({"--junit": junit, "--verdicts": kept})
-    with checked_out(merge_base(against)) as base, checked_out(WORKING_TREE) as now:
+    trees = checked_out(merge_base(against)), checked_out(WORKING_TREE)
+    with trees[0] as base, trees[1] as now, going_on("counting instructions"):
         verdicts = judge(*count_both(base, now))
     telling.write_json(verdicts, OUT) if as_json else telling.print_verdicts(verdicts, OUT)
     telling.pass_on(verdicts, TITLE, ERR, junit, kept)

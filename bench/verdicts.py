@@ -18,6 +18,7 @@ from skipcost.bench import figures
 from skipcost.bench.console import Column, Screen, append_file, check_outputs, write_file
 from skipcost.bench.errors import BenchError
 from skipcost.bench.metrics import METRICS
+from skipcost.kernels.console import visible
 
 VERDICTS = {
     "unchanged": "the same on both sides",
@@ -121,16 +122,19 @@ def markdown(verdicts: Sequence[Verdict], title: str) -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(visible(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 def junit(verdicts: Sequence[Verdict], title: str) -> bytes:
-    """JUnit XML as CI systems read it: a test case per verdict; what could not be decided counts as skipped."""
+    """JUnit XML as CI systems read it: a test case per verdict; what could not be decided counts as skipped.
+
+    XML has no form for control characters and half letters, not even an escaped one: they are written out in words.
+    """
     failures = sum(each.fails for each in verdicts)
-    suite = ET.Element("testsuite", name=title, tests=str(len(verdicts)), failures=str(failures))
+    suite = ET.Element("testsuite", name=visible(title), tests=str(len(verdicts)), failures=str(failures))
     for each in verdicts:
-        case = ET.SubElement(suite, "testcase", classname=each.case, name=each.metric)
-        text = " ".join(part for part in (each.verdict, each.change, each.why) if part)
+        case = ET.SubElement(suite, "testcase", classname=visible(each.case), name=visible(each.metric))
+        text = visible(" ".join(part for part in (each.verdict, each.change, each.why) if part))
         if each.fails:
             ET.SubElement(case, "failure", message=text)
         elif each.verdict == "inconclusive":
