@@ -139,9 +139,10 @@ def sweep(
     ERR.print(f"{len(planned.cases)} cases in {path}; this run added: {told}")
     for text, reason in planned.left_out.items():
         ERR.print(f"left out: {text}: {reason}")
-    _tell_failures(asked, MOST_REASONS, f"`skipcost show {path}` has them all")
-    if not any(result.samples for _, result in asked):
+    if failed := not any(result.samples for _, result in asked):
         ERR.print(f"skipcost: nothing of what was asked for has a number in {path}")
+    _tell_failures(asked, MOST_REASONS, f"`skipcost show {path}` has them all")
+    if failed:
         raise typer.Exit(1)
 
 
