@@ -39,7 +39,7 @@ from skipcost.bench.environment import cpus
 from skipcost.bench.errors import BenchError
 from skipcost.bench.plan import Plan, PlannedCase, load_plan
 from skipcost.bench.preview import preview, print_preview
-from skipcost.bench.records import Result
+from skipcost.bench.records import OUTCOMES, Result
 from skipcost.bench.store import create_store, open_store
 from skipcost.bench.units import parse_size
 from skipcost.unet_models import ModelSpec
@@ -108,15 +108,18 @@ def sweep(
     device: DEVICE = "auto",
     settings: SET = None,
     seed: Annotated[int, typer.Option(help="of the order in which the cases run")] = 0,
+    again: Annotated[bool, typer.Option("--again", help="measure everything anew; the newer rows are read")] = False,  # noqa: FBT002
 ) -> None:
     """Measure every case of a sweep that the store does not have yet. Ctrl-C loses nothing; run it again to go on."""
     counts: dict[str, int] = {}
+    repeated = OUTCOMES if again else ()
     with (
         _planned(sweep, model, settings, device) as (planned, server),
         create_store(path := store or Path("results") / f"{planned.name}.sqlite") as opened,
         progress_bar() as progress,
     ):
-        bar = progress.add_task("", total=len(pending(planned, opened, server.environment["fingerprint"])))
+        todo = pending(planned, opened, server.environment["fingerprint"], repeated)
+        bar = progress.add_task("", total=len(todo))
 
         def tell(case: PlannedCase, results: list[Result]) -> None:
             for result in results:
@@ -124,7 +127,7 @@ def sweep(
             progress.update(bar, advance=1, description=escape(case.case.spec.label))
 
         try:
-            run_sweep(planned, opened, server, seed, tell)
+            run_sweep(planned, opened, server, seed, tell, repeated)
         except KeyboardInterrupt:
             progress.stop()
             ERR.print("skipcost: stopped; what was measured is kept, run the same command again to go on")

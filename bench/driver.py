@@ -7,7 +7,7 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import IO, Any, Self
@@ -131,9 +131,12 @@ def _failure(metric: str, ending: dict[str, Any], request: Request) -> Result:
     return Result(metric, "crash", note=f"the process ended with status {ending['code']}{said}")
 
 
-def pending(plan: Plan, store: Store, fingerprint: str) -> list[PlannedCase]:
-    """The cases of a plan with the metrics that this environment has no row for yet."""
-    done = store.measured(fingerprint)
+def pending(plan: Plan, store: Store, fingerprint: str, again: Collection[str] = ()) -> list[PlannedCase]:
+    """The cases of a plan with the metrics that this environment has no row for yet; what has one is final.
+
+    again: outcomes of rows that are measured once more all the same.
+    """
+    done = {row for row, outcome in store.measured(fingerprint).items() if outcome not in again}
     left = []
     for planned in plan.cases:
         case_id = planned.case.case_id
@@ -144,21 +147,28 @@ def pending(plan: Plan, store: Store, fingerprint: str) -> list[PlannedCase]:
 
 
 def sweep(
-    plan: Plan, store: Store, server: Server, seed: int, tell: Callable[[PlannedCase, list[Result]], None]
+    plan: Plan,
+    store: Store,
+    server: Server,
+    seed: int,
+    tell: Callable[[PlannedCase, list[Result]], None],
+    again: Collection[str] = (),
 ) -> None:
-    """Measure what is missing, in an order shuffled by `seed`; `tell` hears of each case when it is done."""
+    """Measure what is missing, in an order shuffled by `seed`; `tell` hears of each case when it is done.
+
+    A sweep of which nothing was missing is a run, too: what it asked for is what is read from then on.
+    """
     environment = server.environment
-    todo = pending(plan, store, environment["fingerprint"])
+    todo = pending(plan, store, environment["fingerprint"], again)
     for planned in plan.cases:
         store.add_case(planned.case, list(planned.aliases))
-    if not todo:
-        return
-    random.Random(seed).shuffle(todo)  # noqa: S311 - an order, not a secret
     run_id = store.add_run(datetime.now(UTC).isoformat(timespec="seconds"), plan.name, seed, environment)
+    store.add_asked(run_id, (planned.case.case_id for planned in plan.cases))
+    random.Random(seed).shuffle(todo)  # noqa: S311 - an order, not a secret
     for planned in todo:
         results = []
         for result in server.run(request_for(plan, planned, environment)):
-            store.add_result(run_id, planned.case.case_id, result)
+            store.add_result(run_id, planned.case.case_id, result, again=bool(again))
             results.append(result)
         tell(planned, results)
 

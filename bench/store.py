@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -20,6 +20,14 @@ from skipcost.bench.records import Result
 
 APPLICATION_ID = 0x534B4950  # "SKIP", in the file's header: tells our files from other SQLite files
 SCHEMA_VERSION = 1  # raise it with every change of SCHEMA; there are no migrations before 1.0
+# Added to a store that has it not: one without, or a run that wrote none, asked for what it measured.
+ASKED = """
+CREATE TABLE IF NOT EXISTS asked (  -- the cases of a run's plan, those too that an earlier run had measured
+    run_id INTEGER NOT NULL REFERENCES runs,
+    case_id TEXT NOT NULL REFERENCES cases,
+    PRIMARY KEY (run_id, case_id)
+) WITHOUT ROWID;
+"""
 SCHEMA = """
 CREATE TABLE runs (           -- one call of `skipcost sweep`
     run_id INTEGER PRIMARY KEY,
@@ -103,8 +111,16 @@ class Store:
         with self._db:
             self._db.execute("INSERT OR REPLACE INTO cases VALUES (?, ?, ?, ?)", row)
 
-    def add_result(self, run_id: int, case_id: str, result: Result) -> bool:
-        """Commit a result unless its environment has one for the case and metric already; say whether it was new."""
+    def add_asked(self, run_id: int, case_ids: Iterable[str]) -> None:
+        """Write which cases a run asks for, whether or not there is anything left to measure of them."""
+        with self._db:
+            self._db.executemany("INSERT OR IGNORE INTO asked VALUES (?, ?)", [(run_id, each) for each in case_ids])
+
+    def add_result(self, run_id: int, case_id: str, result: Result, *, again: bool = False) -> bool:
+        """Commit a result unless its environment has one for the case and metric already; say whether it was new.
+
+        again: commit it beside the one that is there. Readers get the newest run's (`rows`).
+        """
         values = (
             run_id, case_id, result.metric, result.outcome, result.note,
             json.dumps(result.samples), json.dumps(result.detail, sort_keys=True),
@@ -113,17 +129,25 @@ class Store:
             done = self._db.execute(
                 "INSERT INTO results SELECT ?, ?, ?, ?, ?, ?, ? WHERE NOT EXISTS ("
                 " SELECT 1 FROM results JOIN runs USING (run_id) WHERE case_id = ? AND metric = ?"
-                " AND fingerprint = (SELECT fingerprint FROM runs WHERE run_id = ?))",
-                (*values, case_id, result.metric, run_id),
+                " AND fingerprint = (SELECT fingerprint FROM runs WHERE run_id = ?)) OR ?",
+                (*values, case_id, result.metric, run_id, again),
             )
         return done.rowcount == 1
 
-    def measured(self, fingerprint: str) -> set[tuple[str, str]]:
-        """(case_id, metric) of every row of an environment; any outcome is final."""
-        rows = self._db.execute(
-            "SELECT case_id, metric FROM results JOIN runs USING (run_id) WHERE fingerprint = ?", (fingerprint,)
-        )
-        return set(rows.fetchall())
+    def measured(self, fingerprint: str) -> dict[tuple[str, str], str]:
+        """The outcome of every row of an environment that `rows` gives, by (case_id, metric)."""
+        return {
+            (row.case_id, row.result.metric): row.result.outcome
+            for row in self.rows()
+            if row.fingerprint == fingerprint
+        }
+
+    def asked(self) -> list[tuple[int, str]]:
+        """(run_id, case_id) of every case that a run asked for, oldest run first."""
+        asked = set(self._db.execute("SELECT DISTINCT run_id, case_id FROM results"))
+        if self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'asked'").fetchone():
+            asked |= set(self._db.execute("SELECT run_id, case_id FROM asked"))
+        return sorted(asked)
 
     def runs(self) -> list[Run]:
         """All runs, oldest first."""
@@ -141,10 +165,11 @@ class Store:
         return {case_id: (Case.from_json(definition), json.loads(aliases)) for case_id, definition, aliases in rows}
 
     def rows(self) -> Iterator[Row]:
-        """Every result, in the order run, case, metric."""
+        """Results in the order run, case, metric; of several for one environment, case and metric the newest run's."""
         rows = self._db.execute(
-            "SELECT run_id, fingerprint, case_id, metric, outcome, samples, note, detail"
-            " FROM results JOIN runs USING (run_id) ORDER BY run_id, case_id, metric"
+            "SELECT run_id, fingerprint, case_id, metric, outcome, samples, note, detail FROM ("
+            " SELECT *, max(run_id) OVER (PARTITION BY fingerprint, case_id, metric) AS newest"
+            " FROM results JOIN runs USING (run_id)) WHERE run_id = newest ORDER BY run_id, case_id, metric"
         )
         for run_id, fingerprint, case_id, metric, outcome, samples, note, detail in rows:
             result = Result(metric, outcome, tuple(json.loads(samples)), note, json.loads(detail))
@@ -178,6 +203,7 @@ def create_store(path: Path) -> Store:
             header = f"PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={SCHEMA_VERSION};"
             connection.executescript(f"BEGIN IMMEDIATE; {header} {SCHEMA} COMMIT;")
         connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute(ASKED)
         # Under WAL a killed process loses nothing with this, only a power cut could.
         connection.execute("PRAGMA synchronous=NORMAL")
         return Store(connection, writer=True)

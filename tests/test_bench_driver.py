@@ -149,19 +149,34 @@ def test_each_case_has_its_threads(server: Server) -> None:
 
 
 def test_a_second_sweep_runs_only_what_is_missing(tmp_path: Path, server: Server) -> None:
-    """What has a row is not measured again, and the order is the seed's."""
+    """What has a row is not measured again, and the order is the seed's; each sweep is a run with its whole plan."""
     plan = small_plan(tmp_path)
     told: list[str] = []
     with create_store(tmp_path / "x.sqlite") as store:
         for _ in range(2):
             sweep(plan, store, server, 1, lambda planned, _: told.append(planned.case.spec.label))
         assert pending(plan, store, server.environment["fingerprint"]) == []
-        runs = store.runs()
+        runs, asked = store.runs(), store.asked()
 
     assert sorted(told) == sorted(each.case.spec.label for each in plan.cases)
     assert told != [each.case.spec.label for each in plan.cases]
-    assert [run.seed for run in runs] == [1]
+    assert [run.seed for run in runs] == [1, 1]
+    ids = {each.case.case_id for each in plan.cases}
+    assert set(asked) == {(run.run_id, case_id) for run in runs for case_id in ids}
     assert runs[0].environment["versions"]["torch"]
+
+
+def test_what_is_asked_for_again_is_measured_again(tmp_path: Path, server: Server) -> None:
+    """Rows of the outcomes that are named are measured anew, and the newer ones are read."""
+    plan = small_plan(tmp_path)
+    with create_store(tmp_path / "x.sqlite") as store:
+        sweep(plan, store, server, 1, lambda *_: None)
+        assert pending(plan, store, server.environment["fingerprint"], ["crash"]) == []
+
+        sweep(plan, store, server, 1, lambda *_: None, ["ok"])
+
+        assert {row.run_id for row in store.rows()} == {2}
+        assert len(list(store.rows())) == 6 * 3
 
 
 def start_sweep(tmp_path: Path) -> subprocess.Popen[str]:
