@@ -146,12 +146,16 @@ def show(
     form: Annotated[
         Format, typer.Option("--format", help="table is for people; the others have every column")
     ] = Format.TABLE,
+    every: Annotated[bool, typer.Option("--all", help="models of your own as they were before an edit, too")] = False,  # noqa: FBT002
 ) -> None:
     """Print what a store holds: one row per case, a column per metric."""
     with open_store(store) as opened:
-        frame = showing.select(opened, where, sort)
+        frame = showing.select(opened, where, sort, every=every)
+        left_out = "" if every else showing.former_states(opened)
         labels = {case_id: case.spec.label for case_id, (case, _) in opened.cases().items()}
     showing.write(frame, form.value, OUT, labels)
+    if left_out:
+        ERR.print(left_out, soft_wrap=True, highlight=False)
 
 
 @app.command()
