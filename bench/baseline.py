@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,14 +54,18 @@ class Baseline:
         return "\n".join(lines) + "\n"
 
 
-def baseline_of(store: Store) -> Baseline:
-    """Take the newest environment's results; what failed is no number to hold others against, and is left out."""
+def baseline_of(store: Store, chosen: Collection[str] | None = None) -> Baseline:
+    """Take the newest environment's results; what failed is no number to hold others against, and is left out.
+
+    chosen: the cases to take (`results_by_case`).
+    """
     run = newest_environment(store)
-    cases = store.cases()
-    names = names_of({case_id: case for case_id, (case, _) in cases.items()})
+    found = results_by_case(store, run.fingerprint, chosen)
+    cases = {case_id: case for case_id, (case, _) in store.cases().items() if case_id in found}
+    names = names_of(cases)
     entries = {}
-    for case_id, results in results_by_case(store, run.fingerprint).items():
-        case = cases[case_id][0]
+    for case_id, results in found.items():
+        case = cases[case_id]
         exact = {name: _exact(results[name]) for name in METRICS if name in results and METRICS[name].exact}
         noisy = {name: _rounded(results[name]) for name in METRICS if name in results and not METRICS[name].exact}
         kept = {name: value for name, value in exact.items() if value is not None}
@@ -77,12 +82,12 @@ def names_of(cases: dict[str, Case]) -> dict[str, str]:
     return {key: case.name if often[case.name] == 1 else case.key for key, case in cases.items()}
 
 
-def failures_of(store: Store) -> list[tuple[Case, Result]]:
-    """Exact metrics of the newest environment that have no number though they should."""
+def failures_of(store: Store, chosen: Collection[str] | None = None) -> list[tuple[Case, Result]]:
+    """Exact metrics of the newest environment's cases (of those `chosen`) that have no number though they should."""
     cases = store.cases()
     return [
         (cases[case_id][0], result)
-        for case_id, results in results_by_case(store, newest_environment(store).fingerprint).items()
+        for case_id, results in results_by_case(store, newest_environment(store).fingerprint, chosen).items()
         for result in results.values()
         if METRICS[result.metric].exact and _exact(result) is None
     ]

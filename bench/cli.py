@@ -32,7 +32,7 @@ from skipcost.bench import fit as fitting
 from skipcost.bench import show as showing
 from skipcost.bench.cases import CHOICES
 from skipcost.bench.console import DB, DEVICE, ERR, JSON, MODEL, OUT, SET, SIZE, SWEEP, progress_bar, settings_of
-from skipcost.bench.driver import Server, pending
+from skipcost.bench.driver import Server, pending, recognised
 from skipcost.bench.driver import sweep as run_sweep
 from skipcost.bench.environment import cpus
 from skipcost.bench.errors import BenchError
@@ -134,7 +134,7 @@ def sweep(
         except Stopped as stop:
             stop.add_note("what was measured is kept, run the same command again to go on")
             raise
-        asked = results_asked(planned, opened, server.environment["fingerprint"])
+        asked = results_asked(recognised(planned, opened), opened, server.environment["fingerprint"])
     told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or "nothing was missing"
     ERR.print(f"{len(planned.cases)} cases in {path}; this run added: {told}")
     for text, reason in planned.left_out.items():
@@ -165,13 +165,17 @@ def show(
     form: Annotated[
         Format, typer.Option("--format", help="table is for people; the others have every column")
     ] = Format.TABLE,
+    every: Annotated[bool, typer.Option("--all", help="models of your own as they were before an edit, too")] = False,  # noqa: FBT002
 ) -> None:
     """Print what a store holds: one row per case, a column per metric; the reasons of failures go to stderr."""
     with open_store(store) as opened:
-        frame = showing.select(opened, where, sort)
+        frame = showing.select(opened, where, sort, every=every)
+        left_out = "" if every else showing.former_states(opened)
         labels = {case_id: case.spec.label for case_id, (case, _) in opened.cases().items()}
-        table = results_by_case(opened, newest_environment(opened).fingerprint)
+        table = results_by_case(opened, newest_environment(opened).fingerprint, opened.cases())
     showing.write(frame, form.value, OUT, labels)
+    if left_out:
+        ERR.print(left_out)
     if form is Format.TABLE:
         _tell_failures((labels[case_id], each) for case_id in frame.index for each in table[case_id].values())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import hashlib
 import importlib
 import io
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 CLASSES = 2  # as a spec's
 MOST_OF_A_LABEL = 100  # characters
+INSTALLED = frozenset({"site-packages", "dist-packages"})  # folders of these names hold installed packages
 MOST_SAID = 300  # characters kept of what a model prints
 
 
@@ -44,7 +46,8 @@ class Factory:
 
     `path` is "package.module:function". `arguments` is a JSON object, put into canonical form. `name` is the label that
     tables show; without it, the call. The model reads images of `in_channels`; `classes` is what the loss expects of
-    its maps. `code` is the hash of its sources (`code_of`): an edited model is another case. ValueError for bad values.
+    its maps. `code` is the hash of its sources (`code_of`); `read`, a JSON object of what else it opens (`opened`), is
+    known once it was made: an edited model is another case. ValueError for bad values.
     """
 
     path: str
@@ -53,6 +56,7 @@ class Factory:
     in_channels: int = 1
     classes: int = CLASSES
     code: str = ""
+    read: str = ""
 
     def __post_init__(self) -> None:
         """Check every field and give equal calls one form."""
@@ -87,6 +91,11 @@ class Factory:
         """The call as it would be written: `package.module:function(width=32)`."""
         words = ", ".join(f"{name}={value!r}" for name, value in json.loads(self.arguments).items())
         return f"{self.path}({words})" if words else self.path
+
+    @property
+    def state(self) -> str:
+        """A hash of its sources and of what it reads."""
+        return hashlib.sha256((self.code + self.read).encode()).hexdigest()[:12] if self.read else self.code
 
     @property
     def label(self) -> str:
@@ -147,26 +156,62 @@ def check_reachable(top: str) -> None:
         raise UnsupportedError(message)
 
 
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """The files of a factory's sources, with the folder from which they are imported."""
+
+    folder: Path
+    files: tuple[Path, ...]
+
+
 def code_of(path: str) -> str:
     """Hash the sources of a factory without importing them; empty where there are none to be found.
 
-    That is its whole top-level package or module; outside of site-packages also what these import of the files beside
-    them. Nothing else of what it imports is part of it. UnsupportedError where it cannot be reached by its name.
+    That is its whole top-level package or module; outside of installed packages also what these import of the files
+    beside them. What else it opens is `Factory.read`, which only running it can tell. UnsupportedError
+    where it cannot be reached by its name.
     """
+    sources = sources_of(path)
+    if sources is None:
+        return ""
+    digest = hashlib.sha256()
+    for file in sources.files:
+        digest.update(str(file.relative_to(sources.folder)).encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def sources_of(path: str) -> Sources | None:
+    """Find the files that `code_of` hashes; None where there are none."""
     top = path.partition(":")[0].partition(".")[0]
     check_reachable(top)
     with contextlib.suppress(ImportError):
         found = locate(top)
-        if found is None or not (found.origin or found.submodule_search_locations):
-            return ""
-        folder = Path(found.origin or next(iter(found.submodule_search_locations or [""])))
-        folder = folder.parent.parent if found.origin and found.submodule_search_locations else folder.parent
-        installed = folder in {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib")}
-        digest = hashlib.sha256()
-        for file in _sources(top, folder, follow=not installed):
-            digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())
-        return digest.hexdigest()[:12]
-    return ""
+        places = [Path(each) for each in found.submodule_search_locations or []] if found else []
+        origin = Path(found.origin) if found and found.origin and found.has_location else None
+        if not origin and not places:
+            return None
+        folder = (places[0] if places else origin or Path()).parent
+        archive = next((each for each in (folder, *folder.parents) if each.is_file()), None)
+        if archive:  # a module in a zip file or an egg
+            return Sources(archive.parent, (archive,))
+        files = _sources(top, folder, follow=not is_installed((origin or places[0]).resolve()))
+        return Sources(folder, tuple(files) or ((origin,) if origin else ()))
+    return None
+
+
+def is_installed(file: Path) -> bool:
+    """Whether a file belongs to Python or to a package that somebody installed, wherever such packages lie here."""
+    if INSTALLED.intersection(file.parts):
+        return True
+    if any(file.is_relative_to(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib", "platstdlib")):
+        return True
+    return any(_has_installed(str(folder)) for folder in file.parents)
+
+
+@functools.cache
+def _has_installed(folder: str) -> bool:
+    """Whether a folder is one that pip fills (`pip install --target`)."""
+    return next(Path(folder).glob("*.dist-info"), None) is not None
 
 
 def _sources(top: str, folder: Path, *, follow: bool) -> list[Path]:
@@ -175,13 +220,22 @@ def _sources(top: str, folder: Path, *, follow: bool) -> list[Path]:
     while left:
         name = left.pop()
         single = folder / f"{name}.py"
-        own = sorted((folder / name).rglob("*.py")) or ([single] if single.is_file() else [])
+        own = _files_under(folder / name) or ([single] if single.is_file() else [])
         files += own
         for file in own if follow else ():
             beside = {each for each in _imported(file) if each not in known}
             known |= beside
             left += [each for each in beside if (folder / each).is_dir() or (folder / f"{each}.py").is_file()]
     return sorted(files)
+
+
+def _files_under(folder: Path) -> list[Path]:
+    """The Python files of a folder, but those of environments and hidden folders inside it."""
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [each for each in folders if not each.startswith(".") and each not in (*INSTALLED, "node_modules")]
+        found += [Path(place) / each for each in names if each.endswith(".py")]
+    return sorted(found)
 
 
 def _imported(file: Path) -> set[str]:
@@ -195,7 +249,7 @@ def _imported(file: Path) -> set[str]:
     return {name.partition(".")[0] for name in names} - {""}
 
 
-class Heard(io.StringIO):
+class Transcript(io.StringIO):
     """What is printed; nobody can close it."""
 
     def close(self) -> None:
@@ -210,7 +264,7 @@ def make(factory: Factory, device: str) -> tuple[nn.Module, str]:
     """
     import torch  # noqa: PLC0415 - cases are read and planned without torch
 
-    said = Heard()
+    said = Transcript()
     with contextlib.redirect_stdout(said), importing_from_here():
         function = _find(factory.path)
         arguments = json.loads(factory.arguments)

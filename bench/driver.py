@@ -6,13 +6,14 @@ import contextlib
 import json
 import random
 import subprocess
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import IO, Any, Self
 
 from skipcost.bench.cases import Case
 from skipcost.bench.errors import MachineError
+from skipcost.bench.opened import Present
 from skipcost.bench.plan import Plan, PlannedCase
 from skipcost.bench.records import Result
 from skipcost.bench.store import Store
@@ -140,6 +141,24 @@ def _failure(metric: str, ending: dict[str, Any], request: Request) -> Result:
     return Result(metric, "crash", note=f"the process ended with status {ending['code']}{said}")
 
 
+def recognised(plan: Plan, store: Store) -> Plan:
+    """The plan with what its factories read, where the store knows a state of them that is the one here and now.
+
+    Elsewhere only making a model tells what it reads; until then the case has no rows.
+    """
+    present, states = Present(), store.states()
+    return replace(plan, cases=tuple(_recognised(planned, states, present) for planned in plan.cases))
+
+
+def _recognised(planned: PlannedCase, states: dict[str, list[Case]], present: Present) -> PlannedCase:
+    if planned.case.factory is None or planned.case.factory.read:
+        return planned
+    known = next(
+        (each.factory for each in reversed(states.get(planned.case.work, [])) if present.has(each.factory)), None
+    )
+    return replace(planned, case=planned.case.of_factory(read=known.read)) if known else planned
+
+
 def pending(plan: Plan, store: Store, fingerprint: str, again: Collection[str] = ()) -> list[PlannedCase]:
     """The cases of a plan with the metrics that this environment has no row for yet; what has one is final.
 
@@ -147,7 +166,7 @@ def pending(plan: Plan, store: Store, fingerprint: str, again: Collection[str] =
     """
     done = {row for row, outcome in store.measured(fingerprint).items() if outcome not in again}
     left = []
-    for planned in plan.cases:
+    for planned in recognised(plan, store).cases:
         case_id = planned.case.case_id
         metrics = tuple(name for name in planned.metrics if (case_id, name) not in done)
         if metrics:
@@ -167,19 +186,45 @@ def sweep(
 
     A sweep of which nothing was missing is a run, too: what it asked for is what is read from then on.
     """
-    environment = server.environment
+    environment, plan = server.environment, recognised(plan, store)
     todo = pending(plan, store, environment["fingerprint"], again)
-    for planned in plan.cases:
-        store.add_case(planned.case, list(planned.aliases))
     run_id = store.add_run(datetime.now(UTC).isoformat(timespec="seconds"), plan.name, seed, environment)
-    store.add_asked(run_id, (planned.case.case_id for planned in plan.cases))
+    unread = {planned.case.case_id for planned in todo if planned.case.factory}
+    known = [planned for planned in plan.cases if planned.case.case_id not in unread]
+    for planned in known:
+        store.add_case(planned.case, list(planned.aliases))
+    store.add_asked(run_id, (planned.case.case_id for planned in known))
     random.Random(seed).shuffle(todo)  # noqa: S311 - an order, not a secret
     for planned in todo:
         results = []
-        for result in server.run(request_for(plan, planned, environment)):
-            store.add_result(run_id, planned.case.case_id, result, again=bool(again))
+        for case, result in _as_read(planned.case, server.run(request_for(plan, planned, environment))):
+            if case.factory:
+                store.add_case(case, list(planned.aliases))
+                store.add_asked(run_id, [case.case_id])
+            store.add_result(run_id, case.case_id, result, again=bool(again))
             results.append(result)
         tell(planned, results)
+
+
+def _as_read(case: Case, results: Iterable[Result]) -> Iterator[tuple[Case, Result]]:
+    """Each result with its case, to which belongs what the factory read (`worker` has it in the detail).
+
+    What failed before a worker came to tell waits for the next one's word.
+    """
+    waiting: list[Result] = []
+    for result in results:
+        waiting.append(result)
+        if "read" in result.detail:
+            read = result.detail["read"]
+            case = case.of_factory(read=json.dumps(read, sort_keys=True) if read else "")
+        if case.factory is None or "read" in result.detail:
+            yield from ((case, _without_read(each)) for each in waiting)
+            waiting = []
+    yield from ((case, each) for each in waiting)
+
+
+def _without_read(result: Result) -> Result:
+    return replace(result, detail={name: value for name, value in result.detail.items() if name != "read"})
 
 
 def request_for(plan: Plan, planned: PlannedCase, environment: dict[str, Any]) -> Request:

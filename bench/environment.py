@@ -30,7 +30,7 @@ def describe() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": describe_gpus(),
         "cuda": _cuda(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: version_of(name) for name in PACKAGES},
         "flags": {name: os.environ[name] for name in FLAGS if name in os.environ},
         "code": code_hash(),
     }
@@ -59,7 +59,8 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or "unknown"
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The version of an installed package."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

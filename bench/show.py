@@ -12,15 +12,18 @@ from skipcost.bench.console import Column, Screen
 from skipcost.bench.errors import BenchError
 from skipcost.bench.metrics import METRICS
 from skipcost.bench.store import Store
-from skipcost.bench.tables import newest_environment, wide_table
+from skipcost.bench.tables import newest_environment, newest_states, results_by_case, wide_table
 from skipcost.unet_models.spec import suggest
 
 KEPT = ("params", "conv_macs", "latency_s")  # metrics that a narrow table leaves out last
 
 
-def select(store: Store, where: str | None, sort: str | None) -> pd.DataFrame:
-    """The wide table of the newest environment, filtered and sorted; BenchError for a column that is not there."""
-    frame = wide_table(store, newest_environment(store).fingerprint)
+def select(store: Store, where: str | None, sort: str | None, *, every: bool = False) -> pd.DataFrame:
+    """The wide table of the newest environment, filtered and sorted; BenchError for a column that is not there.
+
+    every: former states of users' own models, too.
+    """
+    frame = wide_table(store, newest_environment(store).fingerprint, store.cases() if every else None)
     if where:
         try:
             frame = frame.query(where, engine="python")
@@ -32,6 +35,13 @@ def select(store: Store, where: str | None, sort: str | None) -> pd.DataFrame:
             raise BenchError(suggest("column", sort, frame.columns))
         frame = frame.sort_values(sort, kind="stable")
     return frame
+
+
+def former_states(store: Store) -> str:
+    """Say how many states of users' own models are left out; empty where there are none."""
+    fingerprint = newest_environment(store).fingerprint
+    left_out = len(set(results_by_case(store, fingerprint, store.cases())) - newest_states(store, fingerprint))
+    return f"{left_out} rows of models as they were before an edit are left out: --all shows them" if left_out else ""
 
 
 def write(frame: pd.DataFrame, form: str, console: Screen, labels: dict[str, str]) -> None:
@@ -53,8 +63,12 @@ def write(frame: pd.DataFrame, form: str, console: Screen, labels: dict[str, str
 
 
 def _for_people(frame: pd.DataFrame, labels: dict[str, str], console: Screen) -> None:
-    """Only what differs between rows, and metrics that any row has, in readable units."""
-    fields = [name for name in CASE_KEYS if len(set(frame[name].dropna())) > 1]
+    """Only what differs between rows, and metrics that any row has, in readable units.
+
+    Where a model is there in several states, these are told apart by their code's hash and when they were asked for.
+    """
+    several = frame["code"].nunique() > frame["factory"].nunique()
+    fields = [name for name in CASE_KEYS if len(set(frame[name].dropna())) > 1] + ["code", "asked"] * several
     metrics = [name for name in METRICS if frame[name].notna().any()]
     rows = []
     for case_id, row in frame.iterrows():

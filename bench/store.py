@@ -150,6 +150,20 @@ class Store:
             asked |= set(self._db.execute("SELECT run_id, case_id FROM asked"))
         return sorted(asked)
 
+    def states(self, fingerprint: str | None = None) -> dict[str, list[Case]]:
+        """Every case that a run asked for (of one environment, if it is given), by `Case.work`.
+
+        A network of the suite is one case. Of a user's own model there is one for each state of its code and of what it
+        reads: the one that was asked for last stands last.
+        """
+        runs = {run.run_id: run.fingerprint for run in self.runs()}
+        asked = {case_id: run_id for run_id, case_id in self.asked() if fingerprint in (None, runs[run_id])}
+        found = [(asked[case_id], case) for case_id, (case, _) in self.cases().items() if case_id in asked]
+        states: dict[str, list[Case]] = {}
+        for _, case in sorted(found, key=lambda each: (each[0], bool(each[1].factory and each[1].factory.read))):
+            states.setdefault(case.work, []).append(case)
+        return states
+
     def runs(self) -> list[Run]:
         """All runs, oldest first."""
         rows = self._db.execute(
