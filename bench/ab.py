@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from skipcost.bench.console import append_file, write_file
 from skipcost.bench.duel import Bout, SideError
 from skipcost.bench.paired import Estimate, estimate, holm
 from skipcost.bench.verdicts import Verdict
@@ -26,6 +27,7 @@ from skipcost.bench.verdicts import Verdict
 SETTLED_FROM = 3  # process pairs after which a subject may be found unchanged and left alone
 HEAVY = 0.2  # share of the machine's processor time in other hands from which nothing is called changed
 METRIC = "latency_s"
+OTHER = "another current folder"  # whose results/ has the journals
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +75,7 @@ class Journal:
             for row in rows[1:]:
                 self._known[row["stage"], row["pair"], row["subject"]] = Bout.from_json(row["bout"])
         elif path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(header) + "\n")
+            write_file(path, json.dumps(header) + "\n", option=OTHER)
 
     def get(self, stage: str, pair: int, key: str) -> Bout | None:
         """What was measured already."""
@@ -90,8 +91,7 @@ class Journal:
         self._known[stage, pair, key] = measured
         if self.path:
             row = {"stage": stage, "pair": pair, "subject": key, "bout": asdict(measured)}
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_file(self.path, json.dumps(row) + "\n", OTHER, "what was measured before is kept")
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
@@ -99,7 +99,7 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     content = path.read_bytes() if path.exists() else b""
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
-        path.write_bytes(whole)
+        write_file(path, whole, option=OTHER)
     return [json.loads(line) for line in whole.splitlines()]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
 from skipcost.bench import self_test as testing
 from skipcost.bench import verdicts as telling
@@ -17,7 +17,7 @@ from skipcost.bench.ab import Arena, Journal, Rules, Subject, compare
 from skipcost.bench.arenas import benchmarks_arena, benchmarks_of, cases_arena
 from skipcost.bench.benchmarks import is_benchmarks
 from skipcost.bench.cases import CHOICES, Case
-from skipcost.bench.console import ERR, JSON, JUNIT, KEPT, OUT, SET, settings_of
+from skipcost.bench.console import ERR, JSON, JUNIT, KEPT, OUT, SET, Description, check_outputs, settings_of
 from skipcost.bench.environment import code_hash, cpus
 from skipcost.bench.errors import BenchError
 from skipcost.bench.plan import load_plan
@@ -62,6 +62,8 @@ def ab(
         message = f"--effect {effect:g} is not above {DEFAULT.floor:g}, which is the change that is too small to matter"
         raise BenchError(message)
     rules = Rules(pairs=pairs, seconds=seconds, effect=effect)
+    taken = [Path(sweep), *(Path(each.partition("::")[0]) for each in benchmarks or ())]
+    check_outputs({"--junit": junit, "--verdicts": kept}, taken)
     if not self_test and (base is None or is_benchmarks(Path(base))):
         stored = f"{base} has stored samples, taken at another time: they cannot give a paired verdict; "
         message = f"{stored if base else ''}name the revision to compare with, e.g. `skipcost ab main`"
@@ -82,12 +84,12 @@ def ab(
         for name in filter(None, (base, release)):
             found = compared(name)
             if not as_json:
-                OUT.print(f"{head} against {name}", highlight=False)
+                OUT.print(f"{head} against {name}")
                 telling.print_verdicts(found, OUT)
             verdicts += found
     if as_json:
         telling.write_json(verdicts, OUT)
-    telling.pass_on(verdicts, TITLE, ERR, junit, kept)
+    telling.pass_on(verdicts, TITLE, ERR, junit, kept, taken)
     _end(verdicts, strict=strict)
 
 
@@ -147,7 +149,7 @@ def _kept(what: str, sides: tuple[str, str], subjects: list[Subject], arena: Are
 @contextlib.contextmanager
 def _bar() -> Iterator[Callable[[str], Callable[[int, str], None]]]:
     """A bar whose total may shrink, because settled cases are left alone, or grow by what has to be confirmed."""
-    columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    columns = (BarColumn(), TaskProgressColumn(), Description(), TimeRemainingColumn())
     with Progress(*columns, console=ERR) as progress:
 
         def start(what: str) -> Callable[[int, str], None]:

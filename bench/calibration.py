@@ -21,6 +21,7 @@ import numpy as np
 
 from skipcost.bench import regression
 from skipcost.bench.cases import Case
+from skipcost.bench.console import write_file
 from skipcost.bench.devices import device_named
 from skipcost.bench.errors import BenchError
 from skipcost.bench.passes import passes
@@ -248,15 +249,10 @@ def file_of(device: str, folder: Path = FOLDER) -> Path:
     return folder / (re.sub(r"[^a-z0-9]+", "-", device.casefold()).strip("-") + ".json")
 
 
-def save_calibration(calibration: Calibration, path: Path) -> None:
-    """Write a calibration as JSON. BenchError where the place cannot be written."""
+def save_calibration(calibration: Calibration, path: Path, taken: Iterable[Path] = ()) -> None:
+    """Write a calibration as JSON. BenchError where the place cannot be written, or is one of `taken`."""
     content = {"format": FORMAT, "schema": SCHEMA} | asdict(calibration)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n")
-    except OSError as error:
-        message = f"cannot write {path}: {error.strerror}; name another file with -o"
-        raise BenchError(message) from None
+    write_file(path, json.dumps(content, indent=1) + "\n", taken)
 
 
 def load_calibration(device: str, folder: Path = FOLDER) -> Calibration | None:

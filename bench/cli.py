@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from skipcost.bench import (
     ab_command,
@@ -42,6 +41,7 @@ from skipcost.bench.preview import preview, print_preview
 from skipcost.bench.records import Result
 from skipcost.bench.store import create_store, open_store
 from skipcost.bench.units import parse_size
+from skipcost.kernels.console import steady_streams
 from skipcost.unet_models import ModelSpec
 from skipcost.unet_models.spec import suggest
 
@@ -121,7 +121,7 @@ def sweep(
         def tell(case: PlannedCase, results: list[Result]) -> None:
             for result in results:
                 counts[result.outcome] = counts.get(result.outcome, 0) + 1
-            progress.update(bar, advance=1, description=escape(case.case.spec.label))
+            progress.update(bar, advance=1, description=case.case.spec.label)
 
         try:
             run_sweep(planned, opened, server, seed, tell)
@@ -130,9 +130,9 @@ def sweep(
             ERR.print("skipcost: stopped; what was measured is kept, run the same command again to go on")
             raise typer.Exit(INTERRUPTED) from None
     told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or "nothing was missing"
-    ERR.print(f"{len(planned.cases)} cases in {path}; this run added: {told}", soft_wrap=True, highlight=False)
+    ERR.print(f"{len(planned.cases)} cases in {path}; this run added: {told}")
     for text, reason in planned.left_out.items():
-        ERR.print(f"left out: {text}: {reason}", soft_wrap=True, highlight=False)
+        ERR.print(f"left out: {text}: {reason}")
 
 
 @app.command()
@@ -214,10 +214,11 @@ def main() -> None:
 
 def guarded(command: Any) -> None:
     """Run a command line and turn what it raises into one sentence and an exit code."""
+    steady_streams()
     try:
         command()
     except BenchError as error:
-        ERR.print(f"skipcost: {error}", soft_wrap=True, highlight=False, markup=False)
+        ERR.print(f"skipcost: {error}")
         raise SystemExit(error.exit_code) from None
     except BrokenPipeError:
         raise SystemExit(0) from None

@@ -15,7 +15,7 @@ from skipcost.bench import verdicts as telling
 from skipcost.bench.attribution import attribute
 from skipcost.bench.baseline import Baseline, baseline_of, failures_of, read_baseline
 from skipcost.bench.benchmarks import is_benchmarks, read_benchmarks
-from skipcost.bench.console import ERR, JSON, JUNIT, KEPT, OUT
+from skipcost.bench.console import ERR, JSON, JUNIT, KEPT, OUT, check_outputs, write_file
 from skipcost.bench.environment import code_hash
 from skipcost.bench.errors import BenchError, MachineError
 from skipcost.bench.gate import compared, judge
@@ -35,18 +35,14 @@ def baseline(
     store: DB, output: Annotated[Path, typer.Option("-o", help="the file, e.g. bench/baselines/ci.jsonl")]
 ) -> None:
     """Write down what the cases of a store cost, one a line, for `skipcost gate` and for reviewers."""
+    check_outputs({"-o": output}, [store])
     made = read_benchmarks(store) if is_benchmarks(store) else _of_store(store)
     count = sum(len(entry.exact) for entry in made.entries.values())
     if not count:
         message = f"{store} holds no exact number: a baseline of it would compare nothing"
         raise BenchError(message)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(made.text, encoding="utf-8")
-    except OSError as error:
-        message = f"cannot write {output}: {error.strerror}; name another file with -o"
-        raise BenchError(message) from None
-    ERR.print(f"{count} exact numbers of {len(made.entries)} cases in {output}", soft_wrap=True, highlight=False)
+    write_file(output, made.text, [store], kept=f"{len(made.entries)} cases are kept in {store}")
+    ERR.print(f"{count} exact numbers of {len(made.entries)} cases in {output}")
 
 
 def _of_store(store: Path) -> Baseline:
@@ -79,6 +75,8 @@ def gate(
     if against is not None and is_benchmarks(store):
         message = f"--against takes a store; {store} has samples of one side: `skipcost ab --benchmarks` runs both"
         raise BenchError(message)
+    taken = [store, *([baseline] if baseline else [])]
+    check_outputs({"--junit": junit, "--verdicts": kept}, taken)
     if baseline is not None:
         parts = [(f"skipcost baseline {store} -o {baseline}", _against_file(store, baseline))]
         parts += [(kernel_resources.UPDATE, _kernels(None))] if kernels else []
@@ -88,7 +86,7 @@ def gate(
             parts += [("", _kernels(base))] if kernels else []
     verdicts = [verdict for _, part in parts for verdict in part]
     telling.write_json(verdicts, OUT) if as_json else telling.print_verdicts(verdicts, OUT)
-    telling.pass_on(verdicts, TITLE, ERR, junit, kept)
+    telling.pass_on(verdicts, TITLE, ERR, junit, kept, taken)
     _end(parts)
 
 
@@ -98,7 +96,7 @@ def _end(parts: list[tuple[str, list[Verdict]]]) -> None:
     if not all(compared(part) for _, part in parts):
         ERR.print("skipcost: nothing could be compared: that is no pass")
     for update in filter(None, failing):
-        ERR.print(f"If the change is meant, update the baseline and commit it: {update}", soft_wrap=True)
+        ERR.print(f"If the change is meant, update the baseline and commit it: {update}")
     if failing:
         raise typer.Exit(1)
 

@@ -9,7 +9,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from skipcost.kernels.console import tell
+from skipcost.kernels.console import steady_streams, tell
 from skipcost.kernels.errors import MachineError
 
 BAD_USAGE, ENVIRONMENT, INTERRUPTED = 2, 4, 130  # the last is 128 + SIGINT, as shells report it
@@ -31,6 +31,7 @@ def usage() -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Run a command and return its exit code; what it raises becomes one sentence on stderr."""
+    steady_streams()
     if not argv or argv[0] in ("-h", "--help"):
         (sys.stdout if argv else sys.stderr).write(usage())
         return 0 if argv else BAD_USAGE

@@ -23,6 +23,7 @@ from skipcost.kernels.compiling import can_run, compile_launch, why_not
 from skipcost.kernels.console import tell, write_table
 from skipcost.kernels.errors import MachineError
 from skipcost.kernels.gated import gated
+from skipcost.kernels.outputs import OutputError
 from skipcost.kernels.targets import TARGETS
 
 DEFAULT_TARGETS = ("sm_90", "gfx942")
@@ -122,6 +123,6 @@ def main(argv: Sequence[str]) -> int:
 def _written(found: dict[Key, Resources]) -> Path:
     try:
         return write(found)
-    except OSError as error:
+    except OutputError as error:
         message = f"the baseline cannot be written ({error}): run this in a checkout of the repository"
         raise MachineError(message) from error
