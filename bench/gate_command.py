@@ -17,7 +17,7 @@ from skipcost.bench.baseline import Baseline, baseline_of, failures_of, read_bas
 from skipcost.bench.benchmarks import is_benchmarks, read_benchmarks
 from skipcost.bench.console import ERR, JSON, JUNIT, KEPT, OUT, check_outputs, write_file
 from skipcost.bench.environment import code_hash
-from skipcost.bench.errors import BenchError, MachineError
+from skipcost.bench.errors import BenchError, MachineError, StoreError
 from skipcost.bench.gate import compared, judge
 from skipcost.bench.plan import shipped_sweeps
 from skipcost.bench.records import Result
@@ -178,7 +178,7 @@ def _side(path: Path, revision: Revision | None) -> tuple[Baseline, dict[tuple[s
             keys = {case_id: case.key for case_id, (case, _) in opened.cases().items()}
             found = results_by_case(opened, newest_environment(opened).fingerprint)
             numbers = baseline_of(opened)
-    except ValueError as error:
+    except (ValueError, StoreError) as error:
         where = f"revision {revision.commit[:12]}" if revision else path
         message = f"the cases of {where} cannot be read by this version ({error}): compare with --baseline FILE"
         raise BenchError(message) from None

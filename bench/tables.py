@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from typing import Any
@@ -38,8 +39,9 @@ def results_by_case(store: Store, fingerprint: str) -> dict[str, dict[str, Resul
 
 
 def value_of(result: Result) -> float | None:
-    """What a table shows of a result: the median of its samples, or None where there is none."""
-    return statistics.median(result.samples) if result.samples else None
+    """What a table shows of a result: the median of its samples, or None where there is none, or none is a cost."""
+    value = statistics.median(result.samples) if result.samples else math.nan
+    return value if math.isfinite(value) and value >= 0 else None
 
 
 def outcome_of(results: dict[str, Result]) -> str:
