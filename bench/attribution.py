@@ -61,7 +61,9 @@ def _ask(base: Revision, case: Case) -> dict[str, Any] | None:
     """What `explain` of the other revision says of a case; None where it says nothing that can be read."""
     size = f"{case.height}x{case.width}"
     command = base.command("skipcost.bench", "explain", case.spec.label, "--size", size, "--json")
-    done = subprocess.run(command, env=base.environment(), capture_output=True, text=True, check=False)  # noqa: S603 - our own command
+    done = subprocess.run(  # noqa: S603 - our own command
+        command, env=base.environment(), capture_output=True, text=True, errors="replace", check=False
+    )
     try:
         facts: dict[str, Any] = json.loads(done.stdout)
     except json.JSONDecodeError:

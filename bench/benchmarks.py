@@ -85,6 +85,7 @@ def run_benchmarks(names: Sequence[str], folder: Path, environment: dict[str, st
             env=own,
             capture_output=True,
             text=True,
+            errors="replace",
             check=False,
         )
         if not output.is_file() or done.returncode:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import runpy
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -52,6 +53,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota or a limit
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -222,11 +224,32 @@ def guarded(command: Any) -> None:
         raise SystemExit(error.exit_code) from None
     except BrokenPipeError:
         raise SystemExit(0) from None
-    except Exception:  # noqa: BLE001 - the last resort: nothing that the user did explains this one
-        with tempfile.NamedTemporaryFile("w", prefix="skipcost-", suffix=".log", delete=False) as log:
-            traceback.print_exc(file=log)
-        ERR.print(f"skipcost: an unexpected error, which is a defect; its traceback is in {log.name}", soft_wrap=True)
+    except OSError as error:
+        if error.errno not in FULL:
+            _defect()
+        ERR.print(f"skipcost: cannot write: {error.strerror}; what was measured is kept: make room, and run again")
         raise SystemExit(4) from None
+    except Exception:  # noqa: BLE001 - the last resort: nothing that the user did explains this one
+        _defect()
+
+
+def _defect() -> NoReturn:
+    """End with the traceback of what is being handled in a log file."""
+    ERR.print(f"skipcost: an unexpected error, which is a defect; its traceback is {_logged()}")
+    raise SystemExit(4) from None
+
+
+def _logged() -> str:
+    """Write the traceback of what is being handled to a file, and say where; to stderr where no file can be written."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="skipcost-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as log:
+            traceback.print_exc(file=log)
+    except OSError:
+        traceback.print_exc()
+        return "above"
+    return f"in {log.name}"
 
 
 if __name__ == "__main__":

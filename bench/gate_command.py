@@ -163,7 +163,12 @@ def _sweep(revision: Revision | None, sweep: str, store: Path) -> None:
         revision.command("skipcost.bench", *words) if revision else [sys.executable, "-m", "skipcost.bench", *words]
     )
     done = subprocess.run(  # noqa: S603 - our own command
-        command, env=revision.environment() if revision else None, capture_output=True, text=True, check=False
+        command,
+        env=revision.environment() if revision else None,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
     )
     if done.returncode:
         where = f"revision {revision.commit[:12]}" if revision else "the working tree"

@@ -47,7 +47,12 @@ def count(revision: Revision) -> Counts:
     if reason := why_not():
         raise MachineError(reason)
     done = subprocess.run(  # noqa: S603 - our own script
-        [sys.executable, str(SCRIPT)], env=_environment(revision), capture_output=True, text=True, check=False
+        [sys.executable, str(SCRIPT)],
+        env=_environment(revision),
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
     )
     try:
         answer = json.loads(done.stdout)

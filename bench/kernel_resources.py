@@ -42,7 +42,7 @@ def compiled(
         revision.command("skipcost.kernels", *words) if revision else [sys.executable, "-m", "skipcost.kernels", *words]
     )
     environment = revision.environment() if revision else None
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603 - our own command
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)  # noqa: S603 - our own command
     where = f"revision {revision.commit[:12]}" if revision else "the working tree"
     try:
         found = json.loads(done.stdout) if done.returncode in SAID else None

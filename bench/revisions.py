@@ -55,7 +55,13 @@ def repository() -> Path:
 
 def _git(folder: Path, *words: str) -> str:
     try:
-        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True)  # noqa: S603, S607
+        done = subprocess.run(  # noqa: S603
+            ["git", "-C", str(folder), *words],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=True,  # noqa: S607
+        )
     except OSError as error:
         message = f"git cannot be run ({error.strerror}): comparing revisions needs it"
         raise BenchError(message) from None

@@ -71,7 +71,7 @@ def _say(replies: IO[str], value: dict[str, Any]) -> None:
 def _run(request: dict[str, Any], requests: IO[str], replies: IO[str]) -> dict[str, Any]:
     """Fork, pass the results on under the time limit, and tell how it ended: exit status, signal, or time-out."""
     start = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile("w+", errors="replace") as log:  # a model prints whatever bytes it likes
         results, writer = os.pipe()
         child = os.fork()
         if child == 0:
@@ -102,7 +102,7 @@ def _relay(results: int, requests: IO[str], replies: IO[str], limit_s: float) ->
                 return False  # what is left in the buffer is half a line of a fork that was killed
             *lines, buffer = (buffer + block).split(b"\n")
             for line in lines:
-                replies.write(line.decode() + "\n")
+                replies.write(line.decode("utf-8", "replace") + "\n")
             replies.flush()
         elif ready:  # the driver writes nothing while a case runs: it is gone
             return True

@@ -20,6 +20,7 @@ from skipcost.bench.decoding import check_fields, check_members, parse_json
 from skipcost.bench.errors import StoreError
 from skipcost.bench.metrics import METRICS
 from skipcost.bench.records import Result
+from skipcost.kernels.outputs import is_beside_store
 
 T = TypeVar("T")
 APPLICATION_ID = 0x534B4950  # "SKIP", in the file's header: tells our files from other SQLite files
@@ -260,7 +261,11 @@ def open_store(path: Path) -> Store:
 def create_store(path: Path) -> Store:
     """Open a store to add to it, made if it does not exist; a file that is something else is left untouched."""
     if path.exists() and not path.is_file():
-        message = f"{path} is a folder: name a file for the store, such as {path / 'sweep.sqlite'}"
+        what = "a folder" if path.is_dir() else "no file"
+        message = f"{path} is {what}: name a file for the store, such as {path.with_name('sweep.sqlite')}"
+        raise StoreError(message)
+    if is_beside_store(path):
+        message = f"{path} is a part of the store beside it while that is written: name another file"
         raise StoreError(message)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
