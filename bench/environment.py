@@ -81,11 +81,11 @@ def _git() -> dict[str, Any]:
 
     def ask(*words: str) -> str:
         done = subprocess.run(  # noqa: S603
-            ["git", "-C", folder, *words],
+            ["git", "-C", folder, *words],  # noqa: S607
             capture_output=True,
             text=True,
             errors="replace",
-            check=True,  # noqa: S607
+            check=True,
         )
         return done.stdout.strip()
 

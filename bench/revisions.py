@@ -56,11 +56,11 @@ def repository() -> Path:
 def _git(folder: Path, *words: str) -> str:
     try:
         done = subprocess.run(  # noqa: S603
-            ["git", "-C", str(folder), *words],
+            ["git", "-C", str(folder), *words],  # noqa: S607
             capture_output=True,
             text=True,
             errors="replace",
-            check=True,  # noqa: S607
+            check=True,
         )
     except OSError as error:
         message = f"git cannot be run ({error.strerror}): comparing revisions needs it"
