@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from skipcost.bench.cases import Case
+from skipcost.bench.decoding import check_members, is_finite
 from skipcost.bench.errors import BenchError
 from skipcost.bench.metrics import METRICS
 from skipcost.bench.records import Result
@@ -125,7 +126,7 @@ def read_baseline(path: Path) -> Baseline:
         raise BenchError(message) from None
     try:
         return _parse(lines)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         message = f"{path} is no baseline that can be compared with: {error}; {remedy}"
         raise BenchError(message) from None
 
@@ -142,6 +143,7 @@ def _parse(lines: list[str]) -> Baseline:
         message = f"it has schema {header.get('schema')!r}, this version of skipcost reads {SCHEMA}"
         raise ValueError(message)
     _check(1, header, {"sweep": str, "versions": dict})
+    check_members("versions", header["versions"], str)
     entries: dict[str, Entry] = {}
     for number, row in enumerate(rows, 2):
         _check(number, row, {"name": str, "case": dict, "exact": dict})
@@ -149,6 +151,7 @@ def _parse(lines: list[str]) -> Baseline:
         if key in entries:
             message = f"line {number} holds a case that an earlier line holds: {row['name']}"
             raise ValueError(message)
+        check_members(f"noisy of line {number}", row.get("noisy", {}), float)
         entries[key] = Entry(row["name"], _numbers(number, row["exact"]), row.get("noisy", {}))
     if not any(isinstance(value, int | float) for entry in entries.values() for value in entry.exact.values()):
         message = "it holds no number"
@@ -182,7 +185,7 @@ def _check(line: int, row: dict[str, Any], kinds: dict[str, type]) -> None:
 
 def _numbers(line: int, values: dict[str, Any]) -> dict[str, float | str]:
     for name, value in values.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool) and _sound(value)
+        number = is_finite(value) and _sound(value)  # type: ignore[arg-type]  # a number, then
         if not number and value != UNSUPPORTED:
             message = f"line {line} has {name}={value!r}: a number of 0 or more, or {UNSUPPORTED!r}, is accepted"
             raise ValueError(message)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import runpy
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -54,6 +55,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota or a limit
 MOST_REASONS = 10  # that a sweep tells at its end
 
 
@@ -253,7 +255,7 @@ def guarded(command: Any) -> None:
 
 def _told(command: Any) -> None:
     try:
-        with stoppable():
+        with stoppable(), flushed():
             command()
     except BenchError as error:
         ERR.print(f"skipcost: {error}")
@@ -263,11 +265,32 @@ def _told(command: Any) -> None:
         raise SystemExit(stop.exit_code) from None
     except BrokenPipeError:
         raise
-    except Exception:  # noqa: BLE001 - the last resort: nothing that the user did explains this one
-        with tempfile.NamedTemporaryFile("w", prefix="skipcost-", suffix=".log", delete=False) as log:
-            traceback.print_exc(file=log)
-        ERR.print(f"skipcost: an unexpected error, which is a defect; its traceback is in {log.name}", soft_wrap=True)
+    except OSError as error:
+        if error.errno not in FULL:
+            _defect()
+        ERR.print(f"skipcost: cannot write: {error.strerror}; what was measured is kept: make room, and run again")
         raise SystemExit(4) from None
+    except Exception:  # noqa: BLE001 - the last resort: nothing that the user did explains this one
+        _defect()
+
+
+def _defect() -> NoReturn:
+    """End with the traceback of what is being handled in a log file."""
+    ERR.print(f"skipcost: an unexpected error, which is a defect; its traceback is {_logged()}")
+    raise SystemExit(4) from None
+
+
+def _logged() -> str:
+    """Write the traceback of what is being handled to a file, and say where; to stderr where no file can be written."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="skipcost-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as log:
+            traceback.print_exc(file=log)
+    except OSError:
+        traceback.print_exc()
+        return "above"
+    return f"in {log.name}"
 
 
 if __name__ == "__main__":

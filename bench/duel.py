@@ -42,7 +42,7 @@ class Side:
 
     def __init__(self, revision: Revision) -> None:
         self.revision = revision
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
+        self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(  # noqa: S603 - our own script
             [*PYTHON, str(SCRIPT)],
             stdin=subprocess.PIPE,

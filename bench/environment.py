@@ -81,7 +81,13 @@ def _git() -> dict[str, Any]:
     folder = Path(skipcost.bench.__path__[0])
 
     def ask(*words: str) -> str:
-        done = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True)  # noqa: S603, S607
+        done = subprocess.run(  # noqa: S603
+            ["git", "-C", folder, *words],  # noqa: S607
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=True,
+        )
         return done.stdout.strip()
 
     try:

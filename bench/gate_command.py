@@ -17,7 +17,7 @@ from skipcost.bench.benchmarks import is_benchmarks, read_benchmarks
 from skipcost.bench.cases import Case
 from skipcost.bench.console import ERR, JSON, JUNIT, KEPT, OUT, check_outputs, going_on, write_file
 from skipcost.bench.environment import code_hash, version_of
-from skipcost.bench.errors import BenchError, MachineError
+from skipcost.bench.errors import BenchError, MachineError, StoreError
 from skipcost.bench.gate import compared, judge
 from skipcost.bench.metrics import METRICS
 from skipcost.bench.opened import Present
@@ -227,7 +227,7 @@ def _side(path: Path, revision: Revision | None) -> tuple[Baseline, dict[tuple[s
             chosen = _asked_last(opened)
             found = results_by_case(opened, newest_environment(opened).fingerprint, chosen)
             numbers = baseline_of(opened, chosen)
-    except ValueError as error:
+    except (ValueError, StoreError) as error:
         where = f"revision {revision.commit[:12]}" if revision else path
         message = f"the cases of {where} cannot be read by this version ({error}): compare with --baseline FILE"
         raise BenchError(message) from None

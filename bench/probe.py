@@ -67,7 +67,9 @@ def probed_cpu(threads: int) -> Device:
     """This machine's CPU with so many threads as a device. MachineError where the probe does not come to an end."""
     command = [*PYTHON, "-m", "skipcost.bench.probe", str(threads)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT_S, check=True)  # noqa: S603
+        done = subprocess.run(  # noqa: S603
+            command, capture_output=True, text=True, errors="replace", timeout=TIME_LIMIT_S, check=True
+        )
     except (OSError, subprocess.SubprocessError) as error:
         message = f"the CPU could not be probed ({error}); run `{' '.join(command)}` to see why"
         raise MachineError(message) from None

@@ -59,8 +59,14 @@ def repository() -> Path:
 def _git(folder: Path, *words: str) -> str:
     try:
         # A session of its own: Ctrl-C is for us, who then remove what git made.
-        command = ["git", "-C", str(folder), *words]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, start_new_session=True)  # noqa: S603
+        done = subprocess.run(  # noqa: S603
+            ["git", "-C", str(folder), *words],  # noqa: S607
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=True,
+            start_new_session=True,
+        )
     except OSError as error:
         message = f"git cannot be run ({error.strerror}): comparing revisions needs it"
         raise BenchError(message) from None

@@ -13,6 +13,7 @@ from skipcost.bench.errors import BenchError
 from skipcost.bench.metrics import METRICS
 from skipcost.bench.store import Store
 from skipcost.bench.tables import newest_environment, newest_states, results_by_case, wide_table
+from skipcost.bench.where import rows_where
 from skipcost.unet_models.spec import suggest
 
 KEPT = ("params", "conv_macs", "latency_s")  # metrics that a narrow table leaves out last
@@ -24,12 +25,8 @@ def select(store: Store, where: str | None, sort: str | None, *, every: bool = F
     every: former states of users' own models, too.
     """
     frame = wide_table(store, newest_environment(store).fingerprint, store.cases() if every else None)
-    if where:
-        try:
-            frame = frame.query(where, engine="python")
-        except Exception as error:  # noqa: BLE001 - pandas raises errors of many kinds for a bad expression
-            message = f"--where {where!r} cannot be worked out ({error}); columns are: {', '.join(frame.columns)}"
-            raise BenchError(message) from None
+    if where is not None:
+        frame = rows_where(frame, where)
     if sort:
         if sort not in frame.columns:
             raise BenchError(suggest("column", sort, frame.columns))

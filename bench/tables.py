@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Collection, Iterable
@@ -74,8 +75,9 @@ def reasons_of(results: Iterable[tuple[str, Result]]) -> list[str]:
 
 
 def value_of(result: Result) -> float | None:
-    """What a table shows of a result: the median of its samples, or None where there is none."""
-    return statistics.median(result.samples) if result.samples else None
+    """What a table shows of a result: the median of its samples, or None where there is none, or none is a cost."""
+    value = statistics.median(result.samples) if result.samples else math.nan
+    return value if math.isfinite(value) and value >= 0 else None
 
 
 def outcome_of(results: dict[str, Result]) -> str:

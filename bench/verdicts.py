@@ -16,6 +16,7 @@ from xml.etree import ElementTree as ET
 
 from skipcost.bench import figures
 from skipcost.bench.console import Column, Screen, append_file, check_outputs, write_file
+from skipcost.bench.decoding import check_fields, check_members, parse_json
 from skipcost.bench.errors import BenchError
 from skipcost.bench.metrics import METRICS
 from skipcost.kernels.console import visible
@@ -28,6 +29,16 @@ VERDICTS = {
     "new": "this side has it, the baseline does not",
     "not_comparable": "both have it, but the numbers do not mean the same",
     "inconclusive": "a change could have hidden in the noise",
+}
+KINDS = {  # of what a file of verdicts holds
+    "case": str,
+    "metric": str,
+    "verdict": str,
+    "base": float | None,
+    "now": float | None,
+    "why": str,
+    "ratio": float | None,
+    "key": str,
 }
 PASSING = ("unchanged", "inconclusive")
 SHOWN = 200  # rows in a table for people; Markdown and JUnit have them all
@@ -190,12 +201,23 @@ def write_json(verdicts: Sequence[Verdict], console: Screen) -> None:
     console.print_json(json.dumps(to_json(verdicts)))
 
 
+def _verdict(interval: Any = None, **row: Any) -> Verdict:
+    """One verdict as it was written; ValueError or TypeError for what is none."""
+    check_fields(row, KINDS)
+    if interval is None:
+        return Verdict(**row)
+    check_members("interval", interval, float)
+    low, high = interval
+    return Verdict(**row, interval=(low, high))
+
+
 def read_json(path: Path) -> list[Verdict]:
     """Read what `--verdicts` or `--json` of a comparison wrote; BenchError for a file that holds no verdicts."""
     instead = "name a file that `skipcost gate --verdicts` or `skipcost ab --verdicts` wrote"
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        found = [Verdict(**{**row, "interval": tuple(row["interval"]) if row["interval"] else None}) for row in rows]
+        rows = parse_json(path.read_text(encoding="utf-8"))
+        check_members("the file", rows, dict)
+        found = [_verdict(**row) for row in rows]
     except OSError as error:
         message = f"cannot read {path}: {error.strerror}; {instead}"
         raise BenchError(message) from None

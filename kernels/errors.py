@@ -61,15 +61,26 @@ def stoppable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def flushed() -> Iterator[None]:
-    """Have all of stdout written at the end of the block. BrokenPipeError where its reader is gone, whoever noticed."""
+    """Have all of stdout written at the end of the block, or fail as a write does, once: the interpreter flushes later.
+
+    BrokenPipeError where its reader is gone, also where click or rich have noticed, which leave with 1.
+    """
     try:
         try:
             yield
         finally:
             sys.stdout.flush()
-    except (BrokenPipeError, SystemExit) as error:
-        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
-            raise  # click and rich leave with 1 where a pipe is closed
-        with contextlib.suppress(OSError, ValueError):  # what is left in the buffer goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise BrokenPipeError from None
+    except OSError:
+        _drop_stdout()
+        raise
+    except SystemExit as leaving:
+        if isinstance(leaving.__context__, BrokenPipeError):
+            _drop_stdout()
+            raise BrokenPipeError from None
+        raise
+
+
+def _drop_stdout() -> None:
+    """Let what is left in the buffer go nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

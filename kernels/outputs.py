@@ -43,7 +43,7 @@ def check_output(path: Path, taken: Iterable[Path] = (), option: str = "-o") -> 
         for each in taken:
             if _same(target, each):
                 raise _refusal(path, f"is what this command reads or writes as {each}", option)
-        if _is_store(target):
+        if _is_sqlite(target) or is_beside_store(target):
             raise _refusal(path, "is a store, which no output replaces", option)
         _check_access(target, exists=found is not None)
     return target
@@ -69,15 +69,17 @@ def _same(target: Path, other: Path) -> bool:
     return False
 
 
-def _is_store(target: Path) -> bool:
-    """Whether a file is a SQLite file, or one that SQLite keeps beside such a file."""
-    names = [target.name.removesuffix(ending) for ending in BESIDE if target.name.endswith(ending)]
-    for each in (target, *(target.with_name(name) for name in names if name)):
-        if each.is_file():
-            with each.open("rb") as file:
-                if file.read(len(SQLITE)) == SQLITE:
-                    return True
-    return False
+def is_beside_store(path: Path) -> bool:
+    """Whether a name is one that SQLite keeps beside a file that is there."""
+    names = [path.name.removesuffix(ending) for ending in BESIDE if path.name.endswith(ending)]
+    return any(_is_sqlite(path.with_name(name)) for name in names if name)
+
+
+def _is_sqlite(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(SQLITE)) == SQLITE
 
 
 def _check_access(target: Path, *, exists: bool) -> None:
