@@ -19,13 +19,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from skipcost.bench.console import append_file, write_file
+from skipcost.bench.decoding import check_fields, check_members, parse_json
 from skipcost.bench.duel import Bout, SideError
+from skipcost.bench.errors import BenchError
 from skipcost.bench.paired import Estimate, estimate, holm
 from skipcost.bench.verdicts import Verdict
 
 SETTLED_FROM = 3  # process pairs after which a subject may be found unchanged and left alone
 HEAVY = 0.2  # share of the machine's processor time in other hands from which nothing is called changed
 METRIC = "latency_s"
+ROW = {"stage": str, "pair": int, "subject": str, "bout": dict}  # of a line of a journal, and of its measurement
+BOUT = {"ratios": list, "base_s": float, "now_s": float, "others": float, "changes": list, "took_s": float}
+OTHER = "another current folder"  # whose results/ has the journals
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +74,13 @@ class Journal:
     def __init__(self, path: Path | None, header: dict[str, Any]) -> None:
         self.path = path
         self._known: dict[tuple[str, int, str], Bout] = {}
-        rows = _whole_lines(path) if path else []
-        if rows and rows[0] == header:
-            for row in rows[1:]:
-                self._known[row["stage"], row["pair"], row["subject"]] = Bout.from_json(row["bout"])
+        lines = _whole_lines(path) if path else []
+        if lines and _read(path, 1, lines[0], parse_json) == header:
+            for number, line in enumerate(lines[1:], 2):
+                key, bout = _read(path, number, line, _kept)
+                self._known[key] = bout
         elif path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(header) + "\n")
+            write_file(path, json.dumps(header) + "\n", option=OTHER)
 
     def get(self, stage: str, pair: int, key: str) -> Bout | None:
         """What was measured already."""
@@ -90,17 +96,34 @@ class Journal:
         self._known[stage, pair, key] = measured
         if self.path:
             row = {"stage": stage, "pair": pair, "subject": key, "bout": asdict(measured)}
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_file(self.path, json.dumps(row) + "\n", OTHER, "what was measured before is kept")
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a journal; what a killed run left of its last line is cut off, for the next row to begin a line."""
+def _read(path: Path | None, number: int, line: str, decode: Callable[[str], Any]) -> Any:
+    """Decode a line of a journal; BenchError for one that is damaged."""
+    try:
+        return decode(line)
+    except (ValueError, KeyError, TypeError) as error:
+        message = f"line {number} of {path} is damaged ({error}): remove the file, and the same command measures again"
+        raise BenchError(message) from None
+
+
+def _kept(line: str) -> tuple[tuple[str, int, str], Bout]:
+    """A measurement with what it is of."""
+    row = parse_json(line)
+    check_fields(row, ROW, tuple(ROW))
+    check_fields(row["bout"], BOUT, tuple(BOUT))
+    check_members("ratios", row["bout"]["ratios"], float)
+    return (row["stage"], row["pair"], row["subject"]), Bout.from_json(row["bout"])
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a journal; what a killed run left of its last line is cut off, for the next row to begin a line."""
     content = path.read_bytes() if path.exists() else b""
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
-        path.write_bytes(whole)
-    return [json.loads(line) for line in whole.splitlines()]
+        write_file(path, whole, option=OTHER)
+    return whole.decode("utf-8", "replace").splitlines()
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn
 
 from skipcost.bench import self_test as testing
 from skipcost.bench import verdicts as telling
@@ -17,17 +17,18 @@ from skipcost.bench.ab import Arena, Journal, Rules, Subject, compare
 from skipcost.bench.arenas import benchmarks_arena, benchmarks_of, cases_arena
 from skipcost.bench.benchmarks import is_benchmarks
 from skipcost.bench.cases import CHOICES, Case
-from skipcost.bench.console import ERR, JSON, JUNIT, KEPT, OUT, SET, settings_of
+from skipcost.bench.console import ERR, JSON, JUNIT, KEPT, OUT, SET, Bar, check_outputs, settings_of
 from skipcost.bench.environment import code_hash, cpus
 from skipcost.bench.errors import BenchError
 from skipcost.bench.plan import load_plan
 from skipcost.bench.revisions import WORKING_TREE, checked_out, dirty, own_repository, repository_here, resolve, state
 from skipcost.bench.verdicts import Verdict
 from skipcost.bench.worker import refusal_of
+from skipcost.kernels.errors import Stopped
 from skipcost.unet_models.spec import suggest
 
 TITLE = "skipcost ab"
-INCONCLUSIVE, INTERRUPTED = 3, 130
+INCONCLUSIVE = 3
 RESULTS = Path("results")  # where journals are kept
 DEFAULT = Rules()
 
@@ -62,7 +63,9 @@ def ab(
         message = f"--effect {effect:g} is not above {DEFAULT.floor:g}, which is the change that is too small to matter"
         raise BenchError(message)
     rules = Rules(pairs=pairs, seconds=seconds, effect=effect)
-    if not self_test and (base is None or is_benchmarks(Path(base))):
+    taken = [Path(sweep), *(Path(each.partition("::")[0]) for each in benchmarks or ())]
+    check_outputs({"--junit": junit, "--verdicts": kept}, taken)
+    if not self_test and (not base or is_benchmarks(Path(base))):
         stored = f"{base} has stored samples, taken at another time: they cannot give a paired verdict; "
         message = f"{stored if base else ''}name the revision to compare with, e.g. `skipcost ab main`"
         raise BenchError(message)
@@ -79,26 +82,26 @@ def ab(
             else partial(_compare, head, _cases(sweep, settings, device), rules, sweep)
         )
         verdicts = []
-        for name in filter(None, (base, release)):
+        for name in (each for each in (base, release) if each is not None):
             found = compared(name)
             if not as_json:
-                OUT.print(f"{head} against {name}", highlight=False)
+                OUT.print(f"{head} against {name}")
                 telling.print_verdicts(found, OUT)
             verdicts += found
     if as_json:
         telling.write_json(verdicts, OUT)
-    telling.pass_on(verdicts, TITLE, ERR, junit, kept)
+    telling.pass_on(verdicts, TITLE, ERR, junit, kept, taken)
     _end(verdicts, strict=strict)
 
 
 @contextlib.contextmanager
 def _resumable() -> Iterator[None]:
-    """Where what was measured is kept: Ctrl-C ends the command with a sentence, and the same one goes on."""
+    """Where what was measured is kept: a signal ends the command with a sentence, and the same one goes on."""
     try:
         yield
-    except KeyboardInterrupt:
-        ERR.print(f"skipcost: stopped; what was measured is kept in {RESULTS}/, the same command goes on")
-        raise typer.Exit(INTERRUPTED) from None
+    except Stopped as stop:
+        stop.add_note(f"what was measured is kept in {RESULTS}/, the same command goes on")
+        raise
 
 
 def _cases(sweep: str, settings: list[str] | None, device: str) -> list[Case]:
@@ -147,8 +150,7 @@ def _kept(what: str, sides: tuple[str, str], subjects: list[Subject], arena: Are
 @contextlib.contextmanager
 def _bar() -> Iterator[Callable[[str], Callable[[int, str], None]]]:
     """A bar whose total may shrink, because settled cases are left alone, or grow by what has to be confirmed."""
-    columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=ERR) as progress:
+    with Bar(BarColumn(), TaskProgressColumn()) as progress:
 
         def start(what: str) -> Callable[[int, str], None]:
             task = progress.add_task(what, total=None)

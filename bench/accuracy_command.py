@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from skipcost.bench import figures
 from skipcost.bench.accuracy import (
@@ -21,7 +19,7 @@ from skipcost.bench.accuracy import (
     accuracy_of_store,
     to_json,
 )
-from skipcost.bench.console import DB, ERR, JSON, OUT
+from skipcost.bench.console import DB, ERR, JSON, OUT, Column, Screen, check_outputs, write_file
 from skipcost.bench.errors import BenchError
 from skipcost.bench.metrics import METRICS
 from skipcost.bench.store import Store, open_store
@@ -29,6 +27,8 @@ from skipcost.bench.store import Store, open_store
 BEGIN, END = "<!-- accuracy: begin -->", "<!-- accuracy: end -->"
 WORST_ROWS = 10
 HEADS = ("figure", "rows", "networks", "mean error", "worst", "under", "most under", "inside the interval", "aim")
+HEADED = [Column(head, drop=0 if head in ("figure", "mean error", "worst", "aim") else 1) for head in HEADS]
+ALL = "--json has them"
 AIM = (
     f"Aim: a mean error of at most {AIM_MEAN:.0%}, {AIM_WORST:.0%} at worst, never under by more than {AIM_UNDER:.0%}, "
     f"over at least {AIM_NETWORKS} networks. Below 0 a prediction was under what was measured."
@@ -43,12 +43,13 @@ def accuracy(
     as_json: JSON = False,  # noqa: FBT002 - a flag of the command line
 ) -> None:
     """Compare predicted with measured GPU memory, for every row of a store that has both."""
+    check_outputs({"--write": write}, [store])
     with open_store(store) as opened:
         found = accuracy_of_store(opened)
         origin = _origin(opened, store)
     if write is not None:
-        write_between(write, markdown(found, origin))
-        ERR.print(f"the table is in {write}", soft_wrap=True, highlight=False)
+        write_between(write, markdown(found, origin), [store])
+        ERR.print(f"the table is in {write}")
     if as_json:
         OUT.print_json(data=to_json(found, WORST_ROWS))
     else:
@@ -103,27 +104,18 @@ def left_out(found: Accuracy) -> list[str]:
     return [f"not compared: {count} x {reason}" for reason, count in found.left_out.items()]
 
 
-def print_accuracy(found: Accuracy, console: Console) -> None:
+def print_accuracy(found: Accuracy, console: Screen) -> None:
     """The error table and the rows furthest off, for people."""
     if found.why_none:
-        console.print(found.why_none, highlight=False, soft_wrap=True)
+        console.print(found.why_none)
         return
     for device in dict.fromkeys(device for device, _ in table_rows(found)):
-        console.print(device, highlight=False)
-        _print_table(HEADS, (cells for name, cells in table_rows(found) if name == device), console)
+        console.print(device)
+        console.table(HEADED, [cells for name, cells in table_rows(found) if name == device], more=ALL)
     console.print()
-    _print_table(WORST_HEADS, worst_rows(found), console)
+    console.table([Column(head) for head in WORST_HEADS], worst_rows(found))
     for line in (*left_out(found), AIM):
-        console.print(line, highlight=False, soft_wrap=True)
-
-
-def _print_table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]], console: Console) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for head in heads:
-        table.add_column(head, no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+        console.print(line)
 
 
 def markdown(found: Accuracy, origin: str) -> str:
@@ -137,7 +129,7 @@ def markdown(found: Accuracy, origin: str) -> str:
     return "\n".join(lines)
 
 
-def write_between(path: Path, text: str) -> None:
+def write_between(path: Path, text: str, taken: Iterable[Path] = ()) -> None:
     """Replace what lies between the two marker lines of a file; BenchError where it has not exactly one of each."""
     try:
         content = path.read_text(encoding="utf-8")
@@ -146,7 +138,7 @@ def write_between(path: Path, text: str) -> None:
         if not (begin and end) or content.count(BEGIN) != 1 or content.count(END) != 1:
             message = f"{path} has no line {BEGIN} followed by one {END}: put both where the table belongs"
             raise BenchError(message)
-        path.write_text(f"{before}{begin}{text}\n{end}{after}", encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         message = f"cannot write {path}: {error}"
         raise BenchError(message) from None
+    write_file(path, f"{before}{begin}{text}\n{end}{after}", taken, "--write")

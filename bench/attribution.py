@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from skipcost.bench.explain import explain
 from skipcost.bench.records import Result
 from skipcost.bench.revisions import Revision
 from skipcost.bench.verdicts import Verdict
+from skipcost.kernels.serving import finished
 
 CHANGED = ("regressed", "improved")
 MOST = 3  # places named in a verdict; the largest changes come first
@@ -61,7 +61,7 @@ def _ask(base: Revision, case: Case) -> dict[str, Any] | None:
     """What `explain` of the other revision says of a case; None where it says nothing that can be read."""
     size = f"{case.height}x{case.width}"
     command = base.command("skipcost.bench", "explain", case.spec.label, "--size", size, "--json")
-    done = subprocess.run(command, env=base.environment(), capture_output=True, text=True, check=False)  # noqa: S603 - our own command
+    done = finished(command, env=base.environment())
     try:
         facts: dict[str, Any] = json.loads(done.stdout)
     except json.JSONDecodeError:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from skipcost.bench.cases import Case
+from skipcost.bench.decoding import check_members, is_finite
 from skipcost.bench.errors import BenchError
 from skipcost.bench.metrics import METRICS
 from skipcost.bench.records import Result
@@ -53,14 +55,18 @@ class Baseline:
         return "\n".join(lines) + "\n"
 
 
-def baseline_of(store: Store) -> Baseline:
-    """Take the newest environment's results; what failed is no number to hold others against, and is left out."""
+def baseline_of(store: Store, chosen: Collection[str] | None = None) -> Baseline:
+    """Take the newest environment's results; what failed is no number to hold others against, and is left out.
+
+    chosen: the cases to take (`results_by_case`).
+    """
     run = newest_environment(store)
-    cases = store.cases()
-    names = names_of({case_id: case for case_id, (case, _) in cases.items()})
+    found = results_by_case(store, run.fingerprint, chosen)
+    cases = {case_id: case for case_id, (case, _) in store.cases().items() if case_id in found}
+    names = names_of(cases)
     entries = {}
-    for case_id, results in results_by_case(store, run.fingerprint).items():
-        case = cases[case_id][0]
+    for case_id, results in found.items():
+        case = cases[case_id]
         exact = {name: _exact(results[name]) for name in METRICS if name in results and METRICS[name].exact}
         noisy = {name: _rounded(results[name]) for name in METRICS if name in results and not METRICS[name].exact}
         kept = {name: value for name, value in exact.items() if value is not None}
@@ -77,12 +83,12 @@ def names_of(cases: dict[str, Case]) -> dict[str, str]:
     return {key: case.name if often[case.name] == 1 else case.key for key, case in cases.items()}
 
 
-def failures_of(store: Store) -> list[tuple[Case, Result]]:
-    """Exact metrics of the newest environment that have no number though they should."""
+def failures_of(store: Store, chosen: Collection[str] | None = None) -> list[tuple[Case, Result]]:
+    """Exact metrics of the newest environment's cases (of those `chosen`) that have no number though they should."""
     cases = store.cases()
     return [
         (cases[case_id][0], result)
-        for case_id, results in results_by_case(store, newest_environment(store).fingerprint).items()
+        for case_id, results in results_by_case(store, newest_environment(store).fingerprint, chosen).items()
         for result in results.values()
         if METRICS[result.metric].exact and _exact(result) is None
     ]
@@ -120,7 +126,7 @@ def read_baseline(path: Path) -> Baseline:
         raise BenchError(message) from None
     try:
         return _parse(lines)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         message = f"{path} is no baseline that can be compared with: {error}; {remedy}"
         raise BenchError(message) from None
 
@@ -137,6 +143,7 @@ def _parse(lines: list[str]) -> Baseline:
         message = f"it has schema {header.get('schema')!r}, this version of skipcost reads {SCHEMA}"
         raise ValueError(message)
     _check(1, header, {"sweep": str, "versions": dict})
+    check_members("versions", header["versions"], str)
     entries: dict[str, Entry] = {}
     for number, row in enumerate(rows, 2):
         _check(number, row, {"name": str, "case": dict, "exact": dict})
@@ -144,6 +151,7 @@ def _parse(lines: list[str]) -> Baseline:
         if key in entries:
             message = f"line {number} holds a case that an earlier line holds: {row['name']}"
             raise ValueError(message)
+        check_members(f"noisy of line {number}", row.get("noisy", {}), float)
         entries[key] = Entry(row["name"], _numbers(number, row["exact"]), row.get("noisy", {}))
     if not any(isinstance(value, int | float) for entry in entries.values() for value in entry.exact.values()):
         message = "it holds no number"
@@ -177,7 +185,7 @@ def _check(line: int, row: dict[str, Any], kinds: dict[str, type]) -> None:
 
 def _numbers(line: int, values: dict[str, Any]) -> dict[str, float | str]:
     for name, value in values.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool) and _sound(value)
+        number = is_finite(value) and _sound(value)  # type: ignore[arg-type]  # a number, then
         if not number and value != UNSUPPORTED:
             message = f"line {line} has {name}={value!r}: a number of 0 or more, or {UNSUPPORTED!r}, is accepted"
             raise ValueError(message)

@@ -7,18 +7,18 @@ It is never the judge. Its stored samples were taken at other times, so nothing 
 from __future__ import annotations
 
 import json
-import math
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from skipcost.bench.baseline import FIGURES, Baseline, Entry
+from skipcost.bench.decoding import check_fields, check_members, is_finite, parse_json
 from skipcost.bench.errors import BenchError, MachineError
 from skipcost.bench.metrics import METRICS
+from skipcost.kernels.serving import PYTHON, finished
 
+KINDS = {"fullname": str, "extra_info": dict, "median": float}  # of what is read of a benchmark
 PRESENT = "benchmark"  # the number that every benchmark has: 1, so that one without extra_info is missed, too
 
 
@@ -31,8 +31,11 @@ def read_benchmarks(path: Path) -> Baseline:
     """Read the JSON of `pytest --benchmark-json`; BenchError in one sentence where it is no such thing."""
     remedy = f"`pytest --benchmark-only --benchmark-json={path}` writes it"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
+        check_members("benchmarks", content["benchmarks"], dict)
         found = [(each["fullname"], each["extra_info"], each["stats"]["median"]) for each in content["benchmarks"]]
+        for name, extra, median in found:
+            check_fields({"fullname": name, "extra_info": extra, "median": median}, KINDS)
     except FileNotFoundError:
         message = f"there is no file {path}: {remedy}"
         raise BenchError(message) from None
@@ -61,7 +64,7 @@ def _exact(path: Path, name: str, extra: dict[str, Any]) -> dict[str, float | st
     exact: dict[str, float | str] = {}
     for key, value in extra.items():
         if key in METRICS and METRICS[key].exact:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            if not is_finite(value) or value < 0:
                 message = f"{path}: {key}={value!r} of {name} is no cost: a number of 0 or more is accepted"
                 raise BenchError(message)
             exact[key] = value
@@ -75,14 +78,7 @@ def run_benchmarks(names: Sequence[str], folder: Path, environment: dict[str, st
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "benchmarks.json"
         options = ("-q", "-p", "no:cacheprovider", "--benchmark-only", f"--benchmark-json={output}")
-        done = subprocess.run(  # noqa: S603 - the user's own benchmarks
-            [sys.executable, "-m", "pytest", *options, *names],
-            cwd=folder,
-            env=own,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = finished([*PYTHON, "-m", "pytest", *options, *names], cwd=folder, env=own)
         if not output.is_file() or done.returncode:
             said = " ".join((done.stdout + done.stderr).split())[-400:]
             message = f"`pytest {' '.join(names)}` fails in {folder} (exit code {done.returncode}): {said}"

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from skipcost.bench import figures
-from skipcost.bench.calibration import FEATURES, Calibration, Model, calibrate, file_of, save_calibration, words_of
+from skipcost.bench.calibration import FEATURES, Calibration, calibrate, file_of, save_calibration, words_of
 from skipcost.bench.cases import CHOICES
-from skipcost.bench.console import DB, ERR, JSON, OUT
+from skipcost.bench.console import DB, ERR, JSON, OUT, Column, Screen, bold, going_on
 from skipcost.bench.errors import BenchError
 from skipcost.bench.store import open_store
 from skipcost.unet_models.spec import suggest
@@ -32,45 +30,34 @@ def calibrate_command(
     """Fit what MACs, bytes and operators cost on a device to measured latencies, and report the error held out."""
     if device not in DEVICES:
         raise BenchError(suggest("device", device, DEVICES))
-    with open_store(store) as opened:
+    with open_store(store) as opened, going_on("fitting"):
         made = calibrate(opened, store.name, device)
     path = output or file_of(made.device)
-    save_calibration(made, path)
+    save_calibration(made, path, [store])
     OUT.print_json(data=asdict(made)) if as_json else print_calibration(made, OUT)
-    ERR.print(f"written to {path}", soft_wrap=True, highlight=False, markup=False)
+    ERR.print(f"written to {path}")
 
 
-def print_calibration(made: Calibration, console: Console) -> None:
+def print_calibration(made: Calibration, console: Screen) -> None:
     """The calibration for people."""
-    console.print(f"{made.device}, measured {made.measured}, {made.store}", highlight=False, markup=False)
+    console.print(f"{made.device}, measured {made.measured}, {made.store}")
     if made.doubtful:
         rows = "1 row" if made.doubtful == 1 else f"{made.doubtful} rows"
-        console.print(f"{rows} with a doubt (noise, throttling, warm-up) left out", highlight=False)
+        console.print(f"{rows} with a doubt (noise, throttling, warm-up) left out")
     for model in made.models:
-        console.print(f"\n[bold]{words_of(model.setting)}[/bold]: {model.rows} rows, {model.networks} networks")
+        console.print()
+        console.print(bold(words_of(model.setting)), f": {model.rows} rows, {model.networks} networks", sep="")
         held = model.held_out
         console.print(
             f"  held out, by network: Spearman {held.spearman:.3f}, mean error {held.mean_error:.1%}, worst "
-            f"{held.worst_error:.1%}, within 10 %: {held.within_tenth:.0%} of rows",
-            highlight=False,
+            f"{held.worst_error:.1%}, within 10 %: {held.within_tenth:.0%} of rows"
         )
         low, typical, high = model.ratios
         console.print(
-            f"  {model.coverage:.0%} interval: {low / typical - 1:+.1%} to {high / typical - 1:+.1%} of the prediction",
-            highlight=False,
+            f"  {model.coverage:.0%} interval: {low / typical - 1:+.1%} to {high / typical - 1:+.1%} of the prediction"
         )
-        console.print(_costs(model))
-
-
-def _costs(model: Model) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2))
-    for name in ("  cost", "fitted", "as a rate"):
-        table.add_column(name, no_wrap=True, justify="left" if name == "  cost" else "right")
-    for name in FEATURES:
-        cost = model.costs[name]
-        if cost:
-            table.add_row(f"  {name}", *_words(name, cost))
-    return table
+        costs = [(f"  {name}", *_words(name, model.costs[name])) for name in FEATURES if model.costs[name]]
+        console.table((Column("  cost"), Column("fitted", right=True), Column("as a rate", right=True)), costs)
 
 
 def _words(name: str, cost: float) -> tuple[str, str]:

@@ -21,6 +21,8 @@ import numpy as np
 
 from skipcost.bench import regression
 from skipcost.bench.cases import Case
+from skipcost.bench.console import write_file
+from skipcost.bench.decoding import check_fields, check_members, parse_json
 from skipcost.bench.errors import BenchError
 from skipcost.bench.passes import passes
 from skipcost.bench.regression import Array
@@ -30,6 +32,8 @@ from skipcost.kernels.devices import device_named
 
 FORMAT, SCHEMA = "skipcost calibration", 1
 FOLDER = Path("results/calibrations")
+KINDS = {"device": str, "fingerprint": str, "store": str, "measured": str, "doubtful": int}  # of what its file holds
+MODEL = {"setting": dict, "costs": dict, "coverage": float, "rows": int, "networks": int}
 
 SETTING = ("device", "mode", "precision", "layout", "backend")  # and what of the following has a meaning with these
 SETTING_OF = {"cpu": ("threads",), "cuda": ("cudnn_benchmark",), "training": ("optimizer", "loss"), "inference": ()}
@@ -225,7 +229,8 @@ def calibrate(store: Store, name: str, device: str) -> Calibration:
         device = "cuda" if any(cases[key][0].device == "cuda" and found[key].samples for key in found) else "cpu"
     ours = [(cases[key][0], result) for key, result in found.items() if cases[key][0].device == device]
     usable = [(case, result) for case, result in ours if result.samples and case.factory is None]
-    sound = [(case, value_of(result) or 0.0) for case, result in usable if result.outcome == "ok" and not result.note]
+    timed = [(case, value_of(result)) for case, result in usable if result.outcome == "ok" and not result.note]
+    sound = [(case, seconds) for case, seconds in timed if seconds]
     doubtful = len(usable) - len(sound)
     return Calibration(
         device=device_name(run.environment, device),
@@ -240,7 +245,7 @@ def calibrate(store: Store, name: str, device: str) -> Calibration:
 def device_name(environment: dict[str, Any], device: str) -> str:
     """What a calibration calls the device that an environment's cases ran on."""
     gpus = environment.get("gpus") or [{"name": "a GPU that no driver named"}]
-    return str(environment["cpu"] if device == "cpu" else gpus[0]["name"])
+    return str(environment.get("cpu", "a CPU that nothing named") if device == "cpu" else gpus[0]["name"])
 
 
 def file_of(device: str, folder: Path = FOLDER) -> Path:
@@ -248,15 +253,10 @@ def file_of(device: str, folder: Path = FOLDER) -> Path:
     return folder / (re.sub(r"[^a-z0-9]+", "-", device.casefold()).strip("-") + ".json")
 
 
-def save_calibration(calibration: Calibration, path: Path) -> None:
-    """Write a calibration as JSON. BenchError where the place cannot be written."""
+def save_calibration(calibration: Calibration, path: Path, taken: Iterable[Path] = ()) -> None:
+    """Write a calibration as JSON. BenchError where the place cannot be written, or is one of `taken`."""
     content = {"format": FORMAT, "schema": SCHEMA} | asdict(calibration)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n")
-    except OSError as error:
-        message = f"cannot write {path}: {error.strerror}; name another file with -o"
-        raise BenchError(message) from None
+    write_file(path, json.dumps(content, indent=1) + "\n", taken)
 
 
 def load_calibration(device: str, folder: Path = FOLDER) -> Calibration | None:
@@ -281,11 +281,12 @@ def load_calibration(device: str, folder: Path = FOLDER) -> Calibration | None:
 def read_calibration(path: Path) -> Calibration:
     """Read what `save_calibration` wrote. BenchError in one sentence where it is something else."""
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_text(encoding="utf-8"))
         if content.pop("format") != FORMAT or content.pop("schema") != SCHEMA:
             message = f"it is not {FORMAT!r}, schema {SCHEMA}"
             raise ValueError(message)  # noqa: TRY301 - said below, with the path
         models = tuple(_model(**values) for values in content.pop("models"))
+        check_fields(content, KINDS)
         return Calibration(**content, models=models)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         message = f"{path} is not a calibration that can be read ({error}); `skipcost calibrate` makes one"
@@ -293,6 +294,16 @@ def read_calibration(path: Path) -> Calibration:
 
 
 def _model(ratios: list[float], macs: list[float], held_out: dict[str, float], **values: Any) -> Model:
+    check_fields(values, MODEL)
+    for name, each, kind in (("ratios", ratios, float), ("macs", macs, float), ("held_out", held_out, float)):
+        check_members(name, each, kind)
+    check_members("costs", values["costs"], float)
     low, middle, high = ratios
     least, most = macs
+    if unknown := set(values["costs"]) - set(FEATURES):
+        message = f"it has costs of {', '.join(sorted(unknown))}, which this version of skipcost does not know"
+        raise ValueError(message)
+    if not 0 < low <= middle <= high:
+        message = f"its ratios {ratios} are not three numbers above 0 in order"
+        raise ValueError(message)
     return Model(ratios=(low, middle, high), macs=(least, most), held_out=HeldOut(**held_out), **values)

@@ -96,7 +96,11 @@ class Case:
 
     def to_json(self) -> str:
         """Canonical JSON: the label or the factory, then every field that is not at its default, keys sorted."""
-        values: dict[str, Any] = {"factory": asdict(self.spec)} if self.factory else {"label": self.spec.label}
+        values: dict[str, Any] = {"label": self.spec.label}
+        if self.factory:
+            values = {
+                "factory": {name: value for name, value in asdict(self.factory).items() if name != "read" or value}
+            }
         values |= {name: getattr(self, name) for name, default in _DEFAULTS.items() if getattr(self, name) != default}
         return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
@@ -110,14 +114,21 @@ class Case:
     @property
     def case_id(self) -> str:
         """The hash by which the store knows the case; what somebody calls a model of his own is not part of it."""
-        unnamed = replace(self, spec=replace(self.spec, name="")) if isinstance(self.spec, Factory) else self
-        return hashlib.sha256(unnamed.to_json().encode()).hexdigest()[:16]
+        return hashlib.sha256(self.of_factory(name="").to_json().encode()).hexdigest()[:16]
 
     @property
     def key(self) -> str:
-        """What a comparison of two versions of the code knows the case by: its JSON without the code of a factory."""
-        unversioned = replace(self, spec=replace(self.spec, code="")) if isinstance(self.spec, Factory) else self
-        return unversioned.to_json()
+        """What a comparison of two versions of the code knows the case by: its JSON without the state of a factory."""
+        return self.of_factory(code="", read="").to_json()
+
+    @property
+    def work(self) -> str:
+        """What all states of a user's own model have in common, whatever it is called: its JSON without them."""
+        return self.of_factory(name="", code="", read="").to_json()
+
+    def of_factory(self, **fields: str) -> Case:
+        """The same case with other fields of its factory; itself where it has none."""
+        return replace(self, spec=replace(self.spec, **fields)) if isinstance(self.spec, Factory) else self
 
     @property
     def name(self) -> str:

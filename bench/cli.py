@@ -5,18 +5,18 @@
 
 from __future__ import annotations
 
+import errno
 import runpy
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.markup import escape
 
 from skipcost.bench import (
     ab_command,
@@ -33,15 +33,18 @@ from skipcost.bench import fit as fitting
 from skipcost.bench import show as showing
 from skipcost.bench.cases import CHOICES
 from skipcost.bench.console import DB, DEVICE, ERR, JSON, MODEL, OUT, SET, SIZE, SWEEP, progress_bar, settings_of
-from skipcost.bench.driver import Server, pending
+from skipcost.bench.driver import Server, pending, recognised
 from skipcost.bench.driver import sweep as run_sweep
 from skipcost.bench.environment import cpus
 from skipcost.bench.errors import BenchError
 from skipcost.bench.plan import Plan, PlannedCase, load_plan
 from skipcost.bench.preview import preview, print_preview, slow_precisions
-from skipcost.bench.records import Result
+from skipcost.bench.records import FAILED, OUTCOMES, Result
 from skipcost.bench.store import create_store, open_store
+from skipcost.bench.tables import newest_environment, reasons_of, results_asked, results_by_case
 from skipcost.bench.units import parse_size
+from skipcost.kernels.console import steady_streams
+from skipcost.kernels.errors import PIPE_CLOSED, Stopped, flushed, stoppable
 from skipcost.unet_models import ModelSpec
 from skipcost.unet_models.spec import suggest
 
@@ -52,7 +55,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota or a limit
+MOST_REASONS = 10  # that a sweep tells at its end
 
 
 class Format(StrEnum):
@@ -108,34 +112,53 @@ def sweep(
     device: DEVICE = "auto",
     settings: SET = None,
     seed: Annotated[int, typer.Option(help="of the order in which the cases run")] = 0,
+    again: Annotated[bool, typer.Option("--again", help="measure everything anew; the newer rows are read")] = False,  # noqa: FBT002
+    retry: Annotated[bool, typer.Option("--retry", help="try what failed again; the newer rows are read")] = False,  # noqa: FBT002
 ) -> None:
     """Measure every case of a sweep that the store does not have yet. Ctrl-C loses nothing; run it again to go on."""
     counts: dict[str, int] = {}
+    repeated = OUTCOMES if again else FAILED if retry else ()
     with (
         _planned(sweep, model, settings, device) as (planned, server),
         create_store(path := store or Path("results") / f"{planned.name}.sqlite") as opened,
         progress_bar() as progress,
     ):
-        todo = pending(planned, opened, server.environment["fingerprint"])
+        todo = pending(planned, opened, server.environment["fingerprint"], repeated)
         for said in slow_precisions(todo):
-            ERR.print(said, soft_wrap=True, highlight=False)
+            ERR.print(said)
         bar = progress.add_task("", total=len(todo))
 
         def tell(case: PlannedCase, results: list[Result]) -> None:
             for result in results:
                 counts[result.outcome] = counts.get(result.outcome, 0) + 1
-            progress.update(bar, advance=1, description=escape(case.case.spec.label))
+            progress.update(bar, advance=1, description=case.case.spec.label)
 
         try:
-            run_sweep(planned, opened, server, seed, tell)
-        except KeyboardInterrupt:
-            progress.stop()
-            ERR.print("skipcost: stopped; what was measured is kept, run the same command again to go on")
-            raise typer.Exit(INTERRUPTED) from None
+            run_sweep(planned, opened, server, seed, tell, repeated)
+        except Stopped as stop:
+            stop.add_note("what was measured is kept, run the same command again to go on")
+            raise
+        asked = results_asked(recognised(planned, opened), opened, server.environment["fingerprint"])
     told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or "nothing was missing"
-    ERR.print(f"{len(planned.cases)} cases in {path}; this run added: {told}", soft_wrap=True, highlight=False)
+    ERR.print(f"{len(planned.cases)} cases in {path}; this run added: {told}")
     for text, reason in planned.left_out.items():
-        ERR.print(f"left out: {text}: {reason}", soft_wrap=True, highlight=False)
+        ERR.print(f"left out: {text}: {reason}")
+    if failed := not any(result.samples for _, result in asked):
+        ERR.print(f"skipcost: nothing of what was asked for has a number in {path}")
+    _tell_failures(asked, MOST_REASONS, f"`skipcost show {path}` has them all")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _tell_failures(results: Iterable[tuple[str, Result]], most: int | None = None, rest: str = "") -> None:
+    """Say on stderr why there are rows without a number, each reason once, and how to try them again."""
+    reasons = reasons_of(results)
+    for reason in reasons[:most]:
+        ERR.print(f"failed: {reason}")
+    if more := len(reasons[most:]) if most else 0:
+        ERR.print(f"and for {more} more reasons: {rest}")
+    if reasons:
+        ERR.print("`skipcost sweep` with --retry tries what failed again")
 
 
 @app.command()
@@ -146,12 +169,19 @@ def show(
     form: Annotated[
         Format, typer.Option("--format", help="table is for people; the others have every column")
     ] = Format.TABLE,
+    every: Annotated[bool, typer.Option("--all", help="models of your own as they were before an edit, too")] = False,  # noqa: FBT002
 ) -> None:
-    """Print what a store holds: one row per case, a column per metric."""
+    """Print what a store holds: one row per case, a column per metric; the reasons of failures go to stderr."""
     with open_store(store) as opened:
-        frame = showing.select(opened, where, sort)
+        frame = showing.select(opened, where, sort, every=every)
+        left_out = "" if every else showing.former_states(opened)
         labels = {case_id: case.spec.label for case_id, (case, _) in opened.cases().items()}
+        table = results_by_case(opened, newest_environment(opened).fingerprint, opened.cases())
     showing.write(frame, form.value, OUT, labels)
+    if left_out:
+        ERR.print(left_out)
+    if form is Format.TABLE:
+        _tell_failures((labels[case_id], each) for case_id in frame.index for each in table[case_id].values())
 
 
 @app.command()
@@ -217,18 +247,52 @@ def main() -> None:
 
 def guarded(command: Any) -> None:
     """Run a command line and turn what it raises into one sentence and an exit code."""
+    steady_streams()
     try:
-        command()
-    except BenchError as error:
-        ERR.print(f"skipcost: {error}", soft_wrap=True, highlight=False, markup=False)
-        raise SystemExit(error.exit_code) from None
+        with flushed():
+            _told(command)
     except BrokenPipeError:
-        raise SystemExit(0) from None
-    except Exception:  # noqa: BLE001 - the last resort: nothing that the user did explains this one
-        with tempfile.NamedTemporaryFile("w", prefix="skipcost-", suffix=".log", delete=False) as log:
-            traceback.print_exc(file=log)
-        ERR.print(f"skipcost: an unexpected error, which is a defect; its traceback is in {log.name}", soft_wrap=True)
+        raise SystemExit(PIPE_CLOSED) from None
+
+
+def _told(command: Any) -> None:
+    try:
+        with stoppable(), flushed():
+            command()
+    except BenchError as error:
+        ERR.print(f"skipcost: {error}")
+        raise SystemExit(error.exit_code) from None
+    except Stopped as stop:
+        ERR.print(f"skipcost: {stop.sentence}")
+        raise SystemExit(stop.exit_code) from None
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.errno not in FULL:
+            _defect()
+        ERR.print(f"skipcost: cannot write: {error.strerror}; what was measured is kept: make room, and run again")
         raise SystemExit(4) from None
+    except Exception:  # noqa: BLE001 - the last resort: nothing that the user did explains this one
+        _defect()
+
+
+def _defect() -> NoReturn:
+    """End with the traceback of what is being handled in a log file."""
+    ERR.print(f"skipcost: an unexpected error, which is a defect; its traceback is {_logged()}")
+    raise SystemExit(4) from None
+
+
+def _logged() -> str:
+    """Write the traceback of what is being handled to a file, and say where; to stderr where no file can be written."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="skipcost-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as log:
+            traceback.print_exc(file=log)
+    except OSError:
+        traceback.print_exc()
+        return "above"
+    return f"in {log.name}"
 
 
 if __name__ == "__main__":

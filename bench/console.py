@@ -1,20 +1,145 @@
-"""What every command of the command line shares: where it prints, its common options, its progress bar."""
+"""What every command of the command line shares: where it prints and writes, its options, its progress bar.
+
+There is one door for each: `OUT` and `ERR` print text from anywhere as it is, never as markup, `Screen.table` prints
+cells whole, and `write_file` and `append_file` write no file over an input or a store.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from skipcost.bench.errors import BenchError
+from skipcost.kernels import outputs
+from skipcost.kernels.console import visible
 
+EVERY_S = 30.0  # between lines that say how far a command is, where no bar can be seen
 PIPED_WIDTH = 200  # columns for a pipe or a file; a terminal has its own
-OUT = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
-ERR = Console(stderr=True)
+GAP, PROSE_WIDTH = 2, 16  # columns between cells; the fewest that a sentence in a cell is wrapped to
+
+
+def bold(text: str) -> Text:
+    """A text for `Screen.print` that stands out."""
+    return Text(visible(text), style="bold")
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a table. prose: sentences, which may be wrapped between words; right: aligned so.
+
+    drop: 0 is always shown; where the others do not fit, the highest goes first.
+    """
+
+    title: str
+    right: bool = False
+    prose: bool = False
+    drop: int = 0
+
+    def least(self, cells: Sequence[str]) -> int:
+        """The fewest columns in which every word of the title and every cell is whole."""
+        words = [cell_len(word) for text in (self.title, *(cells if self.prose else ())) for word in text.split()]
+        widest = max(map(cell_len, cells), default=0)
+        return max([min(widest, PROSE_WIDTH) if self.prose else widest, *words])
+
+
+class Screen(Console):
+    """Where people are told things. A text is a line of its own: no part of it is markup, an emoji or a command.
+
+    A line is wrapped on a terminal, between words alone; elsewhere not at all. $NO_COLOR leaves plain text.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        plain = {"color_system": None} if os.environ.get("NO_COLOR") else {}
+        super().__init__(markup=False, emoji=False, highlight=False, **(plain | options))
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print texts, and what rich renders, as it is."""
+        told = [Text(visible(each)) if isinstance(each, str) else each for each in objects]
+        if all(isinstance(each, Text) for each in told):
+            options = {
+                **({"overflow": "ignore", "crop": False} if self.is_terminal else {"soft_wrap": True}),
+                **options,
+            }
+        super().print(*told, **options)
+
+    def print_json(self, json: str | None = None, **options: Any) -> None:
+        """Print JSON, in ASCII where the stream has no other letters."""
+        super().print_json(json, ensure_ascii=not self.encoding.startswith("utf"), **options)
+
+    def table(
+        self, columns: Sequence[Column], rows: Iterable[Sequence[str]], styles: Sequence[str] = (), more: str = ""
+    ) -> None:
+        """Print a table in which every cell is whole: with fewer columns where it is narrow, or a line for each field.
+
+        styles: of each row; none where it is empty. more: what has the columns that are not shown.
+        """
+        cells = [[visible(cell) for cell in row] for row in rows]
+        least = [column.least([row[at] for row in cells]) for at, column in enumerate(columns)]
+        kept = _kept(columns, least, self.width)
+        if sum(least[at] + GAP for at in kept) - GAP > self.width:
+            self._records(columns, cells, styles)
+            return
+        widths = _widths(columns, cells, {at: least[at] for at in kept}, self.width)
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for at in kept:
+            justify = "right" if columns[at].right else "left"
+            table.add_column(Text(columns[at].title), justify=justify, width=widths[at])  # type: ignore[arg-type]
+        for row, style in zip(cells, styles or [""] * len(cells), strict=True):
+            table.add_row(*(Text(row[at]) for at in kept), style=style)
+        self.print(table)
+        if dropped := [column.title for at, column in enumerate(columns) if at not in kept]:
+            self.print(f"too narrow for: {', '.join(dropped)}{f'; {more}' if more else ''}", style="dim")
+
+    def _records(self, columns: Sequence[Column], cells: Sequence[Sequence[str]], styles: Sequence[str]) -> None:
+        """A line for each field that is not empty, rows apart."""
+        for number, row in enumerate(cells):
+            if number:
+                self.print()
+            for column, cell in zip(columns, row, strict=True):
+                if cell.strip():
+                    told = f"{column.title}: {cell}" if column.title.strip() else cell
+                    self.print(told, style=styles[number] if styles else None)
+
+
+def _kept(columns: Sequence[Column], least: Sequence[int], width: int) -> list[int]:
+    """Which columns are shown in a width: those that may go are left out one by one, until the rest fits or all are."""
+    kept = list(range(len(columns)))
+    while sum(least[at] + GAP for at in kept) - GAP > width and any(columns[at].drop for at in kept):
+        kept.remove(max(kept, key=lambda at: columns[at].drop))
+    return kept
+
+
+def _widths(
+    columns: Sequence[Column], cells: Sequence[Sequence[str]], least: dict[int, int], width: int
+) -> dict[int, int]:
+    """The width of each column, from its least up to its widest text: titles in one line first, then sentences."""
+    widths = dict(least)
+    spare = width - sum(each + GAP for each in least.values()) + GAP
+    for at in sorted(least, key=lambda each: columns[each].prose):
+        widest = max(map(cell_len, (columns[at].title, *(row[at] for row in cells))))
+        sharing = sum(columns[each].prose for each in least if each >= at) if columns[at].prose else 1
+        more = min(widest - widths[at], spare // sharing)
+        widths[at] += more
+        spare -= more
+    return widths
+
+
+OUT = Screen(width=None if sys.stdout is not None and sys.stdout.isatty() else PIPED_WIDTH)
+ERR = Screen(stderr=True)
 SWEEP = Annotated[
     str | None,
     typer.Argument(help="a shipped sweep (quick, ci, full, paper, ...) or the path of a TOML file", show_default=False),
@@ -48,7 +173,105 @@ def settings_of(texts: list[str] | None) -> dict[str, list[str]]:
     return settings
 
 
+def write_file(
+    path: Path, content: str | bytes, taken: Iterable[Path] = (), option: str = "-o", kept: str = ""
+) -> None:
+    """`outputs.write_file`, with a BenchError."""
+    try:
+        outputs.write_file(path, content, taken, option, kept)
+    except outputs.OutputError as error:
+        raise BenchError(str(error)) from None
+
+
+def append_file(path: Path, text: str, option: str = "-o", kept: str = "") -> None:
+    """`outputs.append_file`, with a BenchError."""
+    try:
+        outputs.append_file(path, text, option, kept)
+    except outputs.OutputError as error:
+        raise BenchError(str(error)) from None
+
+
+def check_outputs(files: dict[str, Path | None], taken: Iterable[Path] = ()) -> None:
+    """Refuse early what `write_file` would refuse, and two outputs in one place; files: by the option that names it."""
+    known = list(taken)
+    for option, path in files.items():
+        if path is not None:
+            try:
+                outputs.check_output(path, known, option)
+            except outputs.OutputError as error:
+                raise BenchError(str(error)) from None
+            known.append(path)
+
+
+class Description(ProgressColumn):
+    """What a bar is about, as it is."""
+
+    def render(self, task: Task) -> Text:
+        """Make the cell."""
+        return Text(visible(task.description))
+
+
+class Ticker:
+    """Says on stderr every EVERY_S how far something is, from `start` to `stop`: a pipe shows no bar."""
+
+    def __init__(self, line: Callable[[float], str]) -> None:
+        self._line, self._over = line, threading.Event()
+
+    def start(self) -> None:
+        """Begin; `line` is given the seconds since."""
+        threading.Thread(target=self._run, args=(time.monotonic(),), daemon=True).start()
+
+    def _run(self, began: float) -> None:
+        while not self._over.wait(EVERY_S):
+            ERR.print(self._line(time.monotonic() - began))
+
+    def stop(self) -> None:
+        """Say no more."""
+        self._over.set()
+
+
+@contextlib.contextmanager
+def going_on(what: str) -> Iterator[None]:
+    """Say now and then that work which has no parts to count still goes on."""
+    ticker = Ticker(lambda seconds: f"{what}: {_minutes(seconds)} so far")
+    ticker.start()
+    try:
+        yield
+    finally:
+        ticker.stop()
+
+
+class Bar(Progress):
+    """A bar on stderr with the time left; where that is no terminal, a line now and then."""
+
+    def __init__(self, *columns: ProgressColumn) -> None:
+        super().__init__(*columns, Description(), TimeRemainingColumn(), console=ERR, disable=not ERR.is_terminal)
+        self._ticker = Ticker(self._told)
+
+    def _told(self, seconds: float) -> str:
+        task = self.tasks[-1] if self.tasks else None
+        if task is None or not task.total:
+            return f"{_minutes(seconds)} so far"
+        left = seconds * (task.total - task.completed) / task.completed if task.completed else None
+        expected = "" if left is None else f", {_minutes(left)} left"
+        return f"{task.completed:.0f} of {task.total:.0f} done{expected}: {task.description or 'starting'}"
+
+    def start(self) -> None:
+        """Show it."""
+        super().start()
+        if self.disable:
+            self._ticker.start()
+
+    def stop(self) -> None:
+        """Leave what it shows."""
+        self._ticker.stop()
+        super().stop()
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+
+
 def progress_bar() -> Progress:
-    """Make a bar on stderr with the time left."""
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    return Progress(*columns, console=ERR, transient=False)
+    """Make a bar of parts that are counted."""
+    return Bar(BarColumn(), MofNCompleteColumn())

@@ -7,13 +7,10 @@ from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from skipcost.bench import figures
 from skipcost.bench.cases import Case
-from skipcost.bench.console import JSON, OUT, SIZE
+from skipcost.bench.console import JSON, OUT, SIZE, Column, Screen
 from skipcost.bench.custom import Factory
 from skipcost.bench.errors import BenchError
 from skipcost.bench.units import parse_size
@@ -24,6 +21,13 @@ if TYPE_CHECKING:
     from skipcost.bench.counters import Part, Place, Testimony
 
 MOST_PARTS = 4  # in a table's cell; JSON has all
+COURT = (
+    Column("counter"),
+    Column("MACs", right=True),
+    Column("off by", right=True),
+    Column("from", drop=1),
+    Column("where it parts from arithmetic", prose=True),
+)
 
 
 def counters(
@@ -121,26 +125,21 @@ def _words(part: Part, macs: int) -> str:
     return f"{part.kind} {part.macs / part.arithmetic:.4g} times ({share}){worst}"
 
 
-def print_court(facts: dict[str, Any], console: Console) -> None:
+def print_court(facts: dict[str, Any], console: Screen) -> None:
     """The court for people: a line per counter, arithmetic first."""
     exact = facts["arithmetic"]
     height, width = facts["size"]
     kinds = ", ".join(f"{kind} {figures.text(macs, 'macs')}" for kind, macs in exact["kinds"].items())
-    console.print(f"{facts['network']}  {height}x{width}, batch {facts['batch']}, forward", markup=False)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("counter", "MACs", "off by"):
-        table.add_column(name, no_wrap=True, justify="left" if name == "counter" else "right")
-    table.add_column("from", no_wrap=True)
-    table.add_column("where it parts from arithmetic", ratio=1)
-    table.add_row("arithmetic (counted)", f"{exact['macs']:,}", "", "weights x positions", kinds)
+    console.print(f"{facts['network']}  {height}x{width}, batch {facts['batch']}, forward")
+    rows = [("arithmetic (counted)", f"{exact['macs']:,}", "", "weights x positions", kinds)]
     for each in facts["counters"]:
         name = f"{each['counter']} {each['version']}".strip()
         if each["macs"] is None:
-            table.add_row(name, "-", "-", each["conversion"], escape(each["note"]))
+            rows.append((name, "-", "-", each["conversion"], each["note"]))
             continue
         words = [part["words"] for part in each["parts"]]
         more = [f"{len(words) - MOST_PARTS} more in --json"] if len(words) > MOST_PARTS else []
         said = "; ".join(words[:MOST_PARTS] + more) or "nowhere"
         off = f"{each['difference']:+.2%}" if each["difference"] else "exact"
-        table.add_row(name, f"{each['macs']:,.0f}", off, each["conversion"], escape(said))
-    console.print(table)
+        rows.append((name, f"{each['macs']:,.0f}", off, each["conversion"], said))
+    console.table(COURT, rows, more="--json has it")

@@ -9,9 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from skipcost.bench import figures
+from skipcost.bench.console import Screen, bold
 from skipcost.bench.errors import BenchError
 from skipcost.bench.probe import known_cpu, probed_cpu, slow_words
 from skipcost.kernels.devices import device_named
@@ -88,7 +87,7 @@ def _doubts(environment: dict[str, Any]) -> list[str]:
     return doubts
 
 
-def print_findings(facts: dict[str, Any], console: Console) -> None:
+def print_findings(facts: dict[str, Any], console: Screen) -> None:
     """The findings for people."""
     environment = facts["environment"]
     console.print(
@@ -96,16 +95,19 @@ def print_findings(facts: dict[str, Any], console: Console) -> None:
     )
     for gpu in environment["gpus"]:
         console.print(f"{gpu['name']}, {figures.text(gpu['memory_bytes'], 'bytes')}, driver {gpu['driver']}")
-    console.print(", ".join(f"{name} {version}" for name, version in environment["versions"].items()), highlight=False)
-    console.print("\n[bold]can be measured here[/bold]")
+    console.print(", ".join(f"{name} {version}" for name, version in environment["versions"].items()))
+    console.print()
+    console.print(bold("can be measured here"))
     for name, answer in facts["can"].items():
-        console.print(f"  {name}: {answer}", highlight=False)
-    console.print("\n[bold]limits that reference lines go by[/bold]")
+        console.print(f"  {name}: {answer}")
+    console.print()
+    console.print(bold("limits that reference lines go by"))
     for name, found in facts["limits"].items():
-        console.print(f"  {name}: {found if isinstance(found, str) else _words(found)}", highlight=False)
-    console.print("\n[bold]what makes numbers doubtful here[/bold]")
+        console.print(f"  {name}: {found if isinstance(found, str) else _words(found)}")
+    console.print()
+    console.print(bold("what makes numbers doubtful here"))
     for doubt in facts["doubts"] or ["nothing was found"]:
-        console.print(f"  {doubt}", highlight=False)
+        console.print(f"  {doubt}")
 
 
 def _words(found: dict[str, Any]) -> str:

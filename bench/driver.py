@@ -6,17 +6,18 @@ import contextlib
 import json
 import random
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import IO, Any, Self
 
 from skipcost.bench.cases import Case
 from skipcost.bench.errors import MachineError
+from skipcost.bench.opened import Present
 from skipcost.bench.plan import Plan, PlannedCase
 from skipcost.bench.records import Result
 from skipcost.bench.store import Store
+from skipcost.kernels.serving import PYTHON
 
 GRACE_S = 5.0
 
@@ -41,12 +42,17 @@ class Server:
 
     def __init__(self) -> None:
         self._process = self._start()
-        self.environment = self._hello()
+        try:
+            self.environment = self._hello()
+        except BaseException:
+            self._process.kill()
+            self._stop()
+            raise
 
     def _start(self) -> subprocess.Popen[str]:
         # A session of its own: Ctrl-C at the terminal reaches the driver alone, which then ends the server in order.
-        return subprocess.Popen(
-            [sys.executable, "-m", "skipcost.bench.server"],
+        return subprocess.Popen(  # noqa: S603 - our own module
+            [*PYTHON, "-m", "skipcost.bench.server"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -56,7 +62,8 @@ class Server:
     def _hello(self) -> dict[str, Any]:
         line = self._replies.readline()
         if not line:
-            message = "the measuring process did not start: run `python -m skipcost.bench.server` to see why"
+            command = " ".join(("python", *PYTHON[1:], "-m skipcost.bench.server"))
+            message = f"the measuring process did not start: run `{command}` to see why"
             raise MachineError(message)
         environment: dict[str, Any] = json.loads(line)["environment"]
         return environment
@@ -91,11 +98,11 @@ class Server:
             asked = Request(request.case, tuple(left), request.budget, request.time_limit_s, request.memory_limit_bytes)
             ending = {"timed_out": False, "code": 0, "said": "the worker left without a result"}
             for reply in self._ask(asked):
-                if isinstance(reply, Result):
+                if not isinstance(reply, Result):
+                    ending = reply
+                elif reply.metric in left:
                     left.remove(reply.metric)
                     yield reply
-                else:
-                    ending = reply
             if left:
                 yield _failure(left.pop(0), ending, request)
 
@@ -122,6 +129,9 @@ def _failure(metric: str, ending: dict[str, Any], request: Request) -> Result:
         note = f"{metric} was not done after {request.time_limit_s:g} s; raise [limits] case_seconds to give it longer"
         return Result(metric, "timeout", note=note)
     said = f": {ending['said']}" if ending["said"] else ""
+    if ending.get("two_answered"):
+        note = "two processes answered: the model forks while it is made or run, and both go on as if alone"
+        return Result(metric, "crash", note=f"{note}{said}")
     if ending["code"] == -9:  # noqa: PLR2004 - SIGKILL
         return Result(
             metric,
@@ -131,11 +141,32 @@ def _failure(metric: str, ending: dict[str, Any], request: Request) -> Result:
     return Result(metric, "crash", note=f"the process ended with status {ending['code']}{said}")
 
 
-def pending(plan: Plan, store: Store, fingerprint: str) -> list[PlannedCase]:
-    """The cases of a plan with the metrics that this environment has no row for yet."""
-    done = store.measured(fingerprint)
+def recognised(plan: Plan, store: Store) -> Plan:
+    """The plan with what its factories read, where the store knows a state of them that is the one here and now.
+
+    Elsewhere only making a model tells what it reads; until then the case has no rows.
+    """
+    present, states = Present(), store.states()
+    return replace(plan, cases=tuple(_recognised(planned, states, present) for planned in plan.cases))
+
+
+def _recognised(planned: PlannedCase, states: dict[str, list[Case]], present: Present) -> PlannedCase:
+    if planned.case.factory is None or planned.case.factory.read:
+        return planned
+    known = next(
+        (each.factory for each in reversed(states.get(planned.case.work, [])) if present.has(each.factory)), None
+    )
+    return replace(planned, case=planned.case.of_factory(read=known.read)) if known else planned
+
+
+def pending(plan: Plan, store: Store, fingerprint: str, again: Collection[str] = ()) -> list[PlannedCase]:
+    """The cases of a plan with the metrics that this environment has no row for yet; what has one is final.
+
+    again: outcomes of rows that are measured once more all the same.
+    """
+    done = {row for row, outcome in store.measured(fingerprint).items() if outcome not in again}
     left = []
-    for planned in plan.cases:
+    for planned in recognised(plan, store).cases:
         case_id = planned.case.case_id
         metrics = tuple(name for name in planned.metrics if (case_id, name) not in done)
         if metrics:
@@ -144,23 +175,56 @@ def pending(plan: Plan, store: Store, fingerprint: str) -> list[PlannedCase]:
 
 
 def sweep(
-    plan: Plan, store: Store, server: Server, seed: int, tell: Callable[[PlannedCase, list[Result]], None]
+    plan: Plan,
+    store: Store,
+    server: Server,
+    seed: int,
+    tell: Callable[[PlannedCase, list[Result]], None],
+    again: Collection[str] = (),
 ) -> None:
-    """Measure what is missing, in an order shuffled by `seed`; `tell` hears of each case when it is done."""
-    environment = server.environment
-    todo = pending(plan, store, environment["fingerprint"])
-    for planned in plan.cases:
-        store.add_case(planned.case, list(planned.aliases))
-    if not todo:
-        return
-    random.Random(seed).shuffle(todo)  # noqa: S311 - an order, not a secret
+    """Measure what is missing, in an order shuffled by `seed`; `tell` hears of each case when it is done.
+
+    A sweep of which nothing was missing is a run, too: what it asked for is what is read from then on.
+    """
+    environment, plan = server.environment, recognised(plan, store)
+    todo = pending(plan, store, environment["fingerprint"], again)
     run_id = store.add_run(datetime.now(UTC).isoformat(timespec="seconds"), plan.name, seed, environment)
+    unread = {planned.case.case_id for planned in todo if planned.case.factory}
+    known = [planned for planned in plan.cases if planned.case.case_id not in unread]
+    for planned in known:
+        store.add_case(planned.case, list(planned.aliases))
+    store.add_asked(run_id, (planned.case.case_id for planned in known))
+    random.Random(seed).shuffle(todo)  # noqa: S311 - an order, not a secret
     for planned in todo:
         results = []
-        for result in server.run(request_for(plan, planned, environment)):
-            store.add_result(run_id, planned.case.case_id, result)
+        for case, result in _as_read(planned.case, server.run(request_for(plan, planned, environment))):
+            if case.factory:
+                store.add_case(case, list(planned.aliases))
+                store.add_asked(run_id, [case.case_id])
+            store.add_result(run_id, case.case_id, result, again=bool(again))
             results.append(result)
         tell(planned, results)
+
+
+def _as_read(case: Case, results: Iterable[Result]) -> Iterator[tuple[Case, Result]]:
+    """Each result with its case, to which belongs what the factory read (`worker` has it in the detail).
+
+    What failed before a worker came to tell waits for the next one's word.
+    """
+    waiting: list[Result] = []
+    for result in results:
+        waiting.append(result)
+        if "read" in result.detail:
+            read = result.detail["read"]
+            case = case.of_factory(read=json.dumps(read, sort_keys=True) if read else "")
+        if case.factory is None or "read" in result.detail:
+            yield from ((case, _without_read(each)) for each in waiting)
+            waiting = []
+    yield from ((case, each) for each in waiting)
+
+
+def _without_read(result: Result) -> Result:
+    return replace(result, detail={name: value for name, value in result.detail.items() if name != "read"})
 
 
 def request_for(plan: Plan, planned: PlannedCase, environment: dict[str, Any]) -> Request:

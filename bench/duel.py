@@ -7,7 +7,6 @@ import json
 import math
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from skipcost.bench import turns
 from skipcost.bench.cases import Case
 from skipcost.bench.errors import MachineError
 from skipcost.bench.revisions import Revision
+from skipcost.kernels.serving import PYTHON
 
 TURN_S = 0.02  # of calls in a turn: long against the pipe's latency, short against what disturbs the machine
 LEAST_BLOCKS = 6
@@ -42,9 +42,9 @@ class Side:
 
     def __init__(self, revision: Revision) -> None:
         self.revision = revision
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
+        self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(  # noqa: S603 - our own script
-            [sys.executable, str(SCRIPT)],
+            [*PYTHON, str(SCRIPT)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -61,7 +61,7 @@ def describe() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": describe_gpus(),
         "cuda": _cuda(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: version_of(name) for name in PACKAGES},
         "flags": flags(),
         "code": code_hash(),
     }
@@ -114,7 +114,8 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or "unknown"
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The version of an installed package."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -136,7 +137,13 @@ def _git() -> dict[str, Any]:
     folder = Path(skipcost.bench.__path__[0])
 
     def ask(*words: str) -> str:
-        done = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True)  # noqa: S603, S607
+        done = subprocess.run(  # noqa: S603
+            ["git", "-C", folder, *words],  # noqa: S607
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=True,
+        )
         return done.stdout.strip()
 
     try:

@@ -12,20 +12,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-
 from skipcost.bench import figures
 from skipcost.bench.cases import SPEC_KEYS, Case
+from skipcost.bench.console import Screen
 from skipcost.bench.fit_lattice import AXES, Line, lattice, read_axes
 from skipcost.bench.fit_limits import LIMITS, Gauge, Limits, Standing
 from skipcost.bench.fit_search import widest
 from skipcost.bench.fit_table import (
+    ALL,
     case_facts,
     cells,
     columns_of,
+    fit_columns,
     limit_facts,
-    new_table,
     print_header,
     print_left_out,
     standing_facts,
@@ -114,17 +113,18 @@ def _facts(found: Match) -> dict[str, Any]:
     return standing_facts(found.standing) | own | {"off": found.off, "aliases": list(found.aliases)}
 
 
-def print_equal(facts: dict[str, Any], console: Console) -> None:
+def print_equal(facts: dict[str, Any], console: Screen) -> None:
     """The given network, then each variant and skip scheme at its equal, with what is left over in percent."""
     print_header(facts, console)
     columns = columns_of(facts)
     title = next(limit.title for limit in columns if limit.key == facts["equal"])
-    console.print(f"as much {title} as {escape(facts['given']['label'])}, nearest whole width", highlight=False)
-    table = new_table("network", "batch", *[limit.title for limit in columns], "sees", "off", "")
+    console.print(f"as much {title} as {facts['given']['label']}, nearest whole width")
+    rows = []
     for row in (facts["given"], *facts["rows"]):
         also = f"also {', '.join(row['aliases'])}" if row["aliases"] else ""
         own = row is facts["given"]
         extra = [figures.text(row["receptive_field"], "pixels"), "given" if own else f"{row['off']:+.2%}", also]
-        table.add_row(*cells(row, columns), *extra, style="bold" if own else None)
-    console.print(table)
+        rows.append((*cells(row, columns), *extra))
+    named = fit_columns("network", "batch", *[limit.title for limit in columns], "sees", "off", "")
+    console.table(named, rows, ["bold", *[""] * len(facts["rows"])], ALL)
     print_left_out(facts["left_out"], console)

@@ -5,15 +5,26 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from skipcost.bench import figures
+from skipcost.bench.console import Column, Screen, bold
 from skipcost.kernels.tap_choice import rewritings
 from skipcost.unet_models import VARIANTS, ModelSpec, SkipGraph
 from skipcost.unet_models.costs import EdgeCost, costs
 from skipcost.unet_models.geometry import size_note
 
+COLUMNS = (
+    Column("from"),
+    Column("to"),
+    Column("scale", drop=1),
+    Column("how the map gets there", prose=True, drop=2),
+    Column("channels", right=True, drop=3),
+    Column("params", right=True, drop=4),
+    Column("MACs", right=True),
+    Column("share", right=True),
+    Column("rewritten", right=True, drop=5),
+    Column("held", right=True, drop=6),
+    Column("for", right=True, drop=7),
+)
 VALUE_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "amp-bf16": 2, "amp-fp16": 2}
 
 
@@ -57,37 +68,32 @@ def _levels(graph: SkipGraph) -> dict[str, int]:
     return {node.name: node.level for node in graph.nodes}
 
 
-def print_explanation(facts: dict[str, Any], console: Console) -> None:
+def print_explanation(facts: dict[str, Any], console: Screen) -> None:
     """The edge table for people, with what the columns mean."""
     size, out = facts["input"], facts["output"]
-    console.print(f"[bold]{facts['label']}[/bold]  ({facts['variant']}), batch {facts['batch']}, {facts['precision']}")
+    console.print(bold(facts["label"]), f" ({facts['variant']}), batch {facts['batch']}, {facts['precision']}")
     console.print(
         f"{size[0]}x{size[1]} -> {out[0]}x{out[1]}   {figures.text(facts['params'], 'count')} parameters   "
         f"{figures.text(facts['conv_macs'], 'macs')} per image   receptive field {facts['receptive_field']} px"
     )
     if facts["note"]:
-        console.print(f"[yellow]{facts['note']}[/yellow]")
-    console.print(_table(facts))
+        console.print(facts["note"], style="yellow")
+    _print_edges(facts, console)
     nodes, heads = sum(facts["node_macs"].values()), facts["head_macs"]
     console.print(
         f"The rest: {figures.text(nodes, 'macs')} in the nodes' other convolutions, "
         f"{figures.text(heads, 'macs')} in the heads. Skips, with what they feed: "
         f"{facts['skip_macs'] / facts['conv_macs']:.1%} of all MACs."
     )
-    console.print(_legend(facts))
+    for line in _legend(facts):
+        console.print(line, style="dim")
 
 
-def _table(facts: dict[str, Any]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("from", "to", "scale"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("how the map gets there", ratio=1)
+def _print_edges(facts: dict[str, Any], console: Screen) -> None:
+    """A row for each edge; rewritten forms where there are any."""
     forms = {each["edge"]: _forms(each) for each in facts["rewritings"]}
-    for name in ("channels", "params", "MACs", "share", *(["rewritten"] if forms else []), "held", "for"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for edge in facts["edges"]:
-        steps = edge["held_steps"]
-        table.add_row(
+    rows = [
+        (
             edge["source"],
             edge["target"],
             edge["scale"],
@@ -96,12 +102,15 @@ def _table(facts: dict[str, Any]) -> Table:
             figures.text(edge["params"] + edge["merge_params"], "count"),
             figures.text(edge["all_macs"], "count"),
             f"{edge['share']:.1%}",
-            *([forms.get(f"{edge['source']}->{edge['target']}", "")] if forms else []),
+            forms.get(f"{edge['source']}->{edge['target']}", ""),
             figures.text(edge["held_bytes"], "bytes"),
-            f"{steps} step{'s' if steps != 1 else ''}",
-            style=None if edge["skip"] else "dim",
+            f"{edge['held_steps']} step{'s' if edge['held_steps'] != 1 else ''}",
         )
-    return table
+        for edge in facts["edges"]
+    ]
+    shown = [at for at, column in enumerate(COLUMNS) if forms or column.title != "rewritten"]
+    styles = ["" if edge["skip"] else "dim" for edge in facts["edges"]]
+    console.table([COLUMNS[at] for at in shown], [[row[at] for at in shown] for row in rows], styles, "--json has them")
 
 
 def _forms(rewriting: dict[str, Any]) -> str:
@@ -110,7 +119,7 @@ def _forms(rewriting: dict[str, Any]) -> str:
     return f"{low} ({direct})" if rewriting["taken"] else f"{direct} ({low})"
 
 
-def _legend(facts: dict[str, Any]) -> str:
+def _legend(facts: dict[str, Any]) -> list[str]:
     lines = [
         "Dim rows are no skips: the encoder's own path and the map from the next deeper level.",
         "params and MACs: the edge's own convolutions and its slice of the convolution that it feeds.",
@@ -129,4 +138,4 @@ def _legend(facts: dict[str, Any]) -> str:
             f"In the paper's words x{{i}}_0 is X_En^{{i+1}} and x{{i}}_{{{deepest}-i}} is X_De^{{i+1}}: "
             f"x0_0 is X_En^1, x0_{deepest} is X_De^1."
         )
-    return "[dim]" + "\n".join(lines) + "[/dim]"
+    return lines

@@ -92,7 +92,7 @@ def measuring(question: Question) -> Iterator[Question]:
 
 
 def _say_measuring(label: str) -> None:
-    ERR.print(f"measuring {label}", highlight=False, style="dim")
+    ERR.print(f"measuring {label}", style="dim")
 
 
 def equal_gauge(question: Question, name: str) -> Gauge:

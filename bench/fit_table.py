@@ -6,15 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 from skipcost.bench import figures
 from skipcost.bench.cases import Case
+from skipcost.bench.console import Column, Screen, bold
 from skipcost.bench.fit_limits import LIMITS, Limit, Limits, Standing
 from skipcost.bench.fit_search import Found
 
+ALL = "--json has it"
+DROPPED = {"sees": 2, LIMITS["params"].title: 1}  # where a terminal is narrow
 OUTSIDE, MORE_IMAGES, INSIDE = "the next wider", "one image more", "the widest that fits"
 
 
@@ -58,55 +57,57 @@ def limit_facts(limits: Limits) -> dict[str, Any]:
     }
 
 
-def print_header(facts: dict[str, Any], console: Console) -> None:
+def print_header(facts: dict[str, Any], console: Screen) -> None:
     """The question as it was understood, and where each figure comes from."""
     case = facts["case"]
     words = [f"{case['height']}x{case['width']}", case["mode"], case["precision"], case["layout"]]
     words += [case["optimizer"], case["loss"]] if case["mode"] == "training" else []
-    console.print(f"[bold]{', '.join(words)}[/bold] on {escape(facts['device'])}", highlight=False)
+    console.print(bold(", ".join(words)), f"on {facts['device']}")
     units = {limit.key: limit for limit in LIMITS.values()}
     most = [f"{units[key].title} {units[key].text(value)}" for key, value in facts["limits"].items()]
     if most:
-        console.print(f"at most: {', '.join(most)}", highlight=False)
+        console.print(f"at most: {', '.join(most)}")
     for key, origin in facts["origins"].items():
-        console.print(f"  {units[key].title}: {escape(origin)}", highlight=False, style="dim")
+        console.print(f"  {units[key].title}: {origin}", style="dim")
 
 
-def print_plan(facts: dict[str, Any], console: Console) -> None:
+def print_plan(facts: dict[str, Any], console: Screen) -> None:
     """An nnU-Net plan: the nearest network and what it costs, what differs, then what else fits in its memory."""
     plan, given, columns = facts["plan"], facts["given"], columns_of(facts)
     console.print(
-        f"[bold]{escape(plan['name'])}[/bold], nnU-Net's 2d configuration: {plan['batch']} patches of "
-        f"{plan['height']}x{plan['width']}",
-        highlight=False,
+        bold(plan["name"]),
+        f", nnU-Net's 2d configuration: {plan['batch']} patches of {plan['height']}x{plan['width']}",
+        sep="",
     )
-    table = new_table("nearest network", "batch", *[limit.title for limit in columns], "sees")
-    table.add_row(*cells(given, columns), figures.text(plan["receptive_field"], "pixels"))
-    console.print(table)
+    named = fit_columns("nearest network", "batch", *[limit.title for limit in columns], "sees")
+    console.table(named, [(*cells(given, columns), figures.text(plan["receptive_field"], "pixels"))], more=ALL)
     for text in plan["differences"]:
-        console.print(f"  differs: {escape(text)}", highlight=False, style="dim")
-    console.print("\nWhat else fits in the same memory, at the same batch:")
+        console.print(f"  differs: {text}", style="dim")
+    console.print()
+    console.print("What else fits in the same memory, at the same batch:")
     print_rows(facts, console)
 
 
-def print_rows(facts: dict[str, Any], console: Console) -> None:
+def print_rows(facts: dict[str, Any], console: Screen) -> None:
     """The ranked table: under each network, dim, what lies just outside and which limit that breaks."""
     print_header(facts, console)
-    console.print(f"ranked by {escape(facts['order'])}; chosen from {facts['chosen_from']:,} networks", highlight=False)
+    console.print(f"ranked by {facts['order']}; chosen from {facts['chosen_from']:,} networks")
     columns = columns_of(facts)
-    table = new_table("", "network", "batch", *[limit.title for limit in columns], "sees", "score", "")
+    named = fit_columns("", "network", "batch", *[limit.title for limit in columns], "sees", "score", "")
+    table: list[tuple[tuple[str, ...], str]] = []
     for number, row in enumerate(facts["rows"], 1):
         extra = [figures.text(row["receptive_field"], "pixels"), "-" if row["score"] is None else f"{row['score']:.4g}"]
         also = f"also {', '.join(row['aliases'])}" if row["aliases"] else ""
-        table.add_row(str(number), *cells(row, columns), *extra, _joined(also, row["remark"]))
+        table.append(((str(number), *cells(row, columns), *extra, _joined(also, row["remark"])), ""))
         for title, other in _border(row):
             remark = _joined(f"{title}{_breaks(other)}", other["remark"])
-            table.add_row("", *cells(other, columns), "", "", remark, style="dim")
+            table.append((("", *cells(other, columns), "", "", remark), "dim"))
         if row["outside"] is None:
-            table.add_row("", "", "", *[""] * len(columns), "", "", "the widest to choose from", style="dim")
-    if all(row["score"] is None for row in facts["rows"]):
-        table.columns = [column for column in table.columns if column.header != "score"]
-    console.print(table)
+            table.append((("", "", "", *[""] * len(columns), "", "", "the widest to choose from"), "dim"))
+    scored = any(row["score"] is not None for row in facts["rows"])
+    shown = [at for at, column in enumerate(named) if scored or column.title != "score"]
+    rows = [[row[at] for at in shown] for row, _ in table]
+    console.table([named[at] for at in shown], rows, [style for _, style in table], ALL)
     print_left_out(facts["left_out"], console)
 
 
@@ -126,23 +127,23 @@ def cells(row: dict[str, Any], columns: Sequence[Limit]) -> list[str]:
     return cells
 
 
-def new_table(*names: str) -> Table:
-    """A plain table: texts left, figures right."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in names:
-        text = name in ("network", "nearest network", "")
-        table.add_column(name, justify="left" if text else "right", no_wrap=name != "", overflow="fold")
-    return table
+def fit_columns(*names: str) -> list[Column]:
+    """Columns of an answer: texts left, figures right; the last one is for remarks."""
+    last, texts = len(names) - 1, ("network", "nearest network", "")
+    return [
+        Column(name, right=name not in texts, prose=at == last and name == "", drop=DROPPED.get(name, 0))
+        for at, name in enumerate(names)
+    ]
 
 
-def print_left_out(left_out: dict[str, str], console: Console) -> None:
+def print_left_out(left_out: dict[str, str], console: Screen) -> None:
     """What could not be, counted by its reason."""
     reasons: dict[str, list[str]] = {}
     for text, reason in left_out.items():
         reasons.setdefault(reason, []).append(text)
     for reason, texts in reasons.items():
         more = f" and {len(texts) - 1} more" if len(texts) > 1 else ""
-        console.print(f"left out: {escape(texts[0])}{more}: {escape(reason)}", highlight=False, style="dim")
+        console.print(f"left out: {texts[0]}{more}: {reason}", style="dim")
 
 
 def _border(row: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from skipcost.bench.callgrind import SUBJECTS
 from skipcost.bench.errors import MachineError
 from skipcost.bench.revisions import Revision
 from skipcost.bench.verdicts import Verdict
+from skipcost.kernels.serving import PYTHON, started
 
 METRIC = "instructions"
 TOOLS = ("valgrind", "callgrind_control", "callgrind_annotate")  # of one package
@@ -44,15 +45,22 @@ def why_not() -> str:
 
 def count(revision: Revision) -> Counts:
     """Count every subject of a revision; MachineError where valgrind is missing or fails."""
+    with _counting(revision) as process:
+        return _counts(revision, process)
+
+
+def _counting(revision: Revision) -> AbstractContextManager[subprocess.Popen[str]]:
     if reason := why_not():
         raise MachineError(reason)
-    done = subprocess.run(  # noqa: S603 - our own script
-        [sys.executable, str(SCRIPT)], env=_environment(revision), capture_output=True, text=True, check=False
-    )
+    return started([*PYTHON, str(SCRIPT)], env=_environment(revision))
+
+
+def _counts(revision: Revision, process: subprocess.Popen[str]) -> Counts:
+    said, errors = process.communicate()
     try:
-        answer = json.loads(done.stdout)
+        answer = json.loads(said)
     except json.JSONDecodeError:
-        answer = {"error": f"exit code {done.returncode} {' '.join(done.stderr.split())[-400:]}"}
+        answer = {"error": f"exit code {process.returncode} {' '.join(errors.split())[-400:]}"}
     if not all(answer.get("instructions", {}).values()):
         answer = {"error": "a count is 0, so it saw nothing"}
     if "error" in answer:
@@ -69,9 +77,8 @@ def _environment(revision: Revision) -> dict[str, str]:
 
 def count_both(base: Revision, now: Revision) -> tuple[Counts, Counts]:
     """Count two revisions side by side: what other processes do changes no count."""
-    with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(count, (base, now))
-    return first, second
+    with _counting(base) as first, _counting(now) as second:
+        return _counts(base, first), _counts(now, second)
 
 
 def judge(base: Counts, now: Counts) -> list[Verdict]:

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from skipcost.bench import verdicts as telling
 from skipcost.bench.callgrind import SUBJECTS
-from skipcost.bench.console import ERR, JSON, JUNIT, KEPT, OUT
+from skipcost.bench.console import ERR, JSON, JUNIT, KEPT, OUT, Column, check_outputs, going_on
 from skipcost.bench.errors import BenchError
 from skipcost.bench.instructions import Counts, count, count_both, judge
 from skipcost.bench.revisions import WORKING_TREE, Revision, checked_out, merge_base
@@ -34,7 +33,9 @@ def instructions(
             raise BenchError(message)
         _print(count(Revision("this code", os.environ.get("PYTHONPATH", ""), Path())), as_json=as_json)
         return
-    with checked_out(merge_base(against)) as base, checked_out(WORKING_TREE) as now:
+    check_outputs({"--junit": junit, "--verdicts": kept})
+    trees = checked_out(merge_base(against)), checked_out(WORKING_TREE)
+    with trees[0] as base, trees[1] as now, going_on("counting instructions"):
         verdicts = judge(*count_both(base, now))
     telling.write_json(verdicts, OUT) if as_json else telling.print_verdicts(verdicts, OUT)
     telling.pass_on(verdicts, TITLE, ERR, junit, kept)
@@ -53,12 +54,9 @@ def _print(found: Counts, *, as_json: bool) -> None:
             }
         )
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("subject")
-    table.add_column("instructions a call", justify="right")
-    table.add_column("tolerance", justify="right")
-    for name, number in found.instructions.items():
-        table.add_row(name, f"{number:,}", f"{SUBJECTS[name].tolerance:.1%}")
-    OUT.print(table)
+    OUT.table(
+        (Column("subject"), Column("instructions a call", right=True), Column("tolerance", right=True)),
+        [(name, f"{number:,}", f"{SUBJECTS[name].tolerance:.1%}") for name, number in found.instructions.items()],
+    )
     for name, why in found.failed.items():
-        ERR.print(f"skipcost: {name} cannot be counted: {why}", soft_wrap=True, highlight=False, markup=False)
+        ERR.print(f"skipcost: {name} cannot be counted: {why}")

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -18,6 +16,7 @@ from skipcost.bench.baseline import Baseline, Entry
 from skipcost.bench.errors import BenchError, MachineError
 from skipcost.bench.revisions import Revision
 from skipcost.kernels.baseline import PATHS, baseline_for
+from skipcost.kernels.serving import PYTHON, finished
 
 TARGETS = ("sm_90", "gfx942")
 NUMBERS = (
@@ -38,11 +37,9 @@ def compiled(
     A kernel that does not compile is there without a number. MachineError where nothing can be compiled.
     """
     words = ["resources", "--json", *(word for target in targets for word in ("--target", target))]
-    command = (
-        revision.command("skipcost.kernels", *words) if revision else [sys.executable, "-m", "skipcost.kernels", *words]
-    )
+    command = revision.command("skipcost.kernels", *words) if revision else [*PYTHON, "-m", "skipcost.kernels", *words]
     environment = revision.environment() if revision else None
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603 - our own command
+    done = finished(command, env=environment)
     where = f"revision {revision.commit[:12]}" if revision else "the working tree"
     try:
         found = json.loads(done.stdout) if done.returncode in SAID else None

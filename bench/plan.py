@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -85,7 +86,7 @@ def find_sweep(name: str) -> Path:
     shipped = shipped_sweeps()
     if name in shipped:
         return shipped[name]
-    if Path(name).is_file():
+    if os.path.isfile(name):  # noqa: PTH113 - Path.is_file raises where a name is too long
         return Path(name)
     raise SweepError(suggest("sweep", name, list(shipped)) + ", or the path of a TOML file")
 
@@ -101,8 +102,8 @@ def load_plan(
     if name is None and not models:
         message = "name a sweep (quick, ci, ... or a TOML file), or a model with --model package.module:factory"
         raise SweepError(message)
-    where, content = _read(find_sweep(name)) if name else (models[0].rpartition(":")[2], {})
-    grids = content.get("grid", []) if name else [{}]
+    where, content = _read(find_sweep(name)) if name is not None else (models[0].rpartition(":")[2], {})
+    grids = content.get("grid", []) if name is not None else [{}]
     try:
         _known_keys("the sweep", content, TOP_KEYS)
         tables = {kind: _tables(kind, content) for kind in ("grid", "custom")}
@@ -110,7 +111,7 @@ def load_plan(
             tables["custom"].append({"factory": model} | {key: grid[key] for key in AXIS_KEYS if key in grid})
         return _plan(where, content, tables, settings, {"device": device, "threads": threads})
     except (ValueError, TypeError, BenchError) as error:
-        message = f"{name or '--model'}: {error}"
+        message = f"{'--model' if name is None else name}: {error}"
         raise SweepError(message) from None
 
 

@@ -8,11 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 from skipcost.bench import figures
+from skipcost.bench.console import Column, Screen
 from skipcost.bench.driver import Server, request_for
 from skipcost.bench.errors import MachineError
 from skipcost.bench.liveness import peak_bytes, why_not
@@ -101,23 +98,20 @@ def _preview_case(plan: Plan, planned: PlannedCase, server: Server, limit: int |
     return facts
 
 
-def print_preview(facts: dict[str, Any], console: Console) -> None:
+def print_preview(facts: dict[str, Any], console: Screen) -> None:
     """The plan for people: a line per case, then the sums and what is left out."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("network", no_wrap=True)
-    table.add_column("predicted peak", justify="right", no_wrap=True)
-    table.add_column("remarks", ratio=1)
+    rows = []
     for case in facts["cases"]:
         remarks = [f"refused: {case['refused']}"] if case["refused"] else []
         remarks += ["will not fit"] if case["will_not_fit"] else []
         remarks += [case["note"]] if case["note"] else []
         remarks += [f"also {', '.join(case['aliases'])}"] if case["aliases"] else []
-        table.add_row(escape(case["name"]), figures.text(case["predicted_bytes"], "bytes"), escape("; ".join(remarks)))
-    console.print(table)
+        rows.append((case["name"], figures.text(case["predicted_bytes"], "bytes"), "; ".join(remarks)))
+    console.table((Column("network"), Column("predicted peak", right=True), Column("remarks", prose=True)), rows)
     for said in facts["slow"]:
-        console.print(said, highlight=False)
+        console.print(said)
     for text, reason in facts["left_out"].items():
-        console.print(f"left out: {text}: {reason}", highlight=False)
+        console.print(f"left out: {text}: {reason}")
     tight = sum(case["will_not_fit"] for case in facts["cases"])
     fits = f"{tight} predicted not to fit into {figures.text(facts['memory_limit_bytes'], 'bytes')}"
     if facts["memory_limit_bytes"] is None:

@@ -18,6 +18,7 @@ from skipcost.bench.environment import cpu_name
 from skipcost.bench.errors import MachineError
 from skipcost.bench.worker import take_threads
 from skipcost.kernels.devices import FIGURES, Device
+from skipcost.kernels.serving import PYTHON
 from skipcost.kernels.timing import Budget, cpu_clock, sample
 
 COPIED_BYTES = 2**28  # per copy, of fp32: more than a core's own caches, as many maps are
@@ -65,9 +66,11 @@ def _product(side: int, dtype: Any) -> float:
 @cache  # once per process: a server asks ahead of its forks, which inherit the answer
 def probed_cpu(threads: int) -> Device:
     """This machine's CPU with so many threads as a device. MachineError where the probe does not come to an end."""
-    command = [sys.executable, "-m", "skipcost.bench.probe", str(threads)]
+    command = [*PYTHON, "-m", "skipcost.bench.probe", str(threads)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT_S, check=True)  # noqa: S603
+        done = subprocess.run(  # noqa: S603
+            command, capture_output=True, text=True, errors="replace", timeout=TIME_LIMIT_S, check=True
+        )
     except (OSError, subprocess.SubprocessError) as error:
         message = f"the CPU could not be probed ({error}); run `{' '.join(command)}` to see why"
         raise MachineError(message) from None

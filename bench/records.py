@@ -4,9 +4,27 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
+from skipcost.bench.decoding import check_fields, check_kind, check_members, is_number
+
+DETAIL = {  # what is read of a detail, where it has it
+    "low": float,
+    "high": float,
+    "by_operator": dict,
+    "not_counted": dict,
+    "printed": str,
+    "device": str,
+    "flop_per_s": float,
+    "bandwidth_bytes_per_s": float,
+    "sources": dict,
+    "layers": dict,
+}
+NEEDED = {"roofline_s": ("device", "flop_per_s", "bandwidth_bytes_per_s", "sources"), "layers_s": ("layers",)}
 OUTCOMES = ("ok", "out_of_memory", "timeout", "crash", "unsupported", "throttled")
+
+FAILED = OUTCOMES[1:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +58,22 @@ class Result:
                 "detail": self.detail,
             }
         )
+
+    def check(self, *, counted: bool) -> None:
+        """Refuse what no measuring makes; ValueError. counted: the samples are whole numbers where they are finite."""
+        check_kind("note", self.note, str)
+        check_fields(self.detail, DETAIL)
+        for name in ("by_operator", "not_counted", "layers"):
+            check_members(name, self.detail.get(name, {}), float)
+        check_members("sources", self.detail.get("sources", {}), str)
+        for value in self.samples:
+            if not is_number(value) or (counted and isfinite(value) and value != int(value)):
+                message = f"a sample of {self.metric} is {value!r:.60}, which is no {'count' if counted else 'number'}"
+                raise ValueError(message)
+        lacking = [name for name in NEEDED.get(self.metric, ()) if self.outcome == "ok" and name not in self.detail]
+        if lacking:
+            message = f"the detail of {self.metric} has no {lacking[0]}"
+            raise ValueError(message)
 
     @classmethod
     def from_json(cls, text: str) -> Result:

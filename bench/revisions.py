@@ -6,10 +6,11 @@ Both sides use this environment's Python and packages; only the suite's own code
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
+import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from pathlib import Path
 
 import skipcost.bench
 from skipcost.bench.errors import BenchError
+from skipcost.kernels.serving import PYTHON
 
 FOLDERS = ("unet_models", "kernels", "bench", "reports")
 WORKING_TREE = "working tree"
+PREFIX, LOCK = "skipcost-", "held"  # of temporary folders, and the file in each that its run holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ class Revision:
 
     def command(self, module: str, *words: str) -> list[str]:
         """Return the command line that runs a module of this revision."""
-        return [sys.executable, "-m", module, *words]
+        return [*PYTHON, "-m", module, *words]
 
 
 def repository() -> Path:
@@ -55,7 +58,15 @@ def repository() -> Path:
 
 def _git(folder: Path, *words: str) -> str:
     try:
-        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True)  # noqa: S603, S607
+        # A session of its own: Ctrl-C is for us, who then remove what git made.
+        done = subprocess.run(  # noqa: S603
+            ["git", "-C", str(folder), *words],  # noqa: S607
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=True,
+            start_new_session=True,
+        )
     except OSError as error:
         message = f"git cannot be run ({error.strerror}): comparing revisions needs it"
         raise BenchError(message) from None
@@ -124,19 +135,51 @@ def checked_out(commit: str, root: Path | None = None) -> Iterator[Revision]:
     """
     own = root is None
     root = root or repository()
-    with tempfile.TemporaryDirectory(prefix="skipcost-") as scratch:
+    with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as scratch, _held(Path(scratch)):
         links, tree = Path(scratch) / "links", root
-        if commit != WORKING_TREE:
-            tree = Path(scratch) / "tree"
-            _git(root, "worktree", "add", "--detach", "--quiet", str(tree), commit)
         try:
+            if commit != WORKING_TREE:
+                _remove_abandoned(root)
+                tree = Path(scratch) / "tree"
+                _git(root, "worktree", "add", "--detach", "--quiet", str(tree), commit)
             if own:
                 _link(tree, links / "skipcost", commit)
             path = str(links) if own else os.pathsep.join((str(tree), str(tree / "src")))
             yield Revision(commit, path, tree)
         finally:
             if tree != root:
-                _git(root, "worktree", "remove", "--force", str(tree))
+                _remove(root, tree)
+
+
+@contextlib.contextmanager
+def _held(scratch: Path) -> Iterator[None]:
+    """Hold the lock that tells others, until this process ends in whatever way, that a folder is in use."""
+    with (scratch / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _remove(root: Path, tree: Path) -> None:
+    """Remove a worktree, also one that git had not finished and still holds a lock on."""
+    with contextlib.suppress(BenchError):
+        _git(root, "worktree", "remove", "--force", "--force", str(tree))
+    shutil.rmtree(tree, ignore_errors=True)
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Remove the worktrees that killed runs of this command have left in a repository, and their folders."""
+    for line in _git(root, "worktree", "list", "--porcelain").splitlines():
+        tree = Path(line.removeprefix("worktree "))
+        scratch = tree.parent
+        if not (line.startswith("worktree ") and tree.name == "tree" and scratch.name.startswith(PREFIX)):
+            continue
+        if scratch.exists():
+            with contextlib.suppress(OSError), (scratch / LOCK).open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where its run still lives
+                _remove(root, tree)
+                shutil.rmtree(scratch, ignore_errors=True)
+        else:
+            _remove(root, tree)
 
 
 def _link(tree: Path, links: Path, commit: str) -> None:

@@ -9,17 +9,25 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from skipcost.bench import figures
 from skipcost.bench.cases import CHOICES, Case
-from skipcost.bench.console import ERR, JSON, OUT, SIZE
+from skipcost.bench.console import ERR, JSON, OUT, SIZE, Column, Screen, bold
 from skipcost.bench.errors import BenchError, MachineError
 from skipcost.bench.units import parse_size
 from skipcost.kernels import errors, winners
 from skipcost.kernels.tap_choice import calls_to_measure, executed_macs, rewritings
 from skipcost.unet_models import ModelSpec
+
+COLUMNS = (
+    Column("edge"),
+    Column("form"),
+    Column("MACs direct", right=True),
+    Column("at low res.", right=True),
+    Column("bytes direct", right=True, drop=1),
+    Column("bytes at low res.", right=True, drop=2),
+    Column("why", prose=True),
+)
 
 
 def rewritings_command(
@@ -85,34 +93,30 @@ def facts_of(case: Case) -> dict[str, Any]:
     }
 
 
-def print_rewritings(facts: dict[str, Any], console: Console) -> None:
+def print_rewritings(facts: dict[str, Any], console: Screen) -> None:
     """The table for people, with the reason under every edge."""
     ratio = facts["conv_macs"] / facts["executed_macs"]
     console.print(
-        f"[bold]{facts['label']}[/bold]  {facts['input'][0]}x{facts['input'][1]}, batch {facts['batch']}, "
+        bold(facts["label"]),
+        f" {facts['input'][0]}x{facts['input'][1]}, batch {facts['batch']}, "
         f"{facts['mode']} in {facts['precision']} on {facts['device']}: "
         f"{figures.text(facts['conv_macs'], 'macs')} as defined, "
-        f"{figures.text(facts['executed_macs'], 'macs')} as rewritten ({ratio:.2f}x less)"
+        f"{figures.text(facts['executed_macs'], 'macs')} as rewritten ({ratio:.2f}x less)",
     )
     if not facts["edges"]:
         console.print("No up-sampled map goes into a convolution as it is: nothing can be rewritten.")
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("edge", no_wrap=True)
-    table.add_column("form", no_wrap=True)
-    for name in ("MACs direct", "at low res.", "bytes direct", "at low res."):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("why", ratio=1)
-    for each in facts["edges"]:
-        table.add_row(
+    rows = [
+        (
             each["edge"],
             each["form"],
             *(figures.text(each[name], "macs") for name in ("direct_macs", "tap_macs")),
             *(figures.text(each[name], "bytes") for name in ("direct_bytes", "tap_bytes")),
             each["why"],
-            style=None if each["taken"] else "dim",
         )
-    console.print(table)
+        for each in facts["edges"]
+    ]
+    console.table(COLUMNS, rows, ["" if each["taken"] else "dim" for each in facts["edges"]], "--json has them")
     console.print(
-        "[dim]Bytes: maps read and written. Counted, but for times: those were measured on this machine.[/dim]"
+        "Bytes: maps read and written. Counted, but for times: those were measured on this machine.", style="dim"
     )

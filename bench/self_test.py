@@ -15,12 +15,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from skipcost.bench.ab import Journal, Rules, Subject, compare
 from skipcost.bench.arenas import cases_arena
 from skipcost.bench.cases import Case
+from skipcost.bench.console import Column, Screen
 from skipcost.bench.environment import cpu_name, cpus
 from skipcost.bench.paired import proportion
 from skipcost.bench.revisions import Revision
@@ -102,16 +100,15 @@ def to_json(findings: Sequence[Finding], cases: Sequence[Case], rules: Rules) ->
     }
 
 
-def print_findings(findings: Sequence[Finding], console: Console) -> None:
+def print_findings(findings: Sequence[Finding], console: Screen) -> None:
     """The table for people."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("injected", "called changed", "of", "share", "95 % interval", "undecided cases", "seconds a case"):
-        table.add_column(name, justify="right")
+    names = ("injected", "called changed", "of", "share", "95 % interval", "undecided cases", "seconds a case")
+    rows = []
     for each in findings:
         low, high = each.interval
         unit = "cases" if each.slowdown else "runs"
-        table.add_row(
+        rows.append((
             f"+{each.slowdown * 100:g}%", str(each.found), f"{each.trials} {unit}", f"{each.found / each.trials:.1%}",
             f"{low:.1%} to {high:.1%}", str(each.undecided), f"{each.seconds:.0f}",
-        )  # fmt: skip
-    console.print(table)
+        ))  # fmt: skip
+    console.table([Column(name, right=True) for name in names], rows)

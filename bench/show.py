@@ -5,28 +5,28 @@ from __future__ import annotations
 import sys
 
 import pandas as pd
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from skipcost.bench import figures
 from skipcost.bench.cases import CASE_KEYS
+from skipcost.bench.console import Column, Screen
 from skipcost.bench.errors import BenchError
 from skipcost.bench.metrics import METRICS
 from skipcost.bench.store import Store
-from skipcost.bench.tables import newest_environment, wide_table
+from skipcost.bench.tables import newest_environment, newest_states, results_by_case, wide_table
+from skipcost.bench.where import rows_where
 from skipcost.unet_models.spec import suggest
 
+KEPT = ("params", "conv_macs", "latency_s")  # metrics that a narrow table leaves out last
 
-def select(store: Store, where: str | None, sort: str | None) -> pd.DataFrame:
-    """The wide table of the newest environment, filtered and sorted; BenchError for a column that is not there."""
-    frame = wide_table(store, newest_environment(store).fingerprint)
-    if where:
-        try:
-            frame = frame.query(where, engine="python")
-        except Exception as error:  # noqa: BLE001 - pandas raises errors of many kinds for a bad expression
-            message = f"--where {where!r} cannot be worked out ({error}); columns are: {', '.join(frame.columns)}"
-            raise BenchError(message) from None
+
+def select(store: Store, where: str | None, sort: str | None, *, every: bool = False) -> pd.DataFrame:
+    """The wide table of the newest environment, filtered and sorted; BenchError for a column that is not there.
+
+    every: former states of users' own models, too.
+    """
+    frame = wide_table(store, newest_environment(store).fingerprint, store.cases() if every else None)
+    if where is not None:
+        frame = rows_where(frame, where)
     if sort:
         if sort not in frame.columns:
             raise BenchError(suggest("column", sort, frame.columns))
@@ -34,7 +34,14 @@ def select(store: Store, where: str | None, sort: str | None) -> pd.DataFrame:
     return frame
 
 
-def write(frame: pd.DataFrame, form: str, console: Console, labels: dict[str, str]) -> None:
+def former_states(store: Store) -> str:
+    """Say how many states of users' own models are left out; empty where there are none."""
+    fingerprint = newest_environment(store).fingerprint
+    left_out = len(set(results_by_case(store, fingerprint, store.cases())) - newest_states(store, fingerprint))
+    return f"{left_out} rows of models as they were before an edit are left out: --all shows them" if left_out else ""
+
+
+def write(frame: pd.DataFrame, form: str, console: Screen, labels: dict[str, str]) -> None:
     """Write the table to stdout: for people, by its cases' labels, or with every column as CSV, JSON or Parquet."""
     match form:
         case "csv":
@@ -49,25 +56,29 @@ def write(frame: pd.DataFrame, form: str, console: Console, labels: dict[str, st
                 message = "Parquet needs pyarrow: pip install skipcost[parquet], or use --format csv"
                 raise BenchError(message) from None
         case _:
-            console.print(_for_people(frame, labels))
+            _for_people(frame, labels, console)
 
 
-def _for_people(frame: pd.DataFrame, labels: dict[str, str]) -> Table:
-    """Only what differs between rows, and metrics that any row has, in readable units."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    fields = [name for name in CASE_KEYS if len(set(frame[name].dropna())) > 1]
+def _for_people(frame: pd.DataFrame, labels: dict[str, str], console: Screen) -> None:
+    """Only what differs between rows, and metrics that any row has, in readable units.
+
+    Where a model is there in several states, these are told apart by their code's hash and when they were asked for.
+    """
+    several = frame["code"].nunique() > frame["factory"].nunique()
+    fields = [name for name in CASE_KEYS if len(set(frame[name].dropna())) > 1] + ["code", "asked"] * several
     metrics = [name for name in METRICS if frame[name].notna().any()]
-    for name in ("network", *fields):
-        table.add_column(name, no_wrap=True)
-    for name in metrics:
-        table.add_column(METRICS[name].title, justify="right")
-    table.add_column("outcome")
+    rows = []
     for case_id, row in frame.iterrows():
         known = {name: None if pd.isna(row[name]) else row[name] for name in metrics}
         values = [figures.text(value, METRICS[name].unit).replace(" ", "\u00a0") for name, value in known.items()]
         said = ["-" if pd.isna(row[name]) else str(row[name]) for name in fields]
-        table.add_row(escape(labels[str(case_id)]), *said, *values, _short(str(row["outcome"])))
-    return table
+        rows.append((labels[str(case_id)], *said, *values, _short(str(row["outcome"]))))
+    less = [name for name in metrics if name not in KEPT]
+    figured = [
+        Column(METRICS[name].title, right=True, drop=1 + less.index(name) if name in less else 0) for name in metrics
+    ]
+    columns = [*map(Column, ("network", *fields)), *figured, Column("outcome", prose=True)]
+    console.table(columns, rows, more="--format csv has every column")
 
 
 def _short(outcome: str) -> str:

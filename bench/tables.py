@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import pandas as pd
@@ -11,11 +13,13 @@ import pandas as pd
 from skipcost.bench.cases import CASE_KEYS, SPEC_KEYS
 from skipcost.bench.errors import BenchError
 from skipcost.bench.metrics import METRICS
+from skipcost.bench.plan import Plan
 from skipcost.bench.records import Result
 from skipcost.bench.store import Run, Store
 
 WHOLE = ("depth", "width", "in_channels", "classes", "max_width", "pruned_to")  # of a spec
-NAMES = ("label", "factory")
+NAMES = ("label", "factory", "code", "asked")
+NAMED = 3  # networks beside a reason
 COLUMNS = (*SPEC_KEYS, *NAMES, *CASE_KEYS, *METRICS, "outcome")
 
 
@@ -28,18 +32,52 @@ def newest_environment(store: Store) -> Run:
     return runs[-1]
 
 
-def results_by_case(store: Store, fingerprint: str) -> dict[str, dict[str, Result]]:
-    """Every result of an environment, by case and metric."""
+def newest_states(store: Store, fingerprint: str) -> set[str]:
+    """The ids of an environment's cases; of a user's own model in several states the one that was asked for last."""
+    return {states[-1].case_id for states in store.states(fingerprint).values()}
+
+
+def results_by_case(
+    store: Store, fingerprint: str, chosen: Collection[str] | None = None
+) -> dict[str, dict[str, Result]]:
+    """Every result of an environment, by case and metric; of the cases that are `chosen`, else of the newest states."""
+    ids = newest_states(store, fingerprint) if chosen is None else chosen
     table: dict[str, dict[str, Result]] = defaultdict(dict)
     for row in store.rows():
-        if row.fingerprint == fingerprint:
+        if row.fingerprint == fingerprint and row.case_id in ids:
             table[row.case_id][row.result.metric] = row.result
     return dict(table)
 
 
+def results_asked(plan: Plan, store: Store, fingerprint: str) -> list[tuple[str, Result]]:
+    """Label and result of everything that a plan asks for and an environment has a row of, old and new."""
+    table = results_by_case(store, fingerprint, store.cases())
+    return [
+        (planned.case.spec.label, table[planned.case.case_id][name])
+        for planned in plan.cases
+        for name in planned.metrics
+        if name in table.get(planned.case.case_id, {})
+    ]
+
+
+def reasons_of(results: Iterable[tuple[str, Result]]) -> list[str]:
+    """A line for each reason why results are not ok, the most frequent first: how many, of which networks, and why."""
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for label, result in results:
+        if result.outcome != "ok":
+            found[result.outcome, result.note].append(label)
+    lines = []
+    for (outcome, note), labels in sorted(found.items(), key=lambda item: -len(item[1])):
+        names = list(dict.fromkeys(labels))
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        lines.append(f"{len(labels)} {outcome} ({', '.join(names[:NAMED])}{more}): {note or 'no reason is known'}")
+    return lines
+
+
 def value_of(result: Result) -> float | None:
-    """What a table shows of a result: the median of its samples, or None where there is none."""
-    return statistics.median(result.samples) if result.samples else None
+    """What a table shows of a result: the median of its samples, or None where there is none, or none is a cost."""
+    value = statistics.median(result.samples) if result.samples else math.nan
+    return value if math.isfinite(value) and value >= 0 else None
 
 
 def outcome_of(results: dict[str, Result]) -> str:
@@ -51,18 +89,22 @@ def outcome_of(results: dict[str, Result]) -> str:
     return "; ".join(f"{outcome}: {', '.join(names)}" for outcome, names in failed.items()) or "ok"
 
 
-def wide_table(store: Store, fingerprint: str) -> pd.DataFrame:
-    """One row per case of an environment: a spec's fields, label and factory, the case's fields, METRICS, `outcome`.
+def wide_table(store: Store, fingerprint: str, chosen: Collection[str] | None = None) -> pd.DataFrame:
+    """One row per case of an environment: a spec's fields, NAMES, the case's fields, METRICS, `outcome`.
 
     Index: the case id. Metrics are in base units (seconds, bytes, counts), whole numbers where they are counted;
-    missing is NA. A model of a user's own has a factory, and what is unknown of it (variant, depth, width, ...) is NA.
+    missing is NA. A model of a user's own has a factory and the hash of its state (`code`), and what is unknown of it
+    (variant, depth, width, ...) is NA. `asked` is when the last run began that asked for the case, in UTC.
+    Rows: the cases that are `chosen`, else the newest state of each model (`results_by_case`).
     """
-    cases = store.cases()
+    cases, runs = store.cases(), {run.run_id: run.started for run in store.runs()}
+    asked = {case_id: runs[run_id] for run_id, case_id in store.asked()}
     rows: dict[str, dict[str, Any]] = {}
-    for case_id, results in results_by_case(store, fingerprint).items():
+    for case_id, results in results_by_case(store, fingerprint, chosen).items():
         case, _ = cases[case_id]
         values = {name: value_of(result) for name, result in results.items()}
-        names = {"label": case.spec.label, "factory": case.factory.call if case.factory else None}
+        own = {"factory": case.factory.call, "code": case.factory.state} if case.factory else {}
+        names = {"label": case.spec.label, "asked": asked[case_id], **own}
         rows[case_id] = {**case.flat(), **names, **values, "outcome": outcome_of(results)}
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=list(COLUMNS))
     frame.index.name = "case_id"

@@ -11,7 +11,6 @@ import gc
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import IO, Any, NamedTuple
@@ -43,6 +42,7 @@ def serve(requests: IO[str], replies: IO[str]) -> None:
     """Answer until the other end closes; an error is an answer, and the next case may work."""
     ready: Ready | None = None
     reply: dict[str, Any]
+    own = os.getpid()
     for line in requests:
         request = json.loads(line)
         try:
@@ -58,6 +58,8 @@ def serve(requests: IO[str], replies: IO[str]) -> None:
                 reply = {"seconds": _clock(ready.device)(ready.step, request["calls"])}
         except Exception as error:  # noqa: BLE001 - whatever a network raises is this side's answer
             reply = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
+        if os.getpid() != own:  # a model forked, and both went on: only one of them is asked
+            os._exit(0)
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 
@@ -168,7 +170,8 @@ def _profile(ready: Ready, calls: int) -> dict[str, dict[str, float]]:
 
 if __name__ == "__main__":
     _allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    replies = os.fdopen(os.dup(1), "w")
+    requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a network prints must not end up among the replies
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # and what it reads is none of the requests
     import_early()
-    serve(sys.stdin, replies)
+    serve(requests, replies)

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from rich.console import Console
-from rich.table import Table
-
 from skipcost.bench import figures
+from skipcost.bench.console import Column, Screen, append_file, check_outputs, write_file
+from skipcost.bench.decoding import check_fields, check_members, parse_json
 from skipcost.bench.errors import BenchError
 from skipcost.bench.metrics import METRICS
+from skipcost.kernels.console import visible
 
 VERDICTS = {
     "unchanged": "the same on both sides",
@@ -29,6 +29,16 @@ VERDICTS = {
     "new": "this side has it, the baseline does not",
     "not_comparable": "both have it, but the numbers do not mean the same",
     "inconclusive": "a change could have hidden in the noise",
+}
+KINDS = {  # of what a file of verdicts holds
+    "case": str,
+    "metric": str,
+    "verdict": str,
+    "base": float | None,
+    "now": float | None,
+    "why": str,
+    "ratio": float | None,
+    "key": str,
 }
 PASSING = ("unchanged", "inconclusive")
 SHOWN = 200  # rows in a table for people; Markdown and JUnit have them all
@@ -96,19 +106,16 @@ def sentence(verdicts: Sequence[Verdict]) -> str:
     return f"{len(verdicts)} numbers of {cases} cases: {told or 'nothing was compared'}"
 
 
-def print_verdicts(verdicts: Sequence[Verdict], console: Console) -> None:
+def print_verdicts(verdicts: Sequence[Verdict], console: Screen) -> None:
     """Print what did not stay the same as a table, and the sum."""
     notable = [each for each in verdicts if each.verdict != "unchanged"]
     if notable:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in COLUMNS:
-            table.add_column(name, justify="right" if name in ("base", "now", "change") else "left", overflow="fold")
-        for each in notable[:SHOWN]:
-            table.add_row(*each.cells(), style="red" if each.verdict in ("regressed", "missing") else None)
-        console.print(table)
+        columns = [Column(name, right=name in ("base", "now", "change"), prose=name == "why") for name in COLUMNS]
+        styles = ["red" if each.verdict in ("regressed", "missing") else "" for each in notable[:SHOWN]]
+        console.table(columns, [each.cells() for each in notable[:SHOWN]], styles)
     if len(notable) > SHOWN:
         console.print(f"and {len(notable) - SHOWN} more")
-    console.print(sentence(verdicts), highlight=False)
+    console.print(sentence(verdicts))
 
 
 def to_json(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
@@ -126,16 +133,19 @@ def markdown(verdicts: Sequence[Verdict], title: str) -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(visible(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 def junit(verdicts: Sequence[Verdict], title: str) -> bytes:
-    """JUnit XML as CI systems read it: a test case per verdict; what could not be decided counts as skipped."""
+    """JUnit XML as CI systems read it: a test case per verdict; what could not be decided counts as skipped.
+
+    XML has no form for control characters and half letters, not even an escaped one: they are written out in words.
+    """
     failures = sum(each.fails for each in verdicts)
-    suite = ET.Element("testsuite", name=title, tests=str(len(verdicts)), failures=str(failures))
+    suite = ET.Element("testsuite", name=visible(title), tests=str(len(verdicts)), failures=str(failures))
     for each in verdicts:
-        case = ET.SubElement(suite, "testcase", classname=each.case, name=each.metric)
-        text = " ".join(part for part in (each.verdict, each.change, each.why) if part)
+        case = ET.SubElement(suite, "testcase", classname=visible(each.case), name=visible(each.metric))
+        text = visible(" ".join(part for part in (each.verdict, each.change, each.why) if part))
         if each.fails:
             ET.SubElement(case, "failure", message=text)
         elif each.verdict == "inconclusive":
@@ -145,34 +155,40 @@ def junit(verdicts: Sequence[Verdict], title: str) -> bytes:
 
 
 def pass_on(
-    verdicts: Sequence[Verdict], title: str, console: Console, junit_file: Path | None, kept: Path | None
+    verdicts: Sequence[Verdict],
+    title: str,
+    console: Screen,
+    junit_file: Path | None,
+    kept: Path | None,
+    taken: Sequence[Path] = (),
 ) -> None:
-    """Tell CI, and write the files that were asked for, JUnit XML and JSON; BenchError where that cannot be."""
+    """Tell CI, and write the files that were asked for, JUnit XML and JSON; BenchError where that cannot be.
+
+    taken: the command's inputs, which neither replaces.
+    """
     tell_ci(verdicts, title, console)
+    check_outputs({"--junit": junit_file, "--verdicts": kept}, taken)
     for path, content, option in (
         (junit_file, junit(verdicts, title), "--junit"),
         (kept, json.dumps(to_json(verdicts), indent=1).encode(), "--verdicts"),
     ):
         if path:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
-            except OSError as error:
-                message = f"cannot write {path}: {error.strerror}; name another file with {option}"
-                raise BenchError(message) from None
+            write_file(path, content, taken, option)
 
 
-def tell_ci(verdicts: Sequence[Verdict], title: str, console: Console) -> None:
+def tell_ci(verdicts: Sequence[Verdict], title: str, console: Screen) -> None:
     """On GitHub Actions, add the table to the job's summary and annotate what fails; nothing anywhere else."""
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with Path(summary).open("a", encoding="utf-8") as file:
-            file.write(markdown(verdicts, title) + "\n")
+        try:
+            append_file(Path(summary), markdown(verdicts, title) + "\n", "GITHUB_STEP_SUMMARY")
+        except BenchError as error:  # the verdict stands without it
+            console.print(f"skipcost: the job has no summary: {error}")
     if os.environ.get("GITHUB_ACTIONS") == "true":
         for each in verdicts:
             if each.fails or each.verdict == "inconclusive":
                 level = "error" if each.fails else "warning"
                 text = f"{each.case}: {each.metric} {each.verdict} {each.change} {each.why}".strip()
-                console.print(f"::{level} title={title}::{_escaped(text)}", soft_wrap=True, highlight=False)
+                console.print(f"::{level} title={title}::{_escaped(text)}", soft_wrap=True)
 
 
 def _escaped(text: str) -> str:
@@ -180,17 +196,28 @@ def _escaped(text: str) -> str:
     return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
-def write_json(verdicts: Sequence[Verdict], console: Console) -> None:
+def write_json(verdicts: Sequence[Verdict], console: Screen) -> None:
     """Print every verdict for a program."""
     console.print_json(json.dumps(to_json(verdicts)))
+
+
+def _verdict(interval: Any = None, **row: Any) -> Verdict:
+    """One verdict as it was written; ValueError or TypeError for what is none."""
+    check_fields(row, KINDS)
+    if interval is None:
+        return Verdict(**row)
+    check_members("interval", interval, float)
+    low, high = interval
+    return Verdict(**row, interval=(low, high))
 
 
 def read_json(path: Path) -> list[Verdict]:
     """Read what `--verdicts` or `--json` of a comparison wrote; BenchError for a file that holds no verdicts."""
     instead = "name a file that `skipcost gate --verdicts` or `skipcost ab --verdicts` wrote"
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        found = [Verdict(**{**row, "interval": tuple(row["interval"]) if row["interval"] else None}) for row in rows]
+        rows = parse_json(path.read_text(encoding="utf-8"))
+        check_members("the file", rows, dict)
+        found = [_verdict(**row) for row in rows]
     except OSError as error:
         message = f"cannot read {path}: {error.strerror}; {instead}"
         raise BenchError(message) from None

@@ -8,7 +8,6 @@ needs nothing but this.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import resource
@@ -18,8 +17,9 @@ from dataclasses import replace
 from typing import IO, Any
 
 from skipcost.bench.cases import Case
-from skipcost.bench.custom import UnsupportedError, make, shorten
+from skipcost.bench.custom import Transcript, UnsupportedError, importing_from_here, make, shorten, sources_of
 from skipcost.bench.metrics import MEASURED, METRICS
+from skipcost.bench.opened import digests, listening
 from skipcost.bench.records import Result
 from skipcost.kernels.timing import Budget
 from skipcost.unet_models.geometry import norm_note
@@ -32,31 +32,53 @@ NO_MEMORY = ("can't allocate memory", "could not create a memory object", "not e
 def run_case(request: dict[str, Any]) -> Iterator[Result]:
     """Yield one result for each metric asked for; a failure is a result with its reason."""
     case = Case.from_json(json.dumps(request["case"]))
-    budget = Budget(**request["budget"])
     take_threads(case.threads)
-    failure, printed = _examined(case)
-    left = list(request["metrics"])
+    with importing_from_here() if case.factory else contextlib.nullcontext():  # a model may import when it runs
+        yield from _results(case, list(request["metrics"]), Budget(**request["budget"]))
+
+
+def _results(case: Case, left: list[str], budget: Budget) -> Iterator[Result]:
+    own = os.getpid()
+    failure, known = _examined(case)
+    if os.getpid() != own:
+        yield Result(left[0], "crash", note="the factory forked, and this is the other process")
+        return
     while left:
         measure = METRICS[left[0]].measure
         together = [name for name in left if METRICS[name].measure == measure]
         left = [name for name in left if name not in together]
-        results = _failed(together, *failure) if failure else _measure(together, case, budget)
-        yield from (replace(each, detail={**each.detail, **printed}) for each in results)
+        results = _failed(together, *failure) if failure else _measured(together, case, budget, known)
+        yield from (replace(each, detail={**each.detail, **known}) for each in results)
 
 
-def _examined(case: Case) -> tuple[tuple[str, str] | None, dict[str, str]]:
-    """Outcome and note for all metrics of a case that cannot work at all, and what its factory prints, as detail.
+def _examined(case: Case) -> tuple[tuple[str, str] | None, dict[str, Any]]:
+    """Outcome and note for all metrics of a case that cannot work at all; what its factory prints and reads, as detail.
 
-    What a network of the suite cannot do is known by arithmetic; a user's own model is made once to see.
+    What a network of the suite cannot do is known by arithmetic; a user's own model is made once to see, and run once
+    to hear what it opens. `read` becomes part of the case's key (`driver`).
     """
     if case.factory is None:
         refusal = refusal_of(case)
         return (("unsupported", refusal) if refusal else None), {}
-    try:
-        _, said = make(case.factory, "meta")
-    except Exception as error:  # noqa: BLE001 - whatever a factory raises is its rows
-        return _outcome(error), {}
-    return None, ({"printed": shorten(said)} if said.strip() else {})
+    failure, said, sources = None, "", None
+    with listening() as heard:
+        try:
+            sources = sources_of(case.factory.path)
+            network, said = make(case.factory, "meta")
+            _run_once(network, case)
+        except Exception as error:  # noqa: BLE001 - whatever a factory raises is its rows
+            failure = _outcome(error)
+    read = {"read": digests(heard.names(sources), sources)}
+    return failure, read | ({"printed": shorten(said)} if said.strip() else {})
+
+
+def _run_once(network: Any, case: Case) -> None:
+    """Run a model without data, so that what it opens when it runs is heard; what it raises is told where it counts."""
+    import torch  # noqa: PLC0415 - the counted metrics of the suite's networks do without
+
+    with contextlib.suppress(Exception, SystemExit), contextlib.redirect_stdout(Transcript()), torch.no_grad():
+        image = torch.empty(case.batch, case.spec.in_channels, case.height, case.width, device="meta")
+        network.train(case.mode == "training")(image)
 
 
 def refusal_of(case: Case) -> str:
@@ -77,12 +99,27 @@ def _failed(names: list[str], outcome: str, note: str) -> list[Result]:
     return [Result(name, outcome, note=note) for name in names]
 
 
+def _measured(names: list[str], case: Case, budget: Budget, known: dict[str, Any]) -> list[Result]:
+    """Measure metrics that come from one call; say where a user's own model opens what its key does not name.
+
+    That is what it opens with data alone. Compilers keep files of their own, so there nobody listens.
+    """
+    if case.factory is None or case.backend != "eager":
+        return _measure(names, case, budget)
+    with listening() as heard:
+        results = _measure(names, case, budget)
+    if late := sorted(heard.names(sources_of(case.factory.path)) - known["read"].keys()):
+        note = f"the model opens {shorten(', '.join(late))} with data alone: a change of it makes no new case"
+        return [replace(result, note="; ".join(filter(None, (result.note, note)))) for result in results]
+    return results
+
+
 def _measure(names: list[str], case: Case, budget: Budget) -> list[Result]:
     """Measure metrics that come from one call; what it raises is the outcome of all of them."""
     metric = METRICS[names[0]]
     if metric.origin == MEASURED and (reason := _why_not(case)):
         return _failed(names, "unsupported", reason)
-    said = io.StringIO()
+    said = Transcript()
     try:
         with contextlib.redirect_stdout(said) if case.factory else contextlib.nullcontext():
             found = [result for result in metric.measure(case, budget) if result.metric in names]
@@ -98,7 +135,7 @@ def _outcome(error: Exception) -> tuple[str, str]:
     """The outcome and the note of what was raised; notes of the exception itself say where it came from."""
     if isinstance(error, MemoryError):
         return "out_of_memory", "the process ran out of memory"
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).encode(errors="backslashreplace").decode().split())
     if isinstance(error, UnsupportedError):
         return "unsupported", text
     kind = type(error).__name__

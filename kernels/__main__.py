@@ -9,10 +9,10 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from skipcost.kernels.console import tell
-from skipcost.kernels.errors import MachineError
+from skipcost.kernels.console import steady_streams, tell
+from skipcost.kernels.errors import PIPE_CLOSED, MachineError, Stopped, flushed, stoppable
 
-BAD_USAGE, ENVIRONMENT, INTERRUPTED = 2, 4, 130  # the last is 128 + SIGINT, as shells report it
+BAD_USAGE, ENVIRONMENT = 2, 4
 COMMANDS = {
     "check": "every configuration at real shapes against float64, on a GPU; tiny shapes in Triton's interpreter",
     "bench": "time every call and every network, ours and PyTorch's ways, on a GPU",
@@ -31,6 +31,7 @@ def usage() -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Run a command and return its exit code; what it raises becomes one sentence on stderr."""
+    steady_streams()
     if not argv or argv[0] in ("-h", "--help"):
         (sys.stdout if argv else sys.stderr).write(usage())
         return 0 if argv else BAD_USAGE
@@ -39,16 +40,17 @@ def main(argv: Sequence[str]) -> int:
         tell(f"unknown command {command!r}; accepted: {', '.join(COMMANDS)}")
         return BAD_USAGE
     try:
-        code: int = importlib.import_module(f"skipcost.kernels.{command}").main(rest)
-    except ValueError as error:
+        with stoppable(), flushed():
+            code: int = importlib.import_module(f"skipcost.kernels.{command}").main(rest)
+    except (ValueError, MachineError) as error:
         tell(str(error))
-        return BAD_USAGE
-    except MachineError as error:
-        tell(str(error))
-        return ENVIRONMENT
-    except KeyboardInterrupt:
-        tell("stopped; rows that were made are kept, and the same command goes on")
-        return INTERRUPTED
+        return ENVIRONMENT if isinstance(error, MachineError) else BAD_USAGE
+    except BrokenPipeError:
+        return PIPE_CLOSED
+    except Stopped as stop:
+        stop.add_note("rows that were made are kept, and the same command goes on")
+        tell(stop.sentence)
+        return stop.exit_code
     return code
 
 

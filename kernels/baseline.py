@@ -13,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from skipcost.kernels.outputs import write_file
 from skipcost.kernels.targets import TARGETS
 
 Key = tuple[str, str]  # the name of a row of GATED, and a key of TARGETS
@@ -119,8 +120,7 @@ def write(found: Mapping[Key, Resources]) -> Path:
     before = next((each for each in stored() if each.triton == version), Baseline(version, {}))
     kept = {key: row for key, row in before.rows.items() if key[1] not in targets}
     path = Path(str(FOLDER), f"triton-{version}.json")
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(Baseline(version, {**kept, **found}).text)
+    write_file(path, Baseline(version, {**kept, **found}).text)
     return path
 
 

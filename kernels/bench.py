@@ -29,7 +29,7 @@ from skipcost.kernels.configurations import (
     settings,
     tiles,
 )
-from skipcost.kernels.console import Progress, tell, write_table
+from skipcost.kernels.console import Progress, tell, visible, write_table
 from skipcost.kernels.errors import MachineError
 from skipcost.kernels.journal import identity
 from skipcost.kernels.judging import FAILURES, Configuration, implementations, why_not
@@ -146,7 +146,7 @@ def print_networks(rows: Sequence[Row]) -> None:
         write_table(("network", "case", "way", "ms", "of eager", "of matmul", "saved MiB", "peak MiB"), table)
     for key, members in cases.items():
         for row in (row for row in members if row["outcome"] != "ok"):
-            sys.stdout.write(f"{' '.join(key)} {row['implementation']}: {row['outcome']}: {row['note']}\n")
+            sys.stdout.write(f"{' '.join(key)} {row['implementation']}: {row['outcome']}: {visible(row['note'])}\n")
     sys.stdout.write("\n" * bool(cases))
 
 

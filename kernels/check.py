@@ -31,7 +31,7 @@ from skipcost.kernels.configurations import (
     settings,
     tiles,
 )
-from skipcost.kernels.console import Progress, tell, write_table
+from skipcost.kernels.console import Progress, tell, visible, write_table
 from skipcost.kernels.errors import MachineError
 from skipcost.kernels.jobs import Done, Job
 from skipcost.kernels.judging import (
@@ -121,7 +121,7 @@ def print_grouped(title: str, rows: Sequence[Row]) -> None:
         worst = max(members, key=lambda row: row.get("worst") or 0.0)
         tile = tile_of(worst)
         shape = worst["call"] + (f", {tile.name}" if tile else "")
-        sys.stdout.write(f"{title}: {op} {name}: {len(members)} {outcome}, as {shape}: {worst['note']}\n")
+        sys.stdout.write(f"{title}: {op} {name}: {len(members)} {outcome}, as {shape}: {visible(worst['note'])}\n")
 
 
 def tell_left_out(rows: Sequence[Row], seconds: float) -> None:

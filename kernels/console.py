@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+KEPT_SPACE = "\u00a0"  # which figures stand beside their units with
 EVERY_SECONDS = 10.0  # between lines of progress where they do not overwrite each other
 DIGITS_FROM, DIGITS_TO = 1e3, 1e7  # numbers between are written out; all others with three digits
 
@@ -54,7 +58,7 @@ def write_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 def _text(cell: object) -> str:
     if isinstance(cell, float):
         return f"{cell:.0f}" if DIGITS_FROM <= abs(cell) < DIGITS_TO else f"{cell:.3g}"
-    return str(cell)
+    return visible(str(cell))
 
 
 def _is_number(text: str) -> bool:
@@ -63,4 +67,21 @@ def _is_number(text: str) -> bool:
 
 def tell(sentence: str) -> None:
     """Write a sentence to stderr, under the command's name."""
-    sys.stderr.write(f"skipcost kernels: {sentence}\n")
+    sys.stderr.write(f"skipcost kernels: {visible(sentence)}\n")
+
+
+def visible(text: str) -> str:
+    """A text in one line, with whatever a terminal would act upon written out, as in a Python string."""
+    return "".join(
+        each if each.isprintable() or each == KEPT_SPACE else each.encode("unicode_escape").decode() for each in text
+    )
+
+
+def steady_streams() -> None:
+    """Let no letter and no closed stream end a command: what has no letter becomes `?`, what is closed takes all."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started this; its number must not become that of the next file
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - for good
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")

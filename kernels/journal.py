@@ -23,8 +23,8 @@ from typing import Any
 
 import skipcost.kernels
 import skipcost.unet_models
-from skipcost.kernels.errors import MachineError
-from skipcost.kernels.winners import read_rows
+from skipcost.kernels.outputs import append_file, write_file
+from skipcost.kernels.winners import no_row, read_rows
 
 Row = dict[str, Any]
 KEYS = ("network", "case", "call", "precision", "implementation")
@@ -47,7 +47,9 @@ class Journal:
         for each in filter(None, (path, copy)):
             make_room(each)
             mend(each)
-        self.rows: list[Row] = [row for row in read_rows(path.read_text()) if self._from_here(row)]
+        self.rows: list[Row] = [
+            row for row in read_rows(path.read_text(encoding="utf-8"), path) if self._from_here(row)
+        ]
         self.known = {identity(row) for row in self.rows}
 
     def _from_here(self, row: Row) -> bool:
@@ -66,29 +68,33 @@ class Journal:
 
 
 def _append(path: Path, line: str) -> None:
-    with path.open("a") as file:
-        file.write(line)
+    append_file(path, line, kept="the rows before are kept")
 
 
 def make_room(path: Path) -> None:
-    """Make the folder of a file; MachineError where that cannot be."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    except OSError as error:
-        message = f"cannot write {path}: {error.strerror or error}; name another file with -o"
-        raise MachineError(message) from None
+    """Make a file with its folder; OutputError where that cannot be, or must not."""
+    append_file(path, "")
 
 
 def mend(path: Path) -> None:
-    """Cut off a last line within which a run was killed, so that the next row does not continue it."""
-    text = path.read_text()
+    """Cut off a last line within which a run was killed, so that the next row does not continue it.
+
+    ValueError for a file that holds anything but rows, which is left as it is.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise no_row(1, path, "no text") from None
     whole, newline, last = text.rpartition("\n")
+    for _ in read_rows(whole + newline, path):
+        pass
+    if last and not last.startswith("{"):
+        raise no_row(text.count("\n") + 1, path, f"no row of measurements: {last[:40]!r}")
     if last:
         with contextlib.suppress(json.JSONDecodeError):
             json.loads(last)
             whole, newline = text, "\n"
-        path.write_text(whole + newline)
+        write_file(path, whole + newline)
 
 
 def code_hash() -> str:

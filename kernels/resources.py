@@ -11,6 +11,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -21,8 +22,9 @@ from typing import Any
 from skipcost.kernels.baseline import Key, Resources, baseline_for, compare, incomparable, write
 from skipcost.kernels.compiling import can_run, compile_launch, why_not
 from skipcost.kernels.console import tell, write_table
-from skipcost.kernels.errors import MachineError
+from skipcost.kernels.errors import STOPPING, MachineError
 from skipcost.kernels.gated import gated
+from skipcost.kernels.outputs import OutputError
 from skipcost.kernels.targets import TARGETS
 
 DEFAULT_TARGETS = ("sm_90", "gfx942")
@@ -57,14 +59,27 @@ def measure(wanted: Sequence[Key]) -> tuple[dict[Key, Resources], list[str]]:
     if workers <= 1:
         results = list(map(_measured, wanted))
     else:
-        # Threads of torch would not survive a fork.
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            results = list(pool.map(_measured, wanted))
+        os.environ["PYTHONSAFEPATH"] = "1"  # as serving.PYTHON: these are started by the library
+        # Threads of torch would not survive a fork. Ctrl-C reaches this process, which ends the others.
+        options = {"mp_context": multiprocessing.get_context("spawn"), "initializer": _leave_stopping}
+        with ProcessPoolExecutor(workers, **options) as pool:
+            try:
+                results = list(pool.map(_measured, wanted))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.kill()
+                raise
     found = {key: each for key, each in zip(wanted, results, strict=True) if isinstance(each, Resources)}
     failed = [
         f"{key[0]} on {key[1]}: {each}" for key, each in zip(wanted, results, strict=True) if isinstance(each, str)
     ]
     return found, failed
+
+
+def _leave_stopping() -> None:
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _measured(key: Key) -> Resources | str:
@@ -122,6 +137,6 @@ def main(argv: Sequence[str]) -> int:
 def _written(found: dict[Key, Resources]) -> Path:
     try:
         return write(found)
-    except OSError as error:
+    except OutputError as error:
         message = f"the baseline cannot be written ({error}): run this in a checkout of the repository"
         raise MachineError(message) from error

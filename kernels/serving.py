@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
+PYTHON = (sys.executable, "-P")  # of every process that is started: without the current folder on its path
+GRACE_S = 5.0  # for a process that is asked to end
 Row = dict[str, Any]
 Work = Callable[[dict[str, Any], Sequence[dict[str, Any]]], Iterator[Row]]
 
@@ -34,13 +36,45 @@ def resolve(function: str) -> Work:
     return work
 
 
+@contextlib.contextmanager
+def started(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """Start a process whose output is captured as text. Where the block ends before it, so does the process, in order.
+
+    It leads a session of its own: a signal that reaches this process alone, or both, is this one's to pass on.
+    """
+    process = subprocess.Popen(  # noqa: S603 - our own commands
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace",
+        start_new_session=True, **options,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_S)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+def finished(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, as `started`."""
+    with started(command, **options) as process:
+        said, errors = process.communicate()
+    return subprocess.CompletedProcess(command, process.returncode, said, errors)
+
+
 class Process:
     """`python -m skipcost.kernels.serving FUNCTION`: jobs in, a line each; rows out, a line each."""
 
     def __init__(self, function: str) -> None:
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
         self.buffer = b""
-        command = [sys.executable, "-m", "skipcost.kernels.serving", function]
+        command = [*PYTHON, "-m", "skipcost.kernels.serving", function]
         self.process = subprocess.Popen(  # noqa: S603
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, start_new_session=True
         )
@@ -121,9 +155,12 @@ def serve(function: str, lines: IO[str], out: IO[str]) -> None:
 
 
 if __name__ == "__main__":
-    # What is printed by others must not get between the rows.
+    # What is printed by others must not get between the rows. Who asked may be gone: then there is nobody to tell.
     rows_out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     from skipcost.kernels import serving  # `LostDeviceError` of this module run as a script would be another class
 
-    serving.serve(sys.argv[1], sys.stdin, rows_out)
+    try:
+        serving.serve(sys.argv[1], sys.stdin, rows_out)
+    except BrokenPipeError:
+        os._exit(0)  # without writing what is left in the buffer

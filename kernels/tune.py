@@ -34,10 +34,10 @@ from skipcost.kernels.configurations import (
 )
 from skipcost.kernels.console import tell, write_table
 from skipcost.kernels.errors import MachineError
-from skipcost.kernels.journal import make_room
 from skipcost.kernels.judging import FAILURES, Configuration, implementations, why_not
 from skipcost.kernels.launch import architecture_of
 from skipcost.kernels.measuring import open_bench
+from skipcost.kernels.outputs import check_output, write_file
 from skipcost.kernels.serving import Row
 from skipcost.kernels.tiles import Tile, default_tile, tuned_row, tuning_key
 
@@ -111,11 +111,24 @@ def _rounded(seconds: float) -> float:
 
 def write(rows: Sequence[Row], path: Path) -> None:
     """Write rows into a configuration file, in place of those of the same keys: one a line, so that diffs are lines."""
-    kept = json.loads(path.read_text())["rows"] if path.is_file() and path.stat().st_size else []
-    merged = {row["key"]: row for row in [*kept, *rows]}
+    merged = {row["key"]: row for row in [*read_tuned(path), *rows]}
     lines = ",\n".join(json.dumps(merged[key], sort_keys=True) for key in sorted(merged))
-    make_room(path)
-    path.write_text(f'{{"rows": [\n{lines}\n]}}\n')
+    write_file(path, f'{{"rows": [\n{lines}\n]}}\n')
+
+
+def read_tuned(path: Path) -> list[Row]:
+    """Return the rows of a configuration file; none where there is no file. ValueError for a file of another kind."""
+    if not path.is_file() or not path.stat().st_size:
+        return []
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        known = isinstance(kept, list) and all(isinstance(row["key"], str) for row in kept)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        known = False
+    if not known:
+        message = f"{path} is no file of tiles that `skipcost kernels tune` wrote: name another file with -o"
+        raise ValueError(message)
+    return list(kept)
 
 
 def print_winners(rows: Sequence[Row]) -> None:
@@ -144,12 +157,14 @@ def main(argv: Sequence[str], device: str = "cuda", **options: Any) -> int:
     ops = chosen(given.ops, "op", TILED) if given.ops else TILED
     if device == "cuda" and (missing := why_not(device)):
         raise MachineError(missing)
+    path = given.output or Path(__file__).parent / "configs" / f"{architecture_of(device) or device}.json"
+    check_output(path, [given.journal] if given.journal else [])
+    read_tuned(path)
     bench = open_bench(given.journal, "tune", device, given.seconds, caches=("hot",), **options)
     calls = [forward_form(call) for name in PRECISIONS for each in asked for call in each.calls(name)]
     left = bench.time_calls("tune", candidates(distinct(calls, ops), device))
     rows = bench.journal.rows
     tuned = winners(rows)
-    path = given.output or Path(__file__).parent / "configs" / f"{architecture_of(device) or device}.json"
     write(tuned, path)
     print_winners(tuned)
     print_grouped("failed", [row for row in rows if row["outcome"] in FAILURES])

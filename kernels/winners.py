@@ -7,6 +7,7 @@ a machine's own, which come first, are in the file that `own_file` names. Readin
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,18 @@ from typing import Any
 
 from skipcost.kernels.calls import Call
 
+ROW = {  # what is read of a row, where it has it; both names may be null
+    "call": str | None,
+    "network": str | None,
+    "case": str | None,
+    "precision": str | None,
+    "implementation": str,
+    "outcome": str,
+    "device": dict,
+    "versions": dict,
+    "seconds": list,
+}
+RUN, RUN_NETWORK = ("implementation", "device", "seconds"), ("case", "precision")  # what a row that is ok has
 FOLDER = "SKIPCOST_KERNELS"  # the environment variable that names another place for a machine's own rows
 
 
@@ -38,16 +51,44 @@ def own_file() -> Path:
     return Path(os.environ.get(FOLDER) or Path(cache_home, "skipcost")) / "kernels.jsonl"
 
 
-def read_rows(text: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a file; a last line that was torn off while it was written is passed over."""
+def read_rows(text: str, source: Path | str = "the rows") -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file; a last line that was torn off while it was written is passed over.
+
+    ValueError for a line that is none.
+    """
     lines = [line for line in text.splitlines() if line.strip()]
     for number, line in enumerate(lines, 1):
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
-                message = f"line {number} of the rows is no JSON ({error}): remove it, or measure again"
-                raise ValueError(message) from None
+                raise no_row(number, source, f"no JSON ({error})") from None
+            return
+        if wrong := _wrong(row):
+            raise no_row(number, source, f"no row of measurements: {wrong}")
+        yield row
+
+
+def no_row(number: int, source: Path | str, what: str) -> ValueError:
+    """Make the refusal of a line of a file that should hold rows."""
+    return ValueError(f"line {number} of {source} is {what}: remove it and measure again, or name another file")
+
+
+def _wrong(row: Any) -> str:
+    """What is wrong with the parts of a row that are read; empty where nothing is."""
+    if not isinstance(row, dict):
+        return "it is no JSON object"
+    for name, kind in ROW.items():
+        if name in row and not isinstance(row[name], kind):
+            return f"its {name} is {row[name]!r:.60}"
+    if row.get("outcome") != "ok":
+        return ""
+    lacking = [name for name in (*RUN, *(RUN_NETWORK if row.get("network") else ())) if not row.get(name)]
+    if lacking:
+        return f"it is ok without {lacking[0]}"
+    if not all(isinstance(each, int | float) and 0 <= each < math.inf for each in row["seconds"]):
+        return "its seconds are no times"
+    return "" if isinstance(row["device"].get("name"), str) else "its device has no name"
 
 
 def timings(rows: Iterable[dict[str, Any]]) -> Iterator[Timing]:
@@ -95,10 +136,13 @@ def _published_rows() -> Iterator[dict[str, Any]]:
     for card in sorted(folder.iterdir(), key=lambda each: each.name) if folder.is_dir() else ():
         for file in sorted(card.iterdir(), key=lambda each: each.name) if card.is_dir() else ():
             if file.name.startswith("kernels") and file.name.endswith(".jsonl"):
-                yield from ({**row, "source": f"{card.name}/{file.name}"} for row in read_rows(file.read_text()))
+                yield from (
+                    {**row, "source": f"{card.name}/{file.name}"}
+                    for row in read_rows(file.read_text(encoding="utf-8"), file.name)
+                )
 
 
 def _own_rows() -> Iterator[dict[str, Any]]:
     path = own_file()
     if path.is_file():
-        yield from ({**row, "source": str(path)} for row in read_rows(path.read_text()))
+        yield from ({**row, "source": str(path)} for row in read_rows(path.read_text(encoding="utf-8"), path))

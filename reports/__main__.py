@@ -28,7 +28,7 @@ def report(
 ) -> None:
     """Write the report of a store's newest environment: one file that loads nothing from anywhere."""
     size = write_report(store, output, quality, verdicts or ())
-    ERR.print(f"{output}: {figures.size(size)}", soft_wrap=True, highlight=False)
+    ERR.print(f"{output}: {figures.size(size)}")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import gzip
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ from itables.utils import read_package_file
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from skipcost.bench.errors import BenchError
+from skipcost.bench.console import check_outputs, write_file
 from skipcost.reports.compare import times
 from skipcost.reports.data import Data, load
 from skipcost.reports.provenance import header_context
@@ -70,35 +67,9 @@ def _datatables() -> str:
 
 def write_report(store: Path, output: Path, scores: Path | None = None, verdicts: Sequence[Path] = ()) -> int:
     """Write the report of a store and return its size in bytes; what was at `output` stays until it is complete."""
-    _check_output(output)
-    text = render(load(store, scores, verdicts)).encode()
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{output.name}.", dir=output.parent)
-    except OSError as error:
-        raise BenchError(_refusal(output, error)) from None
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(text)
-        temporary.chmod(0o644)
-        temporary.replace(output)
-    except OSError as error:
-        raise BenchError(_refusal(output, error)) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    taken = [store, *([scores] if scores else []), *verdicts]
+    check_outputs({"-o": output}, taken)  # rendering takes seconds
+    data = load(store, scores, verdicts)
+    text = render(data).encode("utf-8", "replace")
+    write_file(output, text, taken, kept=f"{len(data.cases)} cases are kept in {store}")
     return len(text)
-
-
-def _check_output(output: Path) -> None:
-    """Refuse early what cannot be written: rendering takes seconds."""
-    if output.is_dir():
-        message = f"{output} is a folder: name a file for the report, such as {output / 'report.html'}"
-        raise BenchError(message)
-    if not output.parent.is_dir():
-        message = f"cannot write {output}: there is no folder {output.parent}; make it, or name another file with -o"
-        raise BenchError(message)
-
-
-def _refusal(output: Path, error: OSError) -> str:
-    return f"cannot write {output}: {error.strerror}; name another file with -o"

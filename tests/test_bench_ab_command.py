@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from skipcost.bench import arenas, cli
-from skipcost.bench.ab_command import INTERRUPTED
 from skipcost.bench.arenas import ORDER
 from skipcost.bench.revisions import state
+from skipcost.kernels.errors import Stopped
 
 NAMES = ("test_speed.py::test_a", "test_speed.py::test_b")
 SIDES = 2  # each is asked once for the full names of its benchmarks
@@ -51,21 +51,22 @@ class Pytest:
     def __call__(self, _names: Sequence[str], folder: Path, _environment: dict[str, str]) -> dict[str, float]:
         """Pretend to run."""
         if len(self.runs) == self.stopped_at:
-            raise KeyboardInterrupt
+            raise Stopped(signal.SIGINT)
         self.runs.append(folder)
         return dict.fromkeys(NAMES, 0.01)
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run `skipcost ab --benchmarks` with pretended runs of pytest; exit code and everything that it said."""
 
     def invoke(made: Pytest, *words: str) -> tuple[int, str]:
         monkeypatch.setattr(arenas, "run_benchmarks", made)
         command = ["ab", "HEAD", "--benchmarks", "test_speed.py", "--pairs", str(PAIRS), *words]
-        result = CliRunner().invoke(cli.app, command)
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-        return result.exit_code, " ".join(result.output.split())
+        monkeypatch.setattr("sys.argv", ["skipcost", *command])
+        with pytest.raises(SystemExit) as ended:
+            cli.guarded(cli.app)
+        return int(ended.value.code or 0), " ".join("".join(capsys.readouterr()).split())
 
     return invoke
 
@@ -78,7 +79,7 @@ def test_benchmarks_that_were_stopped_go_on(repository: Path, run: Run) -> None:
     went_on = run(second)
     again = run(third)
 
-    assert stopped[0] == INTERRUPTED
+    assert stopped[0] == 130
     assert "stopped; what was measured is kept in results/, the same command goes on" in stopped[1]
     assert (went_on[0], again[0]) == (0, 0)
     assert "2 numbers of 2 cases: 2 unchanged" in again[1]
@@ -96,7 +97,7 @@ def test_a_stop_before_anything_was_measured_is_no_regression(repository: Path, 
     stopped = run(Pytest(stopped_at))
     went_on = run(made)
 
-    assert stopped[0] == INTERRUPTED
+    assert stopped[0] == 130
     assert went_on[0] == 0
     assert len(made.runs) == WHOLE
     listed = subprocess.check_output(["git", "worktree", "list"], cwd=repository, text=True)

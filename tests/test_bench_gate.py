@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +17,11 @@ from typer.testing import CliRunner
 from skipcost.bench import cli, gate_command
 from skipcost.bench.baseline import FORMAT, SCHEMA, Baseline, Entry, baseline_of, read_baseline
 from skipcost.bench.cases import Case
+from skipcost.bench.custom import Factory, code_of, sources_of
 from skipcost.bench.errors import BenchError
 from skipcost.bench.gate import compared, judge
 from skipcost.bench.metrics import METRICS
+from skipcost.bench.opened import digests
 from skipcost.bench.records import OUTCOMES, Result
 from skipcost.bench.store import create_store, open_store
 from skipcost.bench.verdicts import PASSING, VERDICTS, Verdict, read_json
@@ -46,6 +50,7 @@ def fill(path: Path, value: float = 100, sweep: str = "ci", **changes: Result) -
 def _code(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the gate take the stores of these tests for its own code's."""
     monkeypatch.setattr(gate_command, "code_hash", lambda: CODE)
+    monkeypatch.setattr(gate_command, "version_of", VERSIONS.__getitem__)
 
 
 @pytest.fixture
@@ -287,6 +292,22 @@ def test_a_store_of_other_code_is_refused(tmp_path: Path, file: Path) -> None:
     assert "was measured with other code than this: run `skipcost sweep ci" in told
 
 
+@pytest.mark.parametrize(("there", "code"), [("2.12.1", 2), ("2.13.0", 0), ("2.13.0+cu130", 0)])
+def test_a_store_of_other_packages_is_refused(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch, there: str, code: int
+) -> None:
+    """What is installed now made none of its numbers; another build of one version counts alike."""
+    monkeypatch.setitem(VERSIONS, "torch", there)
+    store = fill(tmp_path / "now.sqlite")
+    monkeypatch.setitem(VERSIONS, "torch", "2.13.0+cpu")
+
+    ended, told = gate(store, file)
+
+    assert ended == code
+    refusal = f"was measured with torch {there}, here is 2.13.0+cpu: run `skipcost sweep ci -o {store}` again"
+    assert (refusal in told) == bool(code)
+
+
 @pytest.mark.parametrize("metric", [name for name in EXACT if METRICS[name].rests_on])
 def test_another_version_of_a_package_is_not_comparable(tmp_path: Path, file: Path, metric: str) -> None:
     """A number that rests on a package and changed with its version is no regression of ours, and no pass."""
@@ -321,6 +342,117 @@ def test_a_sweep_of_ones_own_has_no_revisions(tmp_path: Path) -> None:
 
     assert isinstance(result.exception, BenchError)
     assert "has the cases of `mine`, which is no sweep that ships" in str(result.exception)
+
+
+def model(params: int) -> None:
+    """Write the sources of a model of one's own that has so many parameters into the current folder."""
+    Path("ownmodel.py").write_text(f"PARAMS = {params}\n")
+
+
+def fill_own(path: Path, params: int, read: str = "", measured: bool = True) -> Path:  # noqa: FBT001, FBT002
+    """Add a run that asks for the model as it is in the current folder, and measures it where that is `measured`."""
+    case = Case(spec=Factory("ownmodel:net", code=code_of("ownmodel:net"), read=read), threads=1)
+    facts = {"fingerprint": "here", "code": CODE, "versions": VERSIONS}
+    with create_store(path) as store:
+        run = store.add_run("2026-01-01T00:00:00+00:00", "net", 0, facts)
+        store.add_case(case, [])
+        store.add_asked(run, [case.case_id])
+        if measured:
+            store.add_result(run, case.case_id, Result("params", samples=(params,)))
+    return path
+
+
+def baseline_at(store: Path, file: Path) -> Path:
+    """Have the command write the baseline of a store."""
+    result = CliRunner().invoke(cli.app, ["baseline", str(store), "-o", str(file)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return file
+
+
+def test_a_model_is_compared_as_it_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """B, then A, then B again, nothing of it missing: B is held against A, with a sweep at the end or without."""
+    monkeypatch.chdir(tmp_path)
+    store = tmp_path / "own.sqlite"
+    for params in (450, 226):
+        model(params)
+        fill_own(store, params)
+    file = baseline_at(store, tmp_path / "a.jsonl")
+    assert gate(store, file)[0] == 0
+    model(450)
+
+    without = gate(store, file)
+    fill_own(store, 450, measured=False)
+    with_one = gate(store, file)
+
+    assert without == with_one
+    assert without[0] == 1
+    assert "params     226  450  +99.12%  regressed" in without[1]
+
+
+def test_a_model_that_was_edited_since_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Yesterday's numbers of it are in no baseline and in no comparison; the sentence says what to run."""
+    monkeypatch.chdir(tmp_path)
+    model(226)
+    store = fill_own(tmp_path / "own.sqlite", 226)
+    file = baseline_at(store, tmp_path / "a.jsonl")
+    model(450)
+
+    code, told = gate(store, file)
+    made = CliRunner().invoke(cli.app, ["baseline", str(store), "-o", str(file)])
+
+    assert code == 2
+    assert "has no numbers of ownmodel:net as it is here (its code was another one): run the sweep that made" in told
+    assert str(made.exception) == told
+
+
+def test_a_model_whose_sources_are_elsewhere_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it would give cannot be known then."""
+    monkeypatch.chdir(tmp_path)
+    model(226)
+    store = fill_own(tmp_path / "own.sqlite", 226)
+    file = baseline_at(store, tmp_path / "a.jsonl")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    code, told = gate(store, file)
+
+    assert code == 2
+    assert "(its sources are not found from " in told
+
+
+def test_a_model_that_reads_something_else_now_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that was read belongs to a model like its code; one that is put back is known again."""
+    monkeypatch.chdir(tmp_path)
+    model(226)
+    Path("net.yaml").write_text("width: 8\n")
+    read = json.dumps(digests(["net.yaml"], sources_of("ownmodel:net")))
+    store = fill_own(tmp_path / "own.sqlite", 226, read)
+    file = baseline_at(store, tmp_path / "a.jsonl")
+
+    Path("net.yaml").write_text("width: 16\n")
+    changed = gate(store, file)
+    Path("net.yaml").unlink()
+    gone = gate(store, file)
+    Path("net.yaml").write_text("width: 8\n")
+
+    assert changed[0] == gone[0] == 2
+    assert "(it reads net.yaml, which changed)" in changed[1]
+    assert gate(store, file)[0] == 0
+
+
+@pytest.mark.sources
+def test_a_model_of_one_s_own_has_no_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--against` would compare the sweep without it, which is no comparison of this store, whatever its name."""
+    monkeypatch.chdir(tmp_path)
+    model(226)
+    store = fill_own(fill(tmp_path / "own.sqlite"), 226)
+    with contextlib.closing(sqlite3.connect(store)) as connection, connection:
+        connection.execute("UPDATE runs SET sweep = 'ci'")
+
+    result = CliRunner().invoke(cli.app, ["gate", str(store), "--against", "HEAD"])
+
+    assert isinstance(result.exception, BenchError)
+    assert "has models of your own (ownmodel:net), which no revision of skipcost has" in str(result.exception)
 
 
 def test_a_baseline_comes_back_as_it_went_out(file: Path) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from skipcost.bench.cases import CHOICES, Case
 from skipcost.bench.cli import app
+from skipcost.bench.console import Screen
 from skipcost.bench.errors import BenchError, MachineError
 from skipcost.bench.metrics import METRICS
 from skipcost.bench.rewritings_command import facts_of, print_rewritings
@@ -31,7 +31,7 @@ def _case(variant: str, upsample: str = "bilinear", **values: Any) -> Case:
 
 def _shown(facts: dict[str, Any]) -> str:
     text = io.StringIO()
-    print_rewritings(facts, Console(file=text, width=300))
+    print_rewritings(facts, Screen(file=text, width=300))
     return text.getvalue()
 
 

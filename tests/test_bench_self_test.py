@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from skipcost.bench import self_test as testing
 from skipcost.bench.ab import Arena, Rules
 from skipcost.bench.cases import Case
+from skipcost.bench.console import Screen
 from skipcost.bench.duel import Bout
 from skipcost.bench.revisions import Revision
 from skipcost.bench.self_test import SLOWDOWNS, finding, print_findings, self_test, to_json
@@ -121,7 +121,7 @@ def test_people_and_programs_read_the_same_table() -> None:
     findings = [finding(0.0, [["unchanged"]] * 4, 40.0), finding(0.1, [["regressed", "inconclusive"]], 60.0)]
     out = io.StringIO()
 
-    print_findings(findings, Console(file=out, width=120))
+    print_findings(findings, Screen(file=out, width=120))
 
     stored = to_json(findings, CASES, Rules())
     assert [each["found"] for each in stored["findings"]] == [0, 1]

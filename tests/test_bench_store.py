@@ -56,6 +56,45 @@ def test_no_result_is_taken_twice_in_one_environment(tmp_path: Path) -> None:
     assert elsewhere == [True]
 
 
+def test_of_several_rows_the_newest_run_s_is_read(tmp_path: Path) -> None:
+    """What was measured again stands for what was there before, everywhere; other environments keep theirs."""
+    with create_store(tmp_path / "x.sqlite") as store:
+        store.add_case(CASE, [])
+        for name, outcome, value in (("here", "crash", 1), ("there", "ok", 2), ("here", "ok", 3)):
+            run = store.add_run("now", "test", 0, {"fingerprint": name})
+            store.add_result(run, CASE.case_id, Result("params", outcome, (value,)), again=True)
+        store.add_result(1, CASE.case_id, Result("conv_macs", samples=(4,)))
+
+    with open_store(tmp_path / "x.sqlite") as store:
+        rows = [(row.run_id, row.fingerprint, row.result.samples[0]) for row in store.rows()]
+        assert rows == [(1, "here", 4), (2, "there", 2), (3, "here", 3)]
+        assert store.measured("here") == {(CASE.case_id, "params"): "ok", (CASE.case_id, "conv_macs"): "ok"}
+
+
+def test_a_run_knows_what_it_asked_for(tmp_path: Path) -> None:
+    """Cases that an earlier run had measured belong to a run's plan, too."""
+    fill(tmp_path / "x.sqlite", Result("params", samples=(1,)))
+    with create_store(tmp_path / "x.sqlite") as store:
+        store.add_asked(store.add_run("later", "test", 0, HERE), [CASE.case_id])
+
+    with open_store(tmp_path / "x.sqlite") as store:
+        assert store.asked() == [(1, CASE.case_id), (2, CASE.case_id)]
+
+
+def test_a_store_from_before_plans_were_kept_is_read_and_added_to(tmp_path: Path) -> None:
+    """Without the table a run asked for what it measured; the next writer adds the table."""
+    path = tmp_path / "x.sqlite"
+    fill(path, Result("params", samples=(1,)), Result("conv_macs", samples=(1,)))
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("DROP TABLE asked")
+
+    with open_store(path) as store:
+        assert store.asked() == [(1, CASE.case_id)]
+    with create_store(path) as store:
+        store.add_asked(store.add_run("later", "test", 0, HERE), [CASE.case_id])
+        assert store.asked() == [(1, CASE.case_id), (2, CASE.case_id)]
+
+
 def test_the_newest_environment_is_shown(tmp_path: Path) -> None:
     """Rows of different environments are never mixed into one table."""
     path = tmp_path / "x.sqlite"

@@ -19,6 +19,7 @@ from skipcost.kernels.journal import Journal, identity
 from skipcost.kernels.judging import part_of
 from skipcost.kernels.measuring import open_bench
 from skipcost.kernels.networks import QUICK_WAYS, SLOW_WAYS, parse_case, wanted
+from skipcost.kernels.outputs import OutputError
 from skipcost.kernels.serving import Row
 from skipcost.kernels.tiles import default_tile
 from skipcost.kernels.timing import Budget
@@ -36,6 +37,7 @@ QUICK: dict[str, Any] = {
     "budget": Budget(seconds=0.01, noise=1.0, least=3, warmup_seconds=0.01),
 }
 ORIGIN: dict[str, Any] = {"device": {"name": "a card"}, "versions": {"torch": "1"}}
+GOOD: dict[str, Any] = {"outcome": "ok", "seconds": [1e-3]}
 CALL = Call("conv_bn_relu", 1, ((64, 32, 32),), 64)
 
 
@@ -56,7 +58,9 @@ def rows_of(path: Path) -> list[Row]:
 def test_rows_are_written_as_they_come_and_never_twice(tmp_path: Path) -> None:
     """The second journal of the same machine knows them; another machine's, or other code's, does not."""
     path = tmp_path / "deep" / "rows.jsonl"
-    row = {"op": CALL.op, "call": CALL.key, "precision": "bf16", **part_of("triton", None), "outcome": "ok"}
+    row = {"op": CALL.op, "call": CALL.key, "precision": "bf16", **part_of("triton", None), "outcome": "ok"} | {
+        "seconds": [1e-3]
+    }
 
     first = Journal(path, ORIGIN, tmp_path / "copy.jsonl")
     first.add(row)
@@ -72,7 +76,9 @@ def test_rows_are_written_as_they_come_and_never_twice(tmp_path: Path) -> None:
 def test_a_row_that_was_torn_off_costs_only_itself(tmp_path: Path) -> None:
     """The next row does not continue its line; a line that only lacks its end is kept."""
     path = tmp_path / "rows.jsonl"
-    row = {"op": CALL.op, "call": CALL.key, "precision": "bf16", **part_of("triton", None), "outcome": "ok"}
+    row = {"op": CALL.op, "call": CALL.key, "precision": "bf16", **part_of("triton", None), "outcome": "ok"} | {
+        "seconds": [1e-3]
+    }
     Journal(path, ORIGIN).add(row)
     path.write_text(path.read_text() + '{"op": "conv_bn')
 
@@ -88,7 +94,7 @@ def test_a_file_that_cannot_be_written_is_named_before_anything_runs(tmp_path: P
     """Not after an hour of measuring."""
     (tmp_path / "results").write_text("mine")
 
-    with pytest.raises(MachineError, match=r"cannot write results/rows\.jsonl"):
+    with pytest.raises(OutputError, match=r"cannot write results/rows\.jsonl"):
         Journal(Path("results/rows.jsonl"), ORIGIN)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from skipcost.kernels.calls import Call
 from skipcost.kernels.check import print_rows, tell_left_out
 from skipcost.kernels.configurations import need
 from skipcost.kernels.console import Progress, write_table
+from skipcost.kernels.errors import Stopped
 from skipcost.kernels.jobs import failed
 from skipcost.kernels.judging import part_of
 from skipcost.kernels.tiles import CANDIDATES, default_tile
@@ -80,7 +82,7 @@ def test_an_interruption_has_its_own_code(monkeypatch: pytest.MonkeyPatch) -> No
     """Shells take it for what it is."""
 
     def interrupted(_argv: list[str]) -> int:
-        raise KeyboardInterrupt
+        raise Stopped(signal.SIGINT)
 
     monkeypatch.setattr(check, "main", interrupted)
 
