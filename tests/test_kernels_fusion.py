@@ -21,6 +21,7 @@ from skipcost.unet_models import VARIANTS, ModelSpec, build
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("chosen", ["default", "triton", "reference"])

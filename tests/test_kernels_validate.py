@@ -181,7 +181,7 @@ def test_sums_kept_in_16_bits_are_accepted_only_as_such(dtype: torch.dtype) -> N
     """As ATen adds a weight's gradient up where a CPU has no products of 16 bits: rounded at each of 16 images."""
     x, grad = (DATA["normal"]((16, channels, 5, 5), dtype, channels) for channels in (3, 4))
     weight = torch.zeros(4, 3, 3, 3, dtype=dtype)
-    exact = validate.gradients(lambda *each: functional.conv2d(*each, padding=1), (x, weight), grad)[1]
+    exact = validate.gradients(lambda *each: functional.conv2d(each[0], each[1], padding=1), (x, weight), grad)[1]
 
     total, before = weight, weight
     for image, upstream in zip(x.double().split(1), grad.double().split(1), strict=True):
