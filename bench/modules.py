@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -80,7 +81,7 @@ def described(output: Any) -> str:
         return f"a dict with {', '.join(map(repr, output)) or 'nothing'}"
     if isinstance(output, list | tuple):
         return f"a {type(output).__name__} of {', '.join(described(each) for each in output) or 'nothing'}"
-    return type(output).__name__
+    return "None" if output is None else type(output).__name__
 
 
 def storage_key(tensor: Tensor) -> int | None:
@@ -129,9 +130,9 @@ def replace_tensors(network: nn.Module, other: Callable[[Tensor], Tensor]) -> nn
 
 
 def _like(tensor: Tensor, new: Tensor) -> Tensor:
-    if not isinstance(tensor, nn.Parameter) or isinstance(new, nn.Parameter):
-        return new
-    return nn.Parameter(new, requires_grad=tensor.requires_grad)
+    if isinstance(tensor, nn.Parameter) and not isinstance(new, nn.Parameter):
+        return nn.Parameter(new, requires_grad=tensor.requires_grad)
+    return new.requires_grad_(tensor.requires_grad)  # a ScriptModule's parameters are tensors
 
 
 def stand_ins(*, data: bool) -> Callable[[Tensor], Tensor]:
@@ -196,15 +197,19 @@ def is_lazy_in(network: nn.Module) -> bool:
 
 
 def packed_note(network: nn.Module) -> str:
-    """Say which layers keep their weights in a form that is no parameter (int8, packed); empty where none does."""
-    kinds = [
+    """Say which layers keep their weights in a form that is no parameter (int8, frozen); empty where none does."""
+    scripted = [each for each in network.modules() if isinstance(each, torch.jit.ScriptModule)]
+    kinds = Counter(
         type(each).__name__
         for each in network.modules()
-        if not isinstance(each, torch.jit.ScriptModule)
-        and any(isinstance(value, torch.ScriptObject) for value in vars(each).values())
-    ]
-    names = ", ".join(dict.fromkeys(kinds))
-    return f"the packed weights of {len(kinds)} layers ({names}) are no parameters and not in it" if kinds else ""
+        if each not in scripted and any(isinstance(value, torch.ScriptObject) for value in vars(each).values())
+    )
+    if kinds:
+        names = ", ".join(f"{name} ({times})" for name, times in sorted(kinds.items()))
+        return f"packed weights are no parameters and not in it: {names}"
+    if scripted and not any(True for _ in network.parameters()):
+        return "what a ScriptModule holds as constants, as a frozen one its weights, is no parameter and not in it"
+    return ""
 
 
 def settle(network: nn.Module, inputs: list[Any]) -> nn.Module:
