@@ -132,7 +132,7 @@ def replace_tensors(network: nn.Module, other: Callable[[Tensor], Tensor]) -> nn
 def _like(tensor: Tensor, new: Tensor) -> Tensor:
     if isinstance(tensor, nn.Parameter) and not isinstance(new, nn.Parameter):
         return nn.Parameter(new, requires_grad=tensor.requires_grad)
-    return new.requires_grad_(tensor.requires_grad)  # a ScriptModule's parameters are tensors
+    return new if is_lazy(new) else new.requires_grad_(tensor.requires_grad)  # a ScriptModule's parameters are tensors
 
 
 def stand_ins(*, data: bool) -> Callable[[Tensor], Tensor]:
