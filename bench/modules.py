@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin, is_lazy
+from torch.nn.parameter import is_lazy
 
 from skipcost.bench.custom import UnsupportedError
 
@@ -87,7 +87,7 @@ def described(output: Any) -> str:
 def storage_key(tensor: Tensor) -> int | None:
     """What tells a tensor's memory from another's; None where it has none of its own kind, as a sparse one."""
     try:
-        return tensor.untyped_storage()._cdata  # noqa: SLF001 - the storage's identity; its Python object may be remade
+        return int(tensor.untyped_storage()._cdata)  # noqa: SLF001 - its identity; its Python object may be remade
     except (NotImplementedError, RuntimeError):
         return None
 
@@ -140,9 +140,11 @@ def stand_ins(*, data: bool) -> Callable[[Tensor], Tensor]:
     storages: dict[int, torch.UntypedStorage] = {}
 
     def another(tensor: Tensor) -> Tensor:
-        if isinstance(tensor, UninitializedTensorMixin):
-            device = tensor.device if data else "meta"
-            return type(tensor)(requires_grad=tensor.requires_grad, device=device, dtype=tensor.dtype)
+        if is_lazy(tensor):
+            empty: Tensor = type(tensor)(  # type: ignore[call-arg]  # it has no size yet, and is of a class of its own
+                requires_grad=tensor.requires_grad, device=tensor.device if data else "meta", dtype=tensor.dtype
+            )
+            return empty
         key, on_meta = storage_key(tensor), tensor.device.type == "meta"
         if on_meta and not data:
             return tensor
@@ -166,15 +168,12 @@ def without_data(network: nn.Module) -> nn.Module:
 def stand_in(network: nn.Module, *, data: bool) -> Iterator[nn.Module]:
     """A module to run and to change in the place of the one given, which is as it was afterwards; without data or with.
 
-    That is a copy; of a module that cannot be copied (tensors that others made, locks, files) the module itself, whose
-    tensors and attributes are put back. What its Python keeps in lists and the like is then not.
+    That is a copy; of a module that cannot be copied (tensors that others made, locks, files), or whose forward is an
+    object's own, which may hold on to the original, the module itself: its tensors and attributes are put back. What
+    its Python keeps in lists and the like is then not.
     """
     another = stand_ins(data=data)
-    present = (*network.parameters(), *network.buffers())
-    try:
-        copied = copy.deepcopy(network, {id(each): _like(each, another(each)) for each in present})
-    except Exception:  # noqa: BLE001 - whatever a part of a module raises when it is to be copied
-        copied = network
+    copied = _copy(network, another)
     kept = [] if copied is not network else [_state(module) for module in network.modules()]
     try:
         yield replace_tensors(copied, another)  # a ScriptModule's copy has its own; those of others are in place
@@ -184,6 +183,17 @@ def stand_in(network: nn.Module, *, data: bool) -> Iterator[nn.Module]:
                 setattr(module, name, tensor)
             vars(module).clear()
             vars(module).update(own)
+
+
+def _copy(network: nn.Module, another: Callable[[Tensor], Tensor]) -> nn.Module:
+    for module in network.modules():
+        if "forward" in vars(module) and not isinstance(module, torch.jit.ScriptModule):
+            return network
+    present = (*network.parameters(), *network.buffers())
+    try:
+        return copy.deepcopy(network, {id(each): _like(each, another(each)) for each in present})
+    except Exception:  # noqa: BLE001 - whatever a part of a module raises when it is to be copied
+        return network
 
 
 def _state(module: nn.Module) -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]:
@@ -228,7 +238,8 @@ def as_written() -> AbstractContextManager[object]:
     A function that runs once while its operators are watched is never compiled again in that process
     (pytorch/pytorch#190286).
     """
-    return torch.compiler.set_stance("force_eager")
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def compiled_note(network: nn.Module) -> str:

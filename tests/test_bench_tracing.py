@@ -135,6 +135,18 @@ def test_the_model_that_cannot_be_copied_is_as_it_was() -> None:
     assert all(each.grad is None for each in model.parameters())
 
 
+def test_a_forward_that_is_an_object_s_own_reads_what_is_counted() -> None:
+    """A function in the place of forward holds on to the model that it was written for: that one is run."""
+    model = made("Two")
+    model.forward = lambda image: model.b(torch.relu(model.a(image)))  # type: ignore[method-assign, operator]
+
+    cost = cost_of(model, [IMAGE])
+
+    assert {name: cost.totals[name] for name in TWO} == TWO
+    assert cost.remarks["params"] == ""
+    assert {each.device.type for each in model.parameters()} == {"cpu"}
+
+
 @pytest.mark.parametrize("way", ["lock", "looking", "recurrent"])
 def test_a_run_leaves_gradients_and_weights_alone(way: str) -> None:
     """With data or without, what a user's model holds stays; its gradients are not counted as new ones would be."""
