@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin, is_lazy
+from torch.nn.parameter import is_lazy
 
 from skipcost.bench.custom import UnsupportedError
 
@@ -80,13 +81,13 @@ def described(output: Any) -> str:
         return f"a dict with {', '.join(map(repr, output)) or 'nothing'}"
     if isinstance(output, list | tuple):
         return f"a {type(output).__name__} of {', '.join(described(each) for each in output) or 'nothing'}"
-    return type(output).__name__
+    return "None" if output is None else type(output).__name__
 
 
 def storage_key(tensor: Tensor) -> int | None:
     """What tells a tensor's memory from another's; None where it has none of its own kind, as a sparse one."""
     try:
-        return tensor.untyped_storage()._cdata  # noqa: SLF001 - the storage's identity; its Python object may be remade
+        return int(tensor.untyped_storage()._cdata)  # noqa: SLF001 - its identity; its Python object may be remade
     except (NotImplementedError, RuntimeError):
         return None
 
@@ -129,9 +130,9 @@ def replace_tensors(network: nn.Module, other: Callable[[Tensor], Tensor]) -> nn
 
 
 def _like(tensor: Tensor, new: Tensor) -> Tensor:
-    if not isinstance(tensor, nn.Parameter) or isinstance(new, nn.Parameter):
-        return new
-    return nn.Parameter(new, requires_grad=tensor.requires_grad)
+    if isinstance(tensor, nn.Parameter) and not isinstance(new, nn.Parameter):
+        return nn.Parameter(new, requires_grad=tensor.requires_grad)
+    return new if is_lazy(new) else new.requires_grad_(tensor.requires_grad)  # a ScriptModule's parameters are tensors
 
 
 def stand_ins(*, data: bool) -> Callable[[Tensor], Tensor]:
@@ -139,9 +140,11 @@ def stand_ins(*, data: bool) -> Callable[[Tensor], Tensor]:
     storages: dict[int, torch.UntypedStorage] = {}
 
     def another(tensor: Tensor) -> Tensor:
-        if isinstance(tensor, UninitializedTensorMixin):
-            device = tensor.device if data else "meta"
-            return type(tensor)(requires_grad=tensor.requires_grad, device=device, dtype=tensor.dtype)
+        if is_lazy(tensor):
+            empty: Tensor = type(tensor)(  # type: ignore[call-arg]  # it has no size yet, and is of a class of its own
+                requires_grad=tensor.requires_grad, device=tensor.device if data else "meta", dtype=tensor.dtype
+            )
+            return empty
         key, on_meta = storage_key(tensor), tensor.device.type == "meta"
         if on_meta and not data:
             return tensor
@@ -165,15 +168,12 @@ def without_data(network: nn.Module) -> nn.Module:
 def stand_in(network: nn.Module, *, data: bool) -> Iterator[nn.Module]:
     """A module to run and to change in the place of the one given, which is as it was afterwards; without data or with.
 
-    That is a copy; of a module that cannot be copied (tensors that others made, locks, files) the module itself, whose
-    tensors and attributes are put back. What its Python keeps in lists and the like is then not.
+    That is a copy; of a module that cannot be copied (tensors that others made, locks, files), or whose forward is an
+    object's own, which may hold on to the original, the module itself: its tensors and attributes are put back. What
+    its Python keeps in lists and the like is then not.
     """
     another = stand_ins(data=data)
-    present = (*network.parameters(), *network.buffers())
-    try:
-        copied = copy.deepcopy(network, {id(each): _like(each, another(each)) for each in present})
-    except Exception:  # noqa: BLE001 - whatever a part of a module raises when it is to be copied
-        copied = network
+    copied = _copy(network, another)
     kept = [] if copied is not network else [_state(module) for module in network.modules()]
     try:
         yield replace_tensors(copied, another)  # a ScriptModule's copy has its own; those of others are in place
@@ -183,6 +183,17 @@ def stand_in(network: nn.Module, *, data: bool) -> Iterator[nn.Module]:
                 setattr(module, name, tensor)
             vars(module).clear()
             vars(module).update(own)
+
+
+def _copy(network: nn.Module, another: Callable[[Tensor], Tensor]) -> nn.Module:
+    for module in network.modules():
+        if "forward" in vars(module) and not isinstance(module, torch.jit.ScriptModule):
+            return network
+    present = (*network.parameters(), *network.buffers())
+    try:
+        return copy.deepcopy(network, {id(each): _like(each, another(each)) for each in present})
+    except Exception:  # noqa: BLE001 - whatever a part of a module raises when it is to be copied
+        return network
 
 
 def _state(module: nn.Module) -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]:
@@ -196,15 +207,19 @@ def is_lazy_in(network: nn.Module) -> bool:
 
 
 def packed_note(network: nn.Module) -> str:
-    """Say which layers keep their weights in a form that is no parameter (int8, packed); empty where none does."""
-    kinds = [
+    """Say which layers keep their weights in a form that is no parameter (int8, frozen); empty where none does."""
+    scripted = [each for each in network.modules() if isinstance(each, torch.jit.ScriptModule)]
+    kinds = Counter(
         type(each).__name__
         for each in network.modules()
-        if not isinstance(each, torch.jit.ScriptModule)
-        and any(isinstance(value, torch.ScriptObject) for value in vars(each).values())
-    ]
-    names = ", ".join(dict.fromkeys(kinds))
-    return f"the packed weights of {len(kinds)} layers ({names}) are no parameters and not in it" if kinds else ""
+        if each not in scripted and any(isinstance(value, torch.ScriptObject) for value in vars(each).values())
+    )
+    if kinds:
+        names = ", ".join(f"{name} ({times})" for name, times in sorted(kinds.items()))
+        return f"packed weights are no parameters and not in it: {names}"
+    if scripted and not any(True for _ in network.parameters()):
+        return "what a ScriptModule holds as constants, as a frozen one its weights, is no parameter and not in it"
+    return ""
 
 
 def settle(network: nn.Module, inputs: list[Any]) -> nn.Module:
@@ -223,7 +238,8 @@ def as_written() -> AbstractContextManager[object]:
     A function that runs once while its operators are watched is never compiled again in that process
     (pytorch/pytorch#190286).
     """
-    return torch.compiler.set_stance("force_eager")
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def compiled_note(network: nn.Module) -> str:

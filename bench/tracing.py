@@ -31,6 +31,7 @@ from skipcost.bench.subject import AUTOCAST, Subject, make_subject
 
 CONVOLUTION = re.compile(r"conv(?!ert)(?!.*(pack|backward))")  # in an operator's name; PyTorch has no list of them
 PACKED = re.compile(r"conv(_transpose)?\dd")  # those that read int8 weights in FBGEMM's and QNNPACK's form
+COMPUTING = re.compile(r"(?:^|\.)parametrizations(?:\.|$)")  # in a path: what makes a weight, not a layer
 MOST_NAMES = 3  # of layers, in a note
 FLOPS_OF_A_MAC = 2  # as PyTorch's formulas count: a multiply and an add
 
@@ -181,9 +182,8 @@ def _following(network: nn.Module, count: Count, running: list[str]) -> Iterator
     By hooks on all modules there are: a ScriptModule takes none of its own.
     """
     names = layer_names(network)
-    leaves = {
-        id(each) for path, each in network.named_modules() if not _inner(each) and "parametrizations." not in path
-    }
+    layers = [(path, each) for path, each in network.named_modules() if not COMPUTING.search(path)]
+    leaves = {id(each) for _, each in layers if not _inner(each) and not hasattr(each, "_orig_mod")}
 
     def enter(module: nn.Module, _inputs: object) -> None:
         running.append(names.get(id(module), running[-1]))
@@ -211,9 +211,9 @@ def layer_names(network: nn.Module) -> dict[int, str]:
     """
     names = {}
     for path, module in network.named_modules():
-        owner = path.partition("parametrizations.")[0].rstrip(".")
+        owner, *inside = COMPUTING.split(path.replace("._orig_mod", ""), maxsplit=1)  # as torch.compile calls a module
         name = owner or _kind(network)
-        names[id(module)] = f"{name}, outside its layers" if _inner(module) else name
+        names[id(module)] = f"{name}, outside its layers" if _inner(module) and not inside else name
     return names
 
 
@@ -222,7 +222,7 @@ def _kind(network: nn.Module) -> str:
 
 
 def _inner(module: nn.Module) -> bool:
-    return any(name != "parametrizations" for name, _ in module.named_children())
+    return any(name not in {"parametrizations", "_orig_mod"} for name, _ in module.named_children())
 
 
 def count_params(case: Case) -> Result:

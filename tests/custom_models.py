@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from skipcost.unet_models import ModelSpec, build
 
@@ -119,3 +121,186 @@ def no_module() -> dict[str, int]:
 def leaving() -> nn.Module:
     """End the program."""
     sys.exit(0)
+
+
+class Tied(nn.Module):
+    """Two 3x3 convolutions with one weight; it cannot be made without data, so that it has to be moved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(1, 1, 3, padding=1, bias=False) for _ in range(2))
+        self.second.weight = self.first.weight
+        self.rates = [float(rate) for rate in torch.linspace(0, 0.1, 3)]
+
+    def forward(self, image: Tensor) -> Any:
+        """(N, 1, H, W) -> the same."""
+        return self.second(self.first(image))
+
+
+class Once(Tied):
+    """The same with one of the layers left out."""
+
+    def forward(self, image: Tensor) -> Any:
+        """(N, 1, H, W) -> the same."""
+        return self.second(image)
+
+
+class Views(Tied):
+    """The same with two weights that are halves of one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        whole = torch.randn(2, 1, 1, 3, 3)
+        self.first.weight, self.second.weight = nn.Parameter(whole[0]), nn.Parameter(whole[1])
+
+
+class Overlapping(Tied):
+    """The same with two parameters that are all of one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        whole = torch.randn(1, 1, 3, 3)
+        self.first.weight, self.second.weight = nn.Parameter(whole), nn.Parameter(whole)
+
+
+class Two(nn.Module):
+    """Two convolutions, 3x3 to 8 channels and 1x1 to 2; `way` says how they are written, or the module is changed."""
+
+    def __init__(self, way: str = "plain") -> None:
+        super().__init__()
+        self.way = way
+        self.a, self.b = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 2, 1)
+        if way in {"spectral_norm", "weight_norm"}:
+            getattr(nn.utils.parametrizations, way)(self.a)
+        elif way == "orthogonal":
+            nn.utils.parametrizations.orthogonal(self.b)
+        elif way == "old_weight_norm":
+            nn.utils.weight_norm(self.a)  # type: ignore[no-untyped-call]  # torch's, deprecated, and still in use
+        elif way == "lock":
+            self.lock = threading.Lock()
+        elif way == "recurrent":
+            self.rows = nn.LSTM(8, 8, batch_first=True)
+        elif way == "lazy":
+            self.a = nn.LazyConv2d(8, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Any:
+        """(N, 1, H, W) -> (N, 2, H, W)."""
+        if self.way == "looking" and float(image.abs().max()) < 0:
+            return image
+        if self.way == "recurrent":
+            image = self.rows(image[:, 0])[0][:, None]
+        if self.way != "functional":
+            return self.b(functional.relu(self.a(image)))
+        made = functional.conv2d(image, self.a.weight, self.a.bias, padding=1)
+        return functional.conv2d(functional.relu(made), self.b.weight, self.b.bias)
+
+
+def leave_a_mark(graph: Any, _examples: object) -> Any:
+    """A backend of torch.compile that changes nothing and tells that it was asked."""
+    MARKS.append(graph)
+    return graph.forward
+
+
+MARKS: list[Any] = []
+
+
+@torch.compile(backend=leave_a_mark)
+def compiled_relu(x: Tensor) -> Tensor:
+    """A function that is compiled wherever it is called."""
+    return functional.relu(x)
+
+
+class WithCompiledFunction(Two):
+    """As Two, through such a function."""
+
+    def forward(self, image: Tensor) -> Any:
+        """As Two."""
+        return self.b(compiled_relu(self.a(image)))
+
+
+def wrapped(by: str) -> nn.Module:
+    """Two in another's hands."""
+    two = Two().eval()
+    match by:
+        case "DataParallel":
+            return nn.DataParallel(two)
+        case "script":
+            return torch.jit.script(nn.Sequential(two.a, nn.ReLU(), two.b))  # type: ignore[no-any-return]
+        case "trace":
+            return torch.jit.trace(two, torch.zeros(1, 1, 16, 8))  # type: ignore[no-any-return, no-untyped-call]
+        case "frozen":
+            return torch.jit.freeze(wrapped("trace"))  # type: ignore[arg-type, no-any-return]
+        case "compile":
+            return torch.compile(two, backend=leave_a_mark)  # type: ignore[return-value]
+        case "compile in place":
+            two.compile(backend=leave_a_mark)
+        case "compiled part":
+            two.a = torch.compile(two.a, backend=leave_a_mark)  # type: ignore[assignment]
+        case "compiled forward":
+            two.forward = torch.compile(two.forward, backend=leave_a_mark)  # type: ignore[method-assign]
+    return two
+
+
+def of_type(name: str) -> nn.Module:
+    """Two with weights of another floating point type."""
+    return Two().to(getattr(torch, name))
+
+
+class Spectral(nn.Module):
+    """A 1x1 convolution and complex weights, as of a Fourier layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(1, 2, 1)
+        self.modes = nn.Parameter(torch.randn(2, 4, 4, dtype=torch.cfloat))
+
+    def forward(self, image: Tensor) -> Any:
+        """(N, 1, H, W) -> (N, 2, H, W)."""
+        maps = self.mix(image)
+        kept = torch.fft.rfft2(maps)[:, :, :4, :4] * self.modes
+        return torch.fft.irfft2(kept, s=maps.shape[-2:])
+
+
+class Pooling(nn.Module):
+    """Neither a convolution nor a product nor a parameter."""
+
+    def forward(self, image: Tensor) -> Any:
+        """(N, C, H, W) -> the same."""
+        return functional.interpolate(functional.max_pool2d(image, 2), scale_factor=2.0)
+
+
+class Uncounted(nn.Module):
+    """A convolution that PyTorch has no formula for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(3, 8, 8)), nn.Parameter(torch.zeros(8))
+
+    def forward(self, image: Tensor) -> Any:
+        """(N, 1, H, 8) -> the same."""
+        return torch.conv_tbc(image[:, 0], self.weight, self.bias, 1)[:, None]
+
+
+def int8() -> nn.Module:
+    """A convolution to 8 channels and a transposed one to 2, converted as torch.ao.quantization does."""
+    ao = torch.ao.quantization
+    layers = [nn.Conv2d(1, 8, 3, padding=1), nn.ConvTranspose2d(8, 2, 2, stride=2)]
+    net = nn.Sequential(ao.QuantStub(), *layers, ao.DeQuantStub()).eval()  # type: ignore[no-untyped-call]
+    net.qconfig = ao.QConfig(ao.default_observer, ao.default_weight_observer)
+    prepared = ao.prepare(net)  # type: ignore[no-untyped-call]
+    prepared(torch.randn(1, 1, 16, 8))
+    return ao.convert(prepared)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class Cut(Two):
+    """As Two, with layers that nothing calls, and one that is called in training alone."""
+
+    def __init__(self, way: str = "plain") -> None:
+        super().__init__(way)
+        self.encoder = nn.Sequential(nn.Conv2d(8, 64, 3), nn.BatchNorm2d(64))
+        self.aux = nn.Conv2d(2, 2, 1)
+
+    def forward(self, image: Tensor) -> Any:
+        """A map, in training two."""
+        found = super().forward(image)
+        return [found, self.aux(found)] if self.training else found

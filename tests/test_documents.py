@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 import typer
-from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
 from skipcost.bench import cli, figures
 from skipcost.bench.cases import Case
+from skipcost.bench.console import Screen
 from skipcost.bench.explain import explain, print_explanation
 from skipcost.bench.liveness import peak_bytes
 from skipcost.bench.plan import load_plan
@@ -77,7 +77,7 @@ def test_the_readmes_explanation_is_what_is_printed() -> None:
 
     print_explanation(
         explain(ModelSpec.parse("unet3+/d4/w64/concat"), (256, 256), 1, "fp32", "inference"),
-        Console(file=out, width=200),
+        Screen(file=out, width=200),
     )
 
     shown(block_with("unet3+/d4/w64/concat  (UNet 3+)"), out.getvalue())
