@@ -151,12 +151,12 @@ def test_a_probe_that_fails_says_how_to_see_why(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     ("metrics", "where", "asked"),
-    [(["roofline_s"], "cpu", [2]), (["latency_s"], "cpu", []), (["roofline_s"], "cuda", [])],
+    [(["roofline_s"], "cpu", [2]), (["latency_s"], "cpu", [2]), (["params"], "cpu", []), (["roofline_s"], "cuda", [])],
 )
 def test_the_server_probes_ahead_of_the_forks_that_need_it(
     metrics: list[str], where: str, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Forks inherit the answer: a sweep probes once, and one without reference lines never."""
+    """Forks inherit the answer: a sweep probes once, and one without lines, and latencies beside them, never."""
     probed: list[int] = []
     monkeypatch.setattr(server, "probed_cpu", probed.append)
     case = json.loads(replace(CASE, threads=2, device=where).to_json())

@@ -8,6 +8,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -368,17 +369,24 @@ def gated_is_rare(case: Case, metric: str, _luck: random.Random) -> Result | Non
 SPOILS = (nothing, scattered, latency_only, without_none, one_pair, all_doubtful, tied, gated_is_rare)
 
 
-def made_up(path: Path, spoil: Spoil, seed: int = 0, **change: Any) -> Path:
-    """Write a store."""
-    with create_store(path) as store:
-        fill(store, seed, spoil, **change)
-    return path
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Stores by how they are spoilt and from which seed, each written once."""
+
+    @cache
+    def write(spoil: Spoil, seed: int = 0) -> Path:
+        path = tmp_path_factory.mktemp("made-up") / "x.sqlite"
+        with create_store(path) as store:
+            fill(store, seed, spoil)
+        return path
+
+    return write
 
 
 @pytest.mark.parametrize(("spoil", "seed"), [*((each, 0) for each in SPOILS), (scattered, 1), (latency_only, 2)])
-def test_every_sentence_is_what_loops_over_the_rows_find(spoil: Spoil, seed: int, tmp_path: Path) -> None:
+def test_every_sentence_is_what_loops_over_the_rows_find(spoil: Spoil, seed: int, made_up: Callable[..., Path]) -> None:
     """All of them and no other, word by word, whatever survived."""
-    path = made_up(tmp_path / "x.sqlite", spoil, seed)
+    path = made_up(spoil, seed)
 
     assert sorted(told_by_the_report(path)) == sorted(told_again(path))
 
@@ -408,43 +416,43 @@ def test_two_devices_never_meet_in_a_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [one_pair, all_doubtful])
-def test_nothing_is_said_of_latencies_that_are_too_few(spoil: Spoil, tmp_path: Path) -> None:
+def test_nothing_is_said_of_latencies_that_are_too_few(spoil: Spoil, made_up: Callable[..., Path]) -> None:
     """One pair is no rule, and a doubt is none; what is exact is told all the same."""
-    told = told_by_the_report(made_up(tmp_path / "x.sqlite", spoil))
+    told = told_by_the_report(made_up(spoil))
 
     assert not any("latency" in text or "training step" in text for text in told)
     assert any(text.startswith("Variants") and "parameters" in text for text in told)
 
 
-def test_a_tie_names_all_who_tie(tmp_path: Path) -> None:
+def test_a_tie_names_all_who_tie(made_up: Callable[..., Path]) -> None:
     """Nobody wins by standing first in a table."""
-    told = told_by_the_report(made_up(tmp_path / "x.sqlite", tied))
+    told = told_by_the_report(made_up(tied))
 
     assert any("U-Net, UNet++ and UNet 3+ are equally the cheapest in parameters" in text for text in told)
     assert any("concat, sum and gated are equally the cheapest in" in text for text in told)
     assert not any(" is the cheapest" in text or " is the dearest" in text for text in told)
 
 
-def test_a_failure_without_skips_silences_what_is_told_in_its_terms(tmp_path: Path) -> None:
+def test_a_failure_without_skips_silences_what_is_told_in_its_terms(made_up: Callable[..., Path]) -> None:
     """Schemes are told as times no skips: where that has no number there is no sentence, and none over other cells."""
-    told = told_by_the_report(made_up(tmp_path / "x.sqlite", without_none))
+    told = told_by_the_report(made_up(without_none))
 
     of_schemes = [text for text in told if text.startswith(("What skips cost", "Cheapest skips"))]
     assert of_schemes
     assert not any("latency" in text for text in of_schemes)
 
 
-def test_latencies_that_cross_have_no_cheapest(tmp_path: Path) -> None:
+def test_latencies_that_cross_have_no_cheapest(made_up: Callable[..., Path]) -> None:
     """Scattered by 40 % either way, schemes that are a tenth apart cannot be told apart, and are not."""
-    told = told_by_the_report(made_up(tmp_path / "x.sqlite", nothing))
+    told = told_by_the_report(made_up(nothing))
 
     assert any("cannot be told apart as the cheapest in latency" in text for text in told)
     assert not any(text.startswith("Cheapest") and "is the cheapest in latency" in text for text in told)
 
 
-def test_a_scheme_with_few_cells_is_left_out_by_name(tmp_path: Path) -> None:
+def test_a_scheme_with_few_cells_is_left_out_by_name(made_up: Callable[..., Path]) -> None:
     """It does not shrink what the others are compared in."""
-    told = told_by_the_report(made_up(tmp_path / "x.sqlite", gated_is_rare))
+    told = told_by_the_report(made_up(gated_is_rare))
 
     latency = [text for text in told if text.startswith("Cheapest skips: Of concat and sum, in U-Net")]
     assert len(latency) == 1
