@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from skipcost.bench.cases import MAX_BATCH
 from skipcost.bench.errors import BenchError
 
 PIPED_WIDTH = 200  # columns for a pipe or a file; a terminal has its own
@@ -37,15 +38,35 @@ SIZE = Annotated[str, typer.Option(help="of the image: 512, or 480x640 (height x
 
 
 def settings_of(texts: list[str] | None) -> dict[str, list[str]]:
-    """Read `--set key=v1,v2`, each given once or more."""
-    settings = {}
+    """Read `--set key=v1,v2`, each given once or more; the values of a key that is given again are added."""
+    settings: dict[str, list[str]] = {}
     for text in texts or []:
         key, separator, values = text.partition("=")
         if not separator or not values:
             message = f"--set {text!r} is not key=v1,v2"
             raise BenchError(message)
-        settings[key] = values.split(",")
+        settings.setdefault(key, []).extend(value.strip() for value in values.split(","))
     return settings
+
+
+def number(title: str, low: float, high: float) -> Any:
+    """An option that is a number from `low` to `high`, or a list of them; help and refusal say the range.
+
+    typer's own `min` and `max` let nan pass, since it is not below or above anything.
+    """
+
+    def check(param: typer.CallbackParam, value: Any) -> Any:
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None and not low <= each <= high:
+                kind = "whole number" if isinstance(each, int) else "number"
+                message = f"{param.opts[-1]} {each} is not a {kind} from {low} to {high}"
+                raise BenchError(message)
+        return value
+
+    return typer.Option(help=f"{title}; {low} to {high}", callback=check)
+
+
+BATCH = Annotated[int, number("images in a step", 1, MAX_BATCH)]
 
 
 def progress_bar() -> Progress:

@@ -125,6 +125,6 @@ def print_equal(facts: dict[str, Any], console: Console) -> None:
         also = f"also {', '.join(row['aliases'])}" if row["aliases"] else ""
         own = row is facts["given"]
         extra = [figures.text(row["receptive_field"], "pixels"), "given" if own else f"{row['off']:+.2%}", also]
-        table.add_row(*cells(row, columns), *extra, style="bold" if own else None)
+        table.add_row(*cells(row, columns, facts["limits"]), *extra, style="bold" if own else None)
     console.print(table)
     print_left_out(facts["left_out"], console)

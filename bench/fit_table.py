@@ -76,12 +76,13 @@ def print_plan(facts: dict[str, Any], console: Console) -> None:
     """An nnU-Net plan: the nearest network and what it costs, what differs, then what else fits in its memory."""
     plan, given, columns = facts["plan"], facts["given"], columns_of(facts)
     console.print(
-        f"[bold]{escape(plan['name'])}[/bold], nnU-Net's 2d configuration: {plan['batch']} patches of "
+        f"[bold]{escape(plan['name'])}[/bold], nnU-Net's {escape(plan['configuration'])} configuration: "
+        f"{plan['batch']} patches of "
         f"{plan['height']}x{plan['width']}",
         highlight=False,
     )
     table = new_table("nearest network", "batch", *[limit.title for limit in columns], "sees")
-    table.add_row(*cells(given, columns), figures.text(plan["receptive_field"], "pixels"))
+    table.add_row(*cells(given, columns, facts["limits"]), figures.text(plan["receptive_field"], "pixels"))
     console.print(table)
     for text in plan["differences"]:
         console.print(f"  differs: {escape(text)}", highlight=False, style="dim")
@@ -98,10 +99,10 @@ def print_rows(facts: dict[str, Any], console: Console) -> None:
     for number, row in enumerate(facts["rows"], 1):
         extra = [figures.text(row["receptive_field"], "pixels"), "-" if row["score"] is None else f"{row['score']:.4g}"]
         also = f"also {', '.join(row['aliases'])}" if row["aliases"] else ""
-        table.add_row(str(number), *cells(row, columns), *extra, _joined(also, row["remark"]))
+        table.add_row(str(number), *cells(row, columns, facts["limits"]), *extra, _joined(also, row["remark"]))
         for title, other in _border(row):
             remark = _joined(f"{title}{_breaks(other)}", other["remark"])
-            table.add_row("", *cells(other, columns), "", "", remark, style="dim")
+            table.add_row("", *cells(other, columns, facts["limits"]), "", "", remark, style="dim")
         if row["outside"] is None:
             table.add_row("", "", "", *[""] * len(columns), "", "", "the widest to choose from", style="dim")
     if all(row["score"] is None for row in facts["rows"]):
@@ -115,13 +116,18 @@ def columns_of(facts: dict[str, Any]) -> list[Limit]:
     return [limit for limit in LIMITS.values() if limit.key in facts["origins"]]
 
 
-def cells(row: dict[str, Any], columns: Sequence[Limit]) -> list[str]:
-    """Label, with a backend other than eager, batch, and each figure in words, a middle one before the checked one."""
+def cells(row: dict[str, Any], columns: Sequence[Limit], most: dict[str, float]) -> list[str]:
+    """Label, with a backend other than eager, batch, and each figure in words, a middle one before the checked one.
+
+    A figure that breaks its limit, of those in `most`, has as many digits as it takes to be seen to.
+    """
     label = row["label"] if row["backend"] == "eager" else f"{row['label']}, {row['backend']}"
     cells = [label, str(row["batch"])]
     for limit in columns:
         value, middle = row.get(limit.key, math.nan), row.get(f"{limit.key}_middle")
         text = "unknown" if value is None else "not run" if math.isnan(value) else limit.text(value)
+        if value is not None and value > most.get(limit.key, math.inf):
+            text = limit.beside(value, most[limit.key])[0]
         cells.append(text if middle is None else f"{limit.text(middle)} ({text})")
     return cells
 

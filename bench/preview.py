@@ -87,7 +87,9 @@ def print_preview(facts: dict[str, Any], console: Console) -> None:
         remarks += ["will not fit"] if case["will_not_fit"] else []
         remarks += [case["note"]] if case["note"] else []
         remarks += [f"also {', '.join(case['aliases'])}"] if case["aliases"] else []
-        table.add_row(escape(case["name"]), figures.text(case["predicted_bytes"], "bytes"), escape("; ".join(remarks)))
+        peak, limit = case["predicted_bytes"], facts["memory_limit_bytes"]
+        told = figures.apart(peak, limit, "bytes")[0] if case["will_not_fit"] else figures.text(peak, "bytes")
+        table.add_row(escape(case["name"]), told, escape("; ".join(remarks)))
     console.print(table)
     for text, reason in facts["left_out"].items():
         console.print(f"left out: {text}: {reason}", highlight=False)
