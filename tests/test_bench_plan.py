@@ -130,7 +130,7 @@ def test_a_gpu_sweep_has_the_gpus_defaults(tmp_path: Path) -> None:
         ("[[grid]]\nskip = ['concat', 'sun']\n", "unknown skip 'sun'; did you mean 'sum'"),
         ("[[grid]]\nmetrics = ['latency']\n", r"unknown metric 'latency'; did you mean 'latency_s'"),
         ("[[grid]]\nmode = 'train'\n", "unknown mode 'train'; did you mean 'training'"),
-        ("[[grid]]\ndepth = 9\n", "no case is left: depth=9 is not a whole number from 1 to 7"),
+        ("[[grid]]\ndepth = 13\n", "no case is left: depth=13 is not a whole number from 1 to 12"),
         ("[[grid]]\ndepth = []\n", "depth is an empty list"),
         ("[[grid]]\nsize = '12by12'\n", "is not an image size: write 512, or 480x640"),
         ("[[grid]]\nlabel = 'unet/4'\n", "is not a label: write variant/dDEPTH/wWIDTH/skip"),
