@@ -43,15 +43,15 @@ def ab(
     settings: SET = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     release: Annotated[str | None, typer.Option(help="compare with this revision too: small steps add up")] = None,
-    effect: Annotated[float, number("the relative change that has to be seen", 0, 10)] = DEFAULT.effect,
+    effect: Annotated[float, number("the relative change that has to be seen", 0, 10, float)] = DEFAULT.effect,
     pairs: Annotated[int, number("of fresh processes, per case", 3, 1000)] = DEFAULT.pairs,
-    seconds: Annotated[float, number("of turns, per case and pair", 0.01, 3600)] = DEFAULT.seconds,
+    seconds: Annotated[float, number("of turns, per case and pair", 0.01, 3600, float)] = DEFAULT.seconds,
     strict: Annotated[bool, typer.Option("--strict", help="exit with 3 where a case is inconclusive")] = False,  # noqa: FBT002
     self_test: Annotated[bool, typer.Option("--self-test", help="measure false alarms and power instead")] = False,  # noqa: FBT002
     runs: Annotated[int, number("of the self-test, per slowdown", 1, 1000)] = 5,
     slowdown: Annotated[
         list[float] | None,
-        number("of the self-test, as a share of the measured call; may be repeated", 0, 1),
+        number("of the self-test, as a share of the measured call; may be repeated", 0, 1, float),
     ] = None,
     junit: JUNIT = None,
     kept: KEPT = None,

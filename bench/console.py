@@ -49,21 +49,27 @@ def settings_of(texts: list[str] | None) -> dict[str, list[str]]:
     return settings
 
 
-def number(title: str, low: float, high: float) -> Any:
+def number(title: str, low: float, high: float, kind: type[int | float] = int) -> Any:
     """An option that is a number from `low` to `high`, or a list of them; help and refusal say the range.
 
     typer's own `min` and `max` let nan pass, since it is not below or above anything.
     """
 
+    def read(text: object) -> object:
+        try:
+            return kind(text) if str(text).isascii() else text  # type: ignore[call-overload]
+        except ValueError:
+            return text  # no number: said below, where the option's name is known
+
     def check(param: typer.CallbackParam, value: Any) -> Any:
         for each in value if isinstance(value, list) else [value]:
-            if each is not None and not low <= each <= high:
-                kind = "whole number" if isinstance(each, int) else "number"
-                message = f"{param.opts[-1]} {each} is not a {kind} from {low} to {high}"
+            if each is not None and (isinstance(each, str) or not low <= each <= high):
+                whole = "whole " if kind is int else ""
+                message = f"{param.opts[-1]} {each!r} is not a {whole}number from {low} to {high}"
                 raise BenchError(message)
         return value
 
-    return typer.Option(help=f"{title}; {low} to {high}", callback=check)
+    return typer.Option(help=f"{title}; {low} to {high}", parser=read, callback=check, metavar=f"<{kind.__name__}>")
 
 
 BATCH = Annotated[int, number("images in a step", 1, MAX_BATCH)]

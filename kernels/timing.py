@@ -18,13 +18,14 @@ Clock = Callable[[Callable[[], object], int], list[float]]
 FLAT = 0.05  # the last calls are flat when two medians of three differ by less than this
 WINDOW = 3
 BLOCK = 16
+MOST = 1e6  # of a number in a budget: some twelve days
 
 
 def check_number(name: str, value: object, above: float = float("-inf")) -> None:
-    """Refuse what is no number, or not above a bound; ValueError says what was received."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > above:
+    """Refuse what is no number, not above a bound or beyond any use, so nan; ValueError says what was received."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not above < value <= MOST:
         accepted = "a number" if above == float("-inf") else f"a number above {above:g}"
-        message = f"{name}={value!r} is not {accepted}"
+        message = f"{name}={value!r} is not {accepted}, {MOST:.0f} at most"
         raise ValueError(message)
 
 

@@ -137,6 +137,13 @@ def test_a_gpu_sweep_has_the_gpus_defaults(tmp_path: Path) -> None:
         ("[timing]\nseconds = -1\n[[grid]]\n", "cannot be kept"),
         ("[timing]\nsecond = 1\n[[grid]]\n", "second"),
         ("[timing]\nseconds = 'x'\n[[grid]]\n", "seconds='x' is not a number"),
+        ("[timing]\nseconds = inf\n[[grid]]\n", "seconds=inf is not a number, 1000000 at most"),
+        ("[timing]\nnoise = nan\n[[grid]]\n", "noise=nan is not a number"),
+        (
+            "[limits]\ncase_seconds = 1e300\n[[grid]]\n",
+            "case_seconds=1e[+]300 is not a number above 0, 1000000 at most",
+        ),
+        ('[limits]\nmemory = "12"\n[[grid]]\n', "12 alone would be 12 bytes: write 12GiB or 12GB"),
         ("[limits]\ncase_seconds = 'x'\n[[grid]]\n", "case_seconds='x' is not a number above 0"),
         ("[limits]\ncase_seconds = 0\n[[grid]]\n", "case_seconds=0 is not a number above 0"),
         ("[limits]\nmemory = '8 gigs'\n[[grid]]\n", "write 8GiB"),

@@ -178,7 +178,7 @@ def _from_text(key: str, text: str) -> int | bool | None:
     if text.lower() in _WORDS and (key == "bias" or text.lower() == "none"):
         return _WORDS[text.lower()]
     try:
-        return int(text)
+        return int(text.encode("ascii"))  # int() reads the digits of every script; UnicodeError is a ValueError
     except ValueError:
         accepted = "true or false" if key == "bias" else "a whole number"
         message = f"{key}={text!r} is not {accepted}"
