@@ -55,9 +55,9 @@ def number(title: str, low: float, high: float, kind: type[int | float] = int) -
     typer's own `min` and `max` let nan pass, since it is not below or above anything.
     """
 
-    def read(text: object) -> object:
+    def read(text: Any) -> Any:
         try:
-            return kind(text) if str(text).isascii() else text  # type: ignore[call-overload]
+            return kind(text) if str(text).isascii() else text
         except ValueError:
             return text  # no number: said below, where the option's name is known
 

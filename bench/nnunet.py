@@ -167,7 +167,6 @@ def _plan(path: Path, content: dict[str, Any], name: str, settings: dict[str, An
         *_odd_blocks(stages),
         *notes,
         *_counted(spec, finest, coarser, size),
-        KEPT,
         _activations(stages),
     ]
     step = 1 << spec.depth
@@ -216,7 +215,7 @@ def _counted(spec: ModelSpec, finest: Count, coarser: Count, size: Pair) -> list
             f"{size[0]}x{size[1]} has no pixel left"
         )
         raise ValueError(message) from None
-    told = [EQUAL]
+    told = [EQUAL, KEPT]
     if ours != finest:
         told = [POOLED]
         told.append(
@@ -262,7 +261,7 @@ def _odd_blocks(stages: Stages) -> list[str]:
     if not stages.bias:
         odd.append("the plan's transposed convolutions have no bias, ours do")
     if stages.dropout:
-        odd.append(f"the plan has {stages.dropout} behind every convolution, ours none: in training it takes more")
+        odd.append(f"the plan has {stages.dropout} behind every convolution, ours none: its masks are kept in training")
     if stages.act_first:
         odd.append("the plan's activations come before the norm (nonlin_first), ours after it")
     odd += [f"the plan's network is given {name}, which is not looked at" for name in stages.unread]

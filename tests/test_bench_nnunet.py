@@ -42,10 +42,10 @@ def test_a_plan_becomes_the_nearest_case(name: str, expected: tuple[str, str, in
     title, label, batch, height, width = expected
     assert (plan.name, plan.configuration, plan.batch, plan.height, plan.width) == (title, "2d", batch, height, width)
     assert plan.spec == ModelSpec.parse(label)
-    unknown, equal, heads, *rest = plan.differences
-    assert (unknown, equal) == (CLASSES_UNKNOWN, EQUAL)
+    unknown, equal, kept, heads, *rest = plan.differences
+    assert (unknown, equal, kept) == (CLASSES_UNKNOWN, EQUAL, KEPT)
     assert heads.startswith("nnU-Net has a head at every decoder level for deep supervision, here at the finest: 1x1")
-    assert rest == [KEPT, f"nnU-Net uses LeakyReLU, here ReLU, in place; {LOSS}"]
+    assert rest == [f"nnU-Net uses LeakyReLU, here ReLU, in place; {LOSS}"]
 
 
 def test_the_heads_of_coarser_levels_are_counted_apart() -> None:
@@ -236,7 +236,7 @@ def test_what_changes_the_sums_is_said_with_both_of_them(
     pairs = ((plan.params, ours.params()), (plan.conv_macs, ours.conv_macs(plan.height, plan.width)))
     (sums,) = (text for text in plan.differences if text.startswith("in all, the plan's own network has "))
     assert any(told in text for text in plan.differences)
-    assert EQUAL not in plan.differences
+    assert not {EQUAL, KEPT} & set(plan.differences)
     assert any(own != mine for own, mine in pairs)
     for own, mine in pairs:
         assert f"{own:,} (ours {f'{mine:,}, {mine / own - 1:+.2%}' if own != mine else 'as many'})" in sums
@@ -249,7 +249,7 @@ def test_what_changes_the_sums_is_said_with_both_of_them(
             lambda settings: settings["architecture"]["arch_kwargs"].update(
                 dropout_op="torch.nn.Dropout2d", dropout_op_kwargs={"p": 0.1, "inplace": True}
             ),
-            "the plan has Dropout2d(p=0.1) behind every convolution, ours none: in training it takes more",
+            "the plan has Dropout2d(p=0.1) behind every convolution, ours none: its masks are kept in training",
         ),
         (set_in_architecture("nonlin_first", True), "activations come before the norm (nonlin_first), ours after it"),
         (
