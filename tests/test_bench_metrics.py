@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from skipcost.bench.cases import Case
-from skipcost.bench.figures import FORMATS, apart, text
+from skipcost.bench.figures import FORMATS, text
 from skipcost.bench.metrics import COUNTED, MEASURED, METRICS, PREDICTED
 from skipcost.kernels.timing import Budget
 from skipcost.unet_models import ModelSpec
@@ -72,22 +72,3 @@ def test_work_is_counted_for_the_whole_batch(name: str) -> None:
 def test_units_are_formatted_at_the_edge(value: float | None, unit: str, shown: str) -> None:
     """Base values become three significant figures with a unit; bytes in powers of two."""
     assert text(value, unit) == shown
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "unit", "shown"),
-    [
-        (12 * 2**30, 12.03 * 2**30, "bytes", ("12.00 GiB", "12.03 GiB")),
-        (12 * 2**30, 12 * 2**30 + 1, "bytes", ("12.000000000 GiB", "12.000000001 GiB")),
-        (8 * 2**30, 24 * 2**30, "bytes", ("8.00 GiB", "24.0 GiB")),
-        (1_000_000, 1_000_400, "count", ("1.0000 M", "1.0004 M")),
-        (0.0150, 0.01501, "seconds", ("15.00 ms", "15.01 ms")),
-        (125.0, 125.4, "seconds", ("125.0 s", "125.4 s")),
-        (5990, 5990, "count", ("5.99 k", "5.99 k")),
-    ],
-)
-def test_figures_that_are_compared_have_the_digits_that_tell_them_apart(
-    first: float, second: float, unit: str, shown: tuple[str, str]
-) -> None:
-    """Three digits, or as many as it takes for unequal values to look unequal."""
-    assert apart(first, second, unit) == shown
