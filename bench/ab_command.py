@@ -17,7 +17,7 @@ from skipcost.bench.ab import Arena, Journal, Rules, Subject, compare
 from skipcost.bench.arenas import benchmarks_arena, benchmarks_of, cases_arena
 from skipcost.bench.benchmarks import is_benchmarks
 from skipcost.bench.cases import CHOICES, Case
-from skipcost.bench.console import ERR, JSON, JUNIT, KEPT, OUT, SET, Bar, check_outputs, settings_of
+from skipcost.bench.console import ERR, JSON, JUNIT, KEPT, OUT, SET, Bar, check_outputs, number, settings_of
 from skipcost.bench.environment import code_hash, cpus
 from skipcost.bench.errors import BenchError
 from skipcost.bench.plan import load_plan
@@ -44,15 +44,15 @@ def ab(
     settings: SET = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     release: Annotated[str | None, typer.Option(help="compare with this revision too: small steps add up")] = None,
-    effect: Annotated[float, typer.Option(help="the relative change that has to be seen")] = DEFAULT.effect,
-    pairs: Annotated[int, typer.Option(help="of fresh processes, per case", min=3)] = DEFAULT.pairs,
-    seconds: Annotated[float, typer.Option(help="of turns, per case and pair", min=0.01)] = DEFAULT.seconds,
+    effect: Annotated[float, number("the relative change that has to be seen", 0, 10, float)] = DEFAULT.effect,
+    pairs: Annotated[int, number("of fresh processes, per case", 3, 1000)] = DEFAULT.pairs,
+    seconds: Annotated[float, number("of turns, per case and pair", 0.01, 3600, float)] = DEFAULT.seconds,
     strict: Annotated[bool, typer.Option("--strict", help="exit with 3 where a case is inconclusive")] = False,  # noqa: FBT002
     self_test: Annotated[bool, typer.Option("--self-test", help="measure false alarms and power instead")] = False,  # noqa: FBT002
-    runs: Annotated[int, typer.Option(help="of the self-test, per slowdown", min=1)] = 5,
+    runs: Annotated[int, number("of the self-test, per slowdown", 1, 1000)] = 5,
     slowdown: Annotated[
         list[float] | None,
-        typer.Option(help="of the self-test, as a share of the measured call; may be repeated", min=0.0, max=1.0),
+        number("of the self-test, as a share of the measured call; may be repeated", 0, 1, float),
     ] = None,
     junit: JUNIT = None,
     kept: KEPT = None,

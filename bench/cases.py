@@ -12,6 +12,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any
 
 from skipcost.bench.custom import CLASSES, Factory, UnsupportedError
+from skipcost.bench.units import MAX_SIDE
 from skipcost.unet_models import ModelSpec, SkipGraph
 from skipcost.unet_models.spec import check_flag, check_integer, suggest
 
@@ -28,6 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 # The flat names of sweeps and tables: a spec's `width` is channels, so the image's sides carry their own prefix.
 FLAT_NAMES = {"height": "image_height", "width": "image_width"}
 TRAINING_FIELDS = ("optimizer", "loss")
+MAX_BATCH, MAX_THREADS = 65536, 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class Case:
         for name, accepted in CHOICES.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(suggest(name, getattr(self, name), accepted))
-        for name, top in (("batch", 65536), ("height", 65536), ("width", 65536), ("threads", 1024)):
+        for name, top in (("batch", MAX_BATCH), ("height", MAX_SIDE), ("width", MAX_SIDE), ("threads", MAX_THREADS)):
             check_integer(FLAT_NAMES.get(name, name), getattr(self, name), 1, top)
         check_flag("cudnn_benchmark", self.cudnn_benchmark)
         if self.mode == "training":

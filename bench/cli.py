@@ -11,7 +11,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -32,7 +32,21 @@ from skipcost.bench import explain as explaining
 from skipcost.bench import fit as fitting
 from skipcost.bench import show as showing
 from skipcost.bench.cases import CHOICES
-from skipcost.bench.console import DB, DEVICE, ERR, JSON, MODEL, OUT, SET, SIZE, SWEEP, progress_bar, settings_of
+from skipcost.bench.console import (
+    BATCH,
+    DB,
+    DEVICE,
+    ERR,
+    JSON,
+    MODEL,
+    OUT,
+    SET,
+    SIZE,
+    SWEEP,
+    number,
+    progress_bar,
+    settings_of,
+)
 from skipcost.bench.driver import Server, pending, recognised
 from skipcost.bench.driver import sweep as run_sweep
 from skipcost.bench.environment import cpus
@@ -93,14 +107,14 @@ def plan(
     as_json: JSON = False,  # noqa: FBT002 - a flag of the command line
 ) -> None:
     """Show what a sweep would run: cases, predicted memory, what will not fit, time left. Measures nothing."""
-    with _planned(sweep, model, settings, device) as (planned, server):
-        todo = list(planned.cases)
-        if store is not None and store.is_file():
-            with open_store(store) as opened:
-                todo = pending(planned, opened, server.environment["fingerprint"])
-        with progress_bar() as progress:
-            bar = progress.add_task("tracing memory", total=len(todo))
-            facts = preview(planned, todo, server, lambda: progress.advance(bar))
+    with (
+        open_store(store) if store else nullcontext() as opened,
+        _planned(sweep, model, settings, device) as (planned, server),
+        progress_bar() as progress,
+    ):
+        todo = pending(planned, opened, server.environment["fingerprint"]) if opened else list(planned.cases)
+        bar = progress.add_task("tracing memory", total=len(todo))
+        facts = preview(planned, todo, server, lambda: progress.advance(bar))
     OUT.print_json(data=facts) if as_json else print_preview(facts, OUT)
 
 
@@ -111,7 +125,7 @@ def sweep(
     store: Annotated[Path | None, typer.Option("-o", help="the store; default results/SWEEP.sqlite")] = None,
     device: DEVICE = "auto",
     settings: SET = None,
-    seed: Annotated[int, typer.Option(help="of the order in which the cases run")] = 0,
+    seed: Annotated[int, number("of the order in which the cases run", 0, 2**32 - 1)] = 0,
     again: Annotated[bool, typer.Option("--again", help="measure everything anew; the newer rows are read")] = False,  # noqa: FBT002
     retry: Annotated[bool, typer.Option("--retry", help="try what failed again; the newer rows are read")] = False,  # noqa: FBT002
 ) -> None:
@@ -188,7 +202,7 @@ def show(
 def explain(
     label: Annotated[str, typer.Argument(help="a network, e.g. unet3+/d4/w64/concat")],
     size: SIZE = "512",
-    batch: int = 1,
+    batch: BATCH = 1,
     precision: Annotated[str, typer.Option(help=", ".join(explaining.VALUE_BYTES))] = "fp32",
     mode: Annotated[str, typer.Option(help=", ".join(CHOICES["mode"]))] = "inference",
     as_json: JSON = False,  # noqa: FBT002 - a flag of the command line
@@ -197,9 +211,6 @@ def explain(
     for name, value in (("precision", precision), ("mode", mode)):
         if value not in CHOICES[name]:
             raise BenchError(suggest(name, value, CHOICES[name]))
-    if batch < 1:
-        message = f"--batch {batch} is not 1 or more"
-        raise BenchError(message)
     try:
         facts = explaining.explain(ModelSpec.parse(label), parse_size(size), batch, precision, mode)
     except ValueError as error:

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
+from skipcost.bench.cases import MAX_BATCH
 from skipcost.bench.errors import BenchError
 from skipcost.kernels import outputs
 from skipcost.kernels.console import visible
@@ -162,14 +163,14 @@ SIZE = Annotated[str, typer.Option(help="of the image: 512, or 480x640 (height x
 
 
 def settings_of(texts: list[str] | None) -> dict[str, list[str]]:
-    """Read `--set key=v1,v2`, each given once or more."""
-    settings = {}
+    """Read `--set key=v1,v2`, each given once or more; the values of a key that is given again are added."""
+    settings: dict[str, list[str]] = {}
     for text in texts or []:
         key, separator, values = text.partition("=")
         if not separator or not values:
             message = f"--set {text!r} is not key=v1,v2"
             raise BenchError(message)
-        settings[key] = values.split(",")
+        settings.setdefault(key, []).extend(value.strip() for value in values.split(","))
     return settings
 
 
@@ -270,6 +271,32 @@ class Bar(Progress):
 
 def _minutes(seconds: float) -> str:
     return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+
+
+def number(title: str, low: float, high: float, kind: type[int | float] = int) -> Any:
+    """An option that is a number from `low` to `high`, or a list of them; help and refusal say the range.
+
+    typer's own `min` and `max` let nan pass, since it is not below or above anything.
+    """
+
+    def read(text: Any) -> Any:
+        try:
+            return kind(text) if str(text).isascii() else text
+        except ValueError:
+            return text  # no number: said below, where the option's name is known
+
+    def check(param: typer.CallbackParam, value: Any) -> Any:
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None and (isinstance(each, str) or not low <= each <= high):
+                whole = "whole " if kind is int else ""
+                message = f"{param.opts[-1]} {each!r} is not a {whole}number from {low} to {high}"
+                raise BenchError(message)
+        return value
+
+    return typer.Option(help=f"{title}; {low} to {high}", parser=read, callback=check, metavar=f"<{kind.__name__}>")
+
+
+BATCH = Annotated[int, number("images in a step", 1, MAX_BATCH)]
 
 
 def progress_bar() -> Progress:

@@ -10,12 +10,13 @@ import typer
 
 from skipcost.bench import figures
 from skipcost.bench.cases import Case
-from skipcost.bench.console import JSON, OUT, SIZE, Column, Screen
+from skipcost.bench.console import BATCH, JSON, OUT, SIZE, Column, Screen, number
 from skipcost.bench.custom import Factory
 from skipcost.bench.errors import BenchError
 from skipcost.bench.units import parse_size
 from skipcost.bench.worker import refusal_of
 from skipcost.unet_models import ModelSpec
+from skipcost.unet_models.spec import MAX_CHANNELS
 
 if TYPE_CHECKING:
     from skipcost.bench.counters import Part, Place, Testimony
@@ -36,8 +37,8 @@ def counters(
         str | None, typer.Option(help="package.module:factory of a model of your own, in place of a label")
     ] = None,
     size: SIZE = "128",
-    batch: int = 1,
-    in_channels: Annotated[int, typer.Option(help="of the image that --model reads")] = 1,
+    batch: BATCH = 1,
+    in_channels: Annotated[int, number("of the image that --model reads", 1, MAX_CHANNELS)] = 1,
     as_json: JSON = False,  # noqa: FBT002 - a flag of the command line
 ) -> None:
     """Count one network's MACs with every counter at hand, and say at which operator each parts from arithmetic."""

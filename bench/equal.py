@@ -124,7 +124,7 @@ def print_equal(facts: dict[str, Any], console: Screen) -> None:
         also = f"also {', '.join(row['aliases'])}" if row["aliases"] else ""
         own = row is facts["given"]
         extra = [figures.text(row["receptive_field"], "pixels"), "given" if own else f"{row['off']:+.2%}", also]
-        rows.append((*cells(row, columns), *extra))
+        rows.append((*cells(row, columns, facts["limits"]), *extra))
     named = fit_columns("network", "batch", *[limit.title for limit in columns], "sees", "off", "")
     console.table(named, rows, ["bold", *[""] * len(facts["rows"])], ALL)
     print_left_out(facts["left_out"], console)

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from skipcost.bench.cases import CHOICES, usual_values
-from skipcost.bench.console import JSON, OUT
+from skipcost.bench.cases import CHOICES, MAX_BATCH, usual_values
+from skipcost.bench.console import JSON, OUT, number
 from skipcost.bench.equal import equal_facts, given_case, print_equal
 from skipcost.bench.errors import BenchError
 from skipcost.bench.fit_answer import answer, answer_plan
@@ -21,15 +21,16 @@ from skipcost.bench.fit_gauge import target_named
 from skipcost.bench.fit_limits import LIMITS
 from skipcost.bench.fit_question import Question, ask, equal_gauge, measuring
 from skipcost.bench.fit_table import print_plan, print_rows
-from skipcost.bench.nnunet import read_plan
+from skipcost.bench.nnunet import Plan, read_plan
 from skipcost.unet_models.spec import suggest
 
+ROWS, MOST_ROWS = 10, 1000
 MEMORY = Annotated[str | None, typer.Option(help="at most: 24GiB (2**30 bytes each) or 24GB (10**9)")]
 LATENCY = Annotated[str | None, typer.Option(help="of one step, at most: 15ms, 0.2s")]
 MACS = Annotated[str | None, typer.Option(help="of one image, forward, at most: 50G")]
 PARAMS = Annotated[str | None, typer.Option(help="at most: 31M")]
 MODE = Annotated[str | None, typer.Option(help=f"{', '.join(CHOICES['mode'])}; default inference")]
-BATCH = Annotated[int | None, typer.Option(help="images in a step; without it the largest that fits is found")]
+BATCH = Annotated[int | None, number("images in a step, without it the largest that fits", 1, MAX_BATCH)]
 TARGET = Annotated[str | None, typer.Option("--device", help="a GPU (h100, t4, ...) or cpu; default: this machine's")]
 CHOICE = Annotated[
     list[str] | None,
@@ -37,16 +38,16 @@ CHOICE = Annotated[
 ]
 QUALITY = Annotated[Path | None, typer.Option(help="CSV of label,score[,seed]: rank by the mean score")]
 MEASURE = Annotated[bool, typer.Option("--measure", help="time the best candidates on this machine, there and then")]
-TOP = Annotated[int | None, typer.Option(min=1, help="how many networks to show; default 10")]
+TOP = Annotated[int | None, number("how many networks to show, default 10", 1, MOST_ROWS)]
 EQUAL = Annotated[
     str | None, typer.Option(help=f"{', '.join(LIMITS)}: the widths at which others cost what LABEL does")
 ]
 NNUNET = Annotated[Path | None, typer.Option(help="an nnUNetPlans.json: what its network costs, what else fits")]
+CONFIGURATION = Annotated[str | None, typer.Option(help="of the plan: a 2-D one; default 2d, or the only one")]
 LABEL = Annotated[str | None, typer.Argument(help="with --equal: a network, e.g. unet/d4/w64/concat")]
 
-ROWS = 10
 BESIDE_EQUAL = ("size", "mode", "precision", "optimizer", "batch", "device", "set")
-BESIDE_NNUNET = ("params", "macs", "latency", "precision", "optimizer", "top", "device", "set")
+BESIDE_NNUNET = ("configuration", "params", "macs", "latency", "precision", "optimizer", "top", "device", "set")
 
 
 def fit(
@@ -66,20 +67,22 @@ def fit(
     measure: MEASURE = False,  # noqa: FBT002 - a flag of the command line
     equal: EQUAL = None,
     nnunet: NNUNET = None,
+    configuration: CONFIGURATION = None,
     top: TOP = None,
     as_json: JSON = False,  # noqa: FBT002 - a flag of the command line
 ) -> None:
     """Find the best networks that fit: variant, depth, width, skip scheme and batch under limits that you name."""
     texts = {"params": params, "macs": macs, "memory": memory, "latency": latency}
     case = {"size": size, "mode": mode, "precision": precision, "optimizer": optimizer}
-    others = {"batch": batch, "quality": quality, "measure": measure, "top": top, "equal": equal}
-    given = [name for name, value in (texts | case | others).items() if value]
+    others = {"batch": batch, "quality": quality, "measure": measure or None, "top": top, "equal": equal}
+    others["configuration"] = configuration
+    given = [name for name, value in (texts | case | others).items() if value is not None]
     rows = top or ROWS
     if nnunet:
         _refuse([*given, *(["LABEL"] if label else [])], "--nnunet", BESIDE_NNUNET)
-        facts = _beside_plan(nnunet, texts, case, device, settings, rows)
+        facts = _beside_plan(read_plan(nnunet, configuration), texts, case, device, settings, rows)
         show = print_plan
-    elif equal or label:
+    elif equal is not None or label is not None:
         _refuse([name for name in given if name != "equal"], "--equal", BESIDE_EQUAL)
         facts = _equal(equal, label, ask({}, case, batch, device, settings))
         show = print_equal
@@ -100,15 +103,14 @@ def _refuse(given: list[str], by: str, accepted: tuple[str, ...]) -> None:
 
 
 def _beside_plan(
-    path: Path,
+    plan: Plan,
     texts: dict[str, str | None],
     case: dict[str, str | None],
     device: str | None,
     settings: list[str] | None,
     top: int,
 ) -> dict[str, Any]:
-    """Read a plan and put it as a question: nnU-Net trains with SGD, on a GPU in fp16 autocast."""
-    plan = read_plan(path)
+    """Put a plan as a question: nnU-Net trains with SGD, on a GPU in fp16 autocast."""
     trained: dict[str, str | None] = {"size": f"{plan.height}x{plan.width}", "mode": "training"}
     trained["optimizer"] = case["optimizer"] or "sgd"
     trained["precision"] = case["precision"] or ("amp-fp16" if target_named(device).device else None)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from skipcost.bench.console import progress_bar
-from skipcost.bench.fit_lattice import lattice, read_axes
+from skipcost.bench.errors import BenchError
+from skipcost.bench.fit_lattice import SEARCHED_DEPTH, lattice, read_axes
 from skipcost.bench.fit_limits import Limits
 from skipcost.bench.fit_question import Question, check_limits
 from skipcost.bench.fit_scores import scored_candidates, too_much
@@ -17,6 +18,7 @@ from skipcost.bench.fit_search import Candidate, Found, ranked, refusal
 from skipcost.bench.fit_table import case_facts, limit_facts, row_facts, standing_facts
 from skipcost.bench.nnunet import CLASSES_UNKNOWN, Plan
 from skipcost.bench.plan import make_case
+from skipcost.bench.worker import refusal_of
 
 BY_FIELD = "receptive field, then width (the widest network of each variant, skip scheme and depth)"
 
@@ -63,9 +65,15 @@ def answer_plan(question: Question, plan: Plan, top: int) -> dict[str, Any]:
     """
     like = {"norm": plan.spec.norm, "max_width": plan.spec.max_width, "bias": plan.spec.bias}
     like |= {"in_channels": plan.spec.in_channels, "classes": plan.spec.classes}
-    settings = {key: [str(value).lower()] for key, value in like.items() if value is not None} | question.settings
+    deep = {"depth": [f"1..{plan.spec.depth}"]} if plan.spec.depth > SEARCHED_DEPTH else {}
+    settings = (
+        deep | {key: [str(value).lower()] for key, value in like.items() if value is not None} | question.settings
+    )
     spec = plan.spec.with_fields(**{key: settings[key][0] for key in ("in_channels", "classes") if key in settings})
     case = make_case(question.fixed | {"label": spec.label, "batch": plan.batch}, {"device": "", "threads": 1})
+    if refusal := refusal_of(case):
+        message = f"the plan's nearest network, {spec.label}, cannot run: {refusal}"
+        raise BenchError(message)
     given = replace(question.limits, most={}).standing(case)
     limits = replace(question.limits, most=question.limits.most | {"memory": given.figures["memory"]})
     asked = replace(question, batch=plan.batch, settings=settings, limits=limits)

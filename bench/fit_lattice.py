@@ -10,6 +10,7 @@ more of a wide network. Arithmetic on graphs alone; what fits is decided in
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -23,15 +24,19 @@ from skipcost.bench.plan import make_case
 from skipcost.bench.worker import refusal_of
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec, SkipGraph
 from skipcost.unet_models.spec import CHOICES as SPEC_CHOICES
-from skipcost.unet_models.spec import MAX_DEPTH, coerce, suggest
+from skipcost.unet_models.spec import MAX_CHANNELS, MAX_DEPTH, coerce, suggest
 
 WIDTH_STEP = 8  # channels; tensor cores want multiples of 8 in 16 bits (NVIDIA, deep learning performance guide)
+SEARCHED_DEPTH = 7  # deeper ones have to be asked for: each level doubles the smallest image that works
+MOST_LINES = 3000  # some ten milliseconds each, and a question like any other
 AXES: dict[str, tuple[Any, ...]] = {  # what is searched where nothing else is said; later values rank after earlier
     "variant": tuple(VARIANTS),
     "skip": tuple(SKIPS),
-    "depth": tuple(range(1, MAX_DEPTH + 1)),
+    "depth": tuple(range(1, SEARCHED_DEPTH + 1)),
     "width": tuple(range(WIDTH_STEP, 1024 + 1, WIDTH_STEP)),
 }
+NUMBERS = dict.fromkeys(("width", "in_channels", "classes", "max_width"), MAX_CHANNELS)  # and the most of each
+NUMBERS |= dict.fromkeys(("depth", "pruned_to"), MAX_DEPTH)
 SET_KEYS = (*SPEC_KEYS, "layout", "outputs", "loss", "backend")
 LEAST_BATCHES = (1, 2)  # some norms cannot normalise a 1x1 map of a single image, and can from two images on
 
@@ -88,21 +93,28 @@ def read_axes(settings: dict[str, list[str]]) -> dict[str, tuple[Any, ...]]:
             if value not in accepted:
                 raise BenchError(suggest(key, value, accepted))
         axes[key] = tuple(dict.fromkeys(values))
-    if not all(isinstance(width, int) for width in axes["width"]):
-        message = f"--set width={','.join(map(str, axes['width']))} is not all whole numbers: write 32,48 or 8..256..8"
+    lines = math.prod(len(values) for key, values in axes.items() if key != "width")
+    if lines > MOST_LINES:
+        message = f"--set asks for {lines:,} combinations beside the widths, {MOST_LINES:,} at most: name fewer values"
         raise BenchError(message)
     return axes | {"width": tuple(sorted(axes["width"]))}
 
 
 def _values(key: str, text: str) -> Iterable[Any]:
-    span = re.fullmatch(r"(\d+)\.\.(\d+)(?:\.\.([1-9]\d*))?", text)
-    if span:
-        step = int(span[3] or (WIDTH_STEP if key == "width" else 1))
-        if int(span[1]) > int(span[2]):
-            message = f"--set {key}={text} is empty: a range goes from the lower to the higher end"
-            raise BenchError(message)
-        return range(int(span[1]), int(span[2]) + 1, step)
-    return [int(text) if text.isdigit() else text]
+    """The values of one text: a number or a range of them within what the key accepts, or a word."""
+    if key not in NUMBERS or (text.lower() == "none" and key in ("max_width", "pruned_to")):
+        return [text]
+    span = re.fullmatch(r"([0-9]{1,9})(?:\.\.([0-9]{1,9})(?:\.\.([1-9][0-9]{0,8}))?)?", text)
+    if span and int(span[1]) > int(span[2] or span[1]):
+        message = f"--set {key}={text} is empty: a range goes from the lower to the higher end"
+        raise BenchError(message)
+    if not span or int(span[1]) < 1 or int(span[2] or span[1]) > NUMBERS[key]:
+        message = (
+            f"--set {key}={text} is not all whole numbers from 1 to {NUMBERS[key]}: write 4, or 1,2, or a range such "
+            "as 1..3, or 8..256..8 by a step"
+        )
+        raise BenchError(message)
+    return range(int(span[1]), int(span[2] or span[1]) + 1, int(span[3] or (WIDTH_STEP if key == "width" else 1)))
 
 
 def lattice(axes: dict[str, tuple[Any, ...]], fixed: dict[str, Any], batch: int | None) -> Lattice:

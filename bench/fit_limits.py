@@ -31,6 +31,10 @@ class Limit:
         """The figure in words; an infinite one is one that nobody can tell."""
         return "unknown" if math.isinf(value) else figures.text(value, self.unit)
 
+    def beside(self, value: float, most: float) -> tuple[str, str]:
+        """A figure and its limit in words, with as many digits as it takes to tell them apart."""
+        return (self.text(value), self.text(most)) if math.isinf(value) else figures.apart(value, most, self.unit)
+
 
 LIMITS: dict[str, Limit] = {
     "params": Limit("parameters", "params", "count", parse_count),

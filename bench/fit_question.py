@@ -46,16 +46,13 @@ def ask(
         if name in CHOICES and value not in CHOICES[name]:
             raise BenchError(suggest(name, value, CHOICES[name]))
     parse_size(fixed["size"])
-    if batch is not None and batch < 1:
-        message = f"--batch {batch} is not 1 or more"
-        raise BenchError(message)
     target = target_named(device)
     fixed |= {"device": target.kind, "threads": cpus() if target.device is None else 1}
     fixed["precision"] = precision_on(target, fixed["mode"], fixed.get("precision"))
     own = {"memory": float(target.device.memory_bytes)} if target.device else {}
     most = own | {name: LIMITS[name].read(text) for name, text in texts.items() if text is not None}
     if target.device and most["memory"] > own["memory"]:
-        has, asked = (LIMITS["memory"].text(each["memory"]) for each in (own, most))
+        asked, has = LIMITS["memory"].beside(most["memory"], own["memory"])
         message = f"--memory {asked} is more than the {has} of {target.title}: leave it out, or name another --device"
         raise BenchError(message)
     like = make_case(fixed, {"device": target.kind, "threads": 1})

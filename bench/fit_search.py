@@ -14,13 +14,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from skipcost.bench.cases import Case
+from skipcost.bench.cases import MAX_BATCH, Case
 from skipcost.bench.errors import BenchError
 from skipcost.bench.fit_lattice import Line
 from skipcost.bench.fit_limits import LIMITS, Limits, Order, Standing
 from skipcost.unet_models import ModelSpec, SkipGraph
 
-MOST_BATCH = 65536  # what a case accepts
 TOUCHED_BY_BATCH = ("memory", "latency")  # the limits that a larger batch can break: MACs count for one image
 
 
@@ -99,7 +98,7 @@ def largest_batch(case: Case, limits: Limits) -> int:
     """The largest batch with which a case that fits still fits; its own where no limit depends on the batch."""
     if not any(name in limits.most for name in TOUCHED_BY_BATCH):
         return case.batch
-    bound = MOST_BATCH
+    bound = MAX_BATCH
     if "memory" in limits.most:
         bound = min(bound, limits.gauge.floor(case).largest_batch(int(limits.most["memory"])))
     return last_true(
@@ -189,7 +188,7 @@ def _found(candidate: Candidate, width: int, receptive_field: int, limits: Limit
     more_images = None
     if search_batch:
         case = replace(case, batch=largest_batch(case, limits))
-        if any(name in limits.most for name in TOUCHED_BY_BATCH) and case.batch < MOST_BATCH:
+        if any(name in limits.most for name in TOUCHED_BY_BATCH) and case.batch < MAX_BATCH:
             more_images = limits.standing(replace(case, batch=case.batch + 1))
     here = limits.standing(case)
     last = line.widths.index(width) if candidate.score is None else _border(line, limits)
@@ -212,7 +211,7 @@ def refusal(candidates: Sequence[Candidate], limits: Limits) -> BenchError:
     parts = [_too_low(name, standing, limits) for name, standing in least.items() if name in standing.broken]
     if not parts:
         each = [
-            f"{at.case.spec.label}, the least in {LIMITS[name].title}, breaks {_broken(at)}"
+            f"{at.case.spec.label}, the least in {LIMITS[name].title}, breaks {_broken(at, limits)}"
             for name, at in least.items()
         ]
         parts = ["each limit can be kept, but no network keeps all of them at once: " + "; ".join(each)]
@@ -221,14 +220,19 @@ def refusal(candidates: Sequence[Candidate], limits: Limits) -> BenchError:
 
 def _too_low(name: str, standing: Standing, limits: Limits) -> str:
     limit, case = LIMITS[name], standing.case
-    said = f"no network has {limit.title} of {limit.text(limits.most[name])} or less"
+    least, most = limit.beside(standing.figures[name], limits.most[name])
+    said = f"no network has {limit.title} of {most} or less"
     if math.isinf(standing.figures[name]):
         return f"{said} for sure: {standing.remark}"
-    return f"{said}: the least is {limit.text(standing.figures[name])}, of {case.spec.label} at batch {case.batch}"
+    return f"{said}: the least is {least}, of {case.spec.label} at batch {case.batch}"
 
 
-def _broken(standing: Standing) -> str:
-    return ", ".join(f"{LIMITS[name].title} ({LIMITS[name].text(standing.figures[name])})" for name in standing.broken)
+def _broken(standing: Standing, limits: Limits) -> str:
+    parts = []
+    for name in standing.broken:
+        figure, most = LIMITS[name].beside(standing.figures[name], limits.most[name])
+        parts.append(f"{LIMITS[name].title} ({figure}, at most {most})")
+    return ", ".join(parts)
 
 
 def _least(candidates: Sequence[Candidate], name: str, limits: Limits) -> Standing:

@@ -76,11 +76,13 @@ def print_plan(facts: dict[str, Any], console: Screen) -> None:
     plan, given, columns = facts["plan"], facts["given"], columns_of(facts)
     console.print(
         bold(plan["name"]),
-        f", nnU-Net's 2d configuration: {plan['batch']} patches of {plan['height']}x{plan['width']}",
+        f", nnU-Net's {plan['configuration']} configuration: {plan['batch']} patches of "
+        f"{plan['height']}x{plan['width']}",
         sep="",
     )
     named = fit_columns("nearest network", "batch", *[limit.title for limit in columns], "sees")
-    console.table(named, [(*cells(given, columns), figures.text(plan["receptive_field"], "pixels"))], more=ALL)
+    row = (*cells(given, columns, facts["limits"]), figures.text(plan["receptive_field"], "pixels"))
+    console.table(named, [row], more=ALL)
     for text in plan["differences"]:
         console.print(f"  differs: {text}", style="dim")
     console.print()
@@ -98,10 +100,10 @@ def print_rows(facts: dict[str, Any], console: Screen) -> None:
     for number, row in enumerate(facts["rows"], 1):
         extra = [figures.text(row["receptive_field"], "pixels"), "-" if row["score"] is None else f"{row['score']:.4g}"]
         also = f"also {', '.join(row['aliases'])}" if row["aliases"] else ""
-        table.append(((str(number), *cells(row, columns), *extra, _joined(also, row["remark"])), ""))
+        table.append(((str(number), *cells(row, columns, facts["limits"]), *extra, _joined(also, row["remark"])), ""))
         for title, other in _border(row):
             remark = _joined(f"{title}{_breaks(other)}", other["remark"])
-            table.append((("", *cells(other, columns), "", "", remark), "dim"))
+            table.append((("", *cells(other, columns, facts["limits"]), "", "", remark), "dim"))
         if row["outside"] is None:
             table.append((("", "", "", *[""] * len(columns), "", "", "the widest to choose from"), "dim"))
     scored = any(row["score"] is not None for row in facts["rows"])
@@ -116,13 +118,18 @@ def columns_of(facts: dict[str, Any]) -> list[Limit]:
     return [limit for limit in LIMITS.values() if limit.key in facts["origins"]]
 
 
-def cells(row: dict[str, Any], columns: Sequence[Limit]) -> list[str]:
-    """Label, with a backend other than eager, batch, and each figure in words, a middle one before the checked one."""
+def cells(row: dict[str, Any], columns: Sequence[Limit], most: dict[str, float]) -> list[str]:
+    """Label, with a backend other than eager, batch, and each figure in words, a middle one before the checked one.
+
+    A figure that breaks its limit, of those in `most`, has as many digits as it takes to be seen to.
+    """
     label = row["label"] if row["backend"] == "eager" else f"{row['label']}, {row['backend']}"
     cells = [label, str(row["batch"])]
     for limit in columns:
         value, middle = row.get(limit.key, math.nan), row.get(f"{limit.key}_middle")
         text = "unknown" if value is None else "not run" if math.isnan(value) else limit.text(value)
+        if value is not None and value > most.get(limit.key, math.inf):
+            text = limit.beside(value, most[limit.key])[0]
         cells.append(text if middle is None else f"{limit.text(middle)} ({text})")
     return cells
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -250,7 +251,7 @@ def _number(key: str, value: Any) -> Any:
         return value
     if value.lower() in ("true", "false"):
         return value.lower() == "true"
-    return int(value) if value.isdigit() else value
+    return int(value) if re.fullmatch("[0-9]{1,20}", value) else value
 
 
 def _check_axes(axes: dict[str, list[Any]]) -> None:

@@ -106,7 +106,9 @@ def print_preview(facts: dict[str, Any], console: Screen) -> None:
         remarks += ["will not fit"] if case["will_not_fit"] else []
         remarks += [case["note"]] if case["note"] else []
         remarks += [f"also {', '.join(case['aliases'])}"] if case["aliases"] else []
-        rows.append((case["name"], figures.text(case["predicted_bytes"], "bytes"), "; ".join(remarks)))
+        peak, limit = case["predicted_bytes"], facts["memory_limit_bytes"]
+        told = figures.apart(peak, limit, "bytes")[0] if case["will_not_fit"] else figures.text(peak, "bytes")
+        rows.append((case["name"], told, "; ".join(remarks)))
     console.table((Column("network"), Column("predicted peak", right=True), Column("remarks", prose=True)), rows)
     for said in facts["slow"]:
         console.print(said)

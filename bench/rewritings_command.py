@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from skipcost.bench import figures
-from skipcost.bench.cases import CHOICES, Case
-from skipcost.bench.console import ERR, JSON, OUT, SIZE, Column, Screen, bold
+from skipcost.bench.cases import CHOICES, MAX_THREADS, Case
+from skipcost.bench.console import BATCH, ERR, JSON, OUT, SIZE, Column, Screen, bold, number
 from skipcost.bench.errors import BenchError, MachineError
 from skipcost.bench.units import parse_size
 from skipcost.kernels import errors, winners
@@ -33,14 +33,14 @@ COLUMNS = (
 def rewritings_command(
     label: Annotated[str, typer.Argument(help="a network, e.g. unet3+/d4/w64/concat")],
     size: SIZE = "512",
-    batch: int = 1,
+    batch: BATCH = 1,
     precision: Annotated[str, typer.Option(help=", ".join(CHOICES["precision"]))] = "fp32",
     mode: Annotated[str, typer.Option(help=", ".join(CHOICES["mode"]))] = "inference",
     device: Annotated[str, typer.Option(help="whose rates are counted with: " + ", ".join(CHOICES["device"]))] = "cpu",
     measure: Annotated[  # noqa: FBT002 - a flag of the command line
         bool, typer.Option("--measure", help="first time both forms on this CPU: from then on the faster is taken")
     ] = False,
-    threads: Annotated[int, typer.Option(min=1, help="with --measure: of the CPU")] = 1,
+    threads: Annotated[int, number("with --measure: of the CPU", 1, MAX_THREADS)] = 1,
     as_json: JSON = False,  # noqa: FBT002 - a flag of the command line
 ) -> None:
     """Show which convolutions backend=rewritten computes at low resolution, what both forms cost, and why."""

@@ -84,18 +84,21 @@ class Verdict:
     def cells(self) -> tuple[str, ...]:
         """A row for people: case, metric, base, now, change, verdict, why."""
         unit = METRICS[self.metric].unit if self.metric in METRICS else "count"
-        numbers = [_exactly(value, unit) for value in (self.base, self.now)]
+        numbers = _exactly(self.base, self.now, unit)
         return (self.case, self.metric, *numbers, self.change, self.verdict, self.why)
 
 
 COLUMNS = ("case", "metric", "base", "now", "change", "verdict", "why")
 
 
-def _exactly(value: float | None, unit: str) -> str:
-    """Counts and bytes to the last digit, because one of them may be the change; the rest rounded."""
-    if value is None or unit == "seconds":
-        return figures.text(value, unit)
-    return f"{value:,.0f}"
+def _exactly(base: float | None, now: float | None, unit: str) -> tuple[str, str]:
+    """Counts and bytes to the last digit, because one of them may be the change; seconds until the two differ."""
+    if unit == "seconds" and base is not None and now is not None:
+        return figures.apart(base, now, unit)
+    first, second = (
+        figures.text(value, unit) if value is None or unit == "seconds" else f"{value:,.0f}" for value in (base, now)
+    )
+    return first, second
 
 
 def sentence(verdicts: Sequence[Verdict]) -> str:

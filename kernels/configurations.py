@@ -7,7 +7,9 @@ then every candidate of tuning. Needs no torch.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
 
@@ -22,6 +24,8 @@ TILED = ("conv_bn_relu", "conv_bn_relu_pool", "concat_conv_bn_relu", "up_conv") 
 USEFUL = ("bf16", "fp16", "tf32", "fp32")  # all precisions, in the order in which they are run
 INTERPRETED = ("fp32", "fp16")  # those that Triton's interpreter computes as a GPU does
 LARGEST_SIDE = 8192
+MOST = 65536  # of a batch, and of a side that is only looked at
+MOST_SECONDS = 10**6
 
 # The family at its usual size, without the bias that batch norm takes away again, and the network of 2015.
 FAMILY = tuple(f"{variant}/d4/w64/concat/in_channels=3/bias=false" for variant in ("unet", "unet++", "unet3+"))
@@ -82,7 +86,7 @@ def parse_network(text: str) -> tuple[ModelSpec, int]:
     spec = ModelSpec.parse(label)
     side = 572 if spec.padding == "valid" else 512
     if separator:
-        if not size.isdecimal():
+        if not (size.isascii() and size.isdecimal()):
             message = f"{text!r} is not a network at a size: write LABEL@SIZE, e.g. {NETWORKS[0]}"
             raise ValueError(message)
         side = int(size)
@@ -143,6 +147,34 @@ def tiles(call: Call, implementation: str, architecture: str) -> list[Tile | Non
     return list(dict.fromkeys([tile_for(need(call), kind, architecture), *candidates]))
 
 
+def number(kind: type[int | float], low: int, high: int) -> Callable[[str], float]:
+    """A reader for argparse of a number from `low` to `high`; nan is in no range."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text) if text.isascii() else math.nan
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            message = f"{text!r} is not a {'whole ' if kind is int else ''}number from {low} to {high}"
+            raise argparse.ArgumentTypeError(message)
+        return value
+
+    return read
+
+
+def read_size(text: str) -> tuple[int, int]:
+    """Read "512" or "480x640", height x width; ValueError says what is wrong."""
+    match = re.fullmatch(r"([0-9]{1,9})(?:x([0-9]{1,9}))?", text)
+    if not match:
+        message = f"--size {text!r} is not a size: write 512, or 480x640 (height x width)"
+        raise ValueError(message)
+    height, width = int(match[1]), int(match[2] or match[1])
+    for side in (height, width):
+        check_integer("--size", side, 1, MOST)
+    return height, width
+
+
 def add_selection(parser: argparse.ArgumentParser, seconds: int) -> None:
     """Add the options that choose what is run, and for how long."""
     parser.add_argument(
@@ -150,7 +182,10 @@ def add_selection(parser: argparse.ArgumentParser, seconds: int) -> None:
     )
     parser.add_argument("--ops", help=f"only calls of these ops: {','.join(OPS)}")
     parser.add_argument(
-        "--seconds", type=float, default=seconds, help="begin nothing new after so long; what is left is named"
+        "--seconds",
+        type=number(float, 0, MOST_SECONDS),
+        default=seconds,
+        help="begin nothing new after so long; what is left is named",
     )
 
 

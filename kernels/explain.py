@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from skipcost.kernels.calls import MODES, PRECISIONS
+from skipcost.kernels.configurations import MOST, number, read_size
 from skipcost.kernels.devices import Device, device_or_guess, devices
 from skipcost.kernels.dispatch import choose, predict
 from skipcost.kernels.network_calls import network_calls
@@ -82,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser("skipcost kernels explain", description=__doc__)
     made.add_argument("label", help="a network, e.g. unet3+/d4/w64/concat")
     made.add_argument("--size", default="512", help="of the image: 512, or 480x640 (height x width)")
-    made.add_argument("--batch", type=int, default=1)
+    made.add_argument("--batch", type=number(int, 1, MOST), default=1)
     made.add_argument("--precision", default="bf16", choices=PRECISIONS)
     made.add_argument("--mode", default="inference", choices=MODES)
     made.add_argument("--card", help=f"default: this machine's, or {_usual().name}; known: {', '.join(devices())}")
@@ -97,13 +98,9 @@ def _usual() -> Device:
 def main(argv: list[str]) -> int:
     """Run the command; ValueError says what is wrong with its arguments."""
     given = parser().parse_args(argv)
-    height, _, width = given.size.partition("x")
-    if not height.isdecimal() or not (width or height).isdecimal():
-        message = f"--size {given.size!r} is not a size: write 512, or 480x640 (height x width)"
-        raise ValueError(message)
     card, note = _card(given.card)
     facts = explain(
-        given.label, given.batch, (int(height), int(width or height)), given.mode, given.precision, card
+        given.label, given.batch, read_size(given.size), given.mode, given.precision, card
     )  # fmt: skip
     if given.json:
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")

@@ -26,13 +26,14 @@ WAITED = 0.1  # of the time without a CPU: threads' clocks are good to microseco
 # Processes that share a CPU take turns every 3 to 6 ms (Linux's base slice), 80 to 170 times a second; what a quiet
 # machine does for itself takes a CPU for microseconds, some ten times a second and thread.
 OFTEN_PER_S, SEEN = 60, 5
+MOST = 1e6  # of a number in a budget: some twelve days
 
 
 def check_number(name: str, value: object, above: float = float("-inf")) -> None:
-    """Refuse what is no number, or not above a bound; ValueError says what was received."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > above:
+    """Refuse what is no number, not above a bound or beyond any use, so nan; ValueError says what was received."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not above < value <= MOST:
         accepted = "a number" if above == float("-inf") else f"a number above {above:g}"
-        message = f"{name}={value!r} is not {accepted}"
+        message = f"{name}={value!r} is not {accepted}, {MOST:.0f} at most"
         raise ValueError(message)
 
 

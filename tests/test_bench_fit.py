@@ -144,7 +144,8 @@ def test_scores_rank_and_the_best_that_does_not_fit_is_named(tmp_path: Path) -> 
     ("words", "sentence"),
     [
         ((), "nothing is limited: give --memory 24GiB"),
-        (("--memory", "24"), "no network has memory of 24 B or less: the least is .* of unet/d1/w8/"),
+        (("--memory", "24"), "'24' is not a size in bytes: write 8GiB.*; 24 alone would be 24 bytes: write 24GiB or"),
+        (("--memory", "24B"), "no network has memory of 24 B or less: the least is .* of unet/d1/w8/"),
         (("--memory", "24GBit"), "'24GBit' is not a size in bytes: write 8GiB"),
         (("--latency", "15", "--memory", "1GiB"), "'15' is not a length of time: write 15ms"),
         (("--macs", "5e9"), "'5e9' is not a count: write 50G"),
@@ -153,8 +154,9 @@ def test_scores_rank_and_the_best_that_does_not_fit_is_named(tmp_path: Path) -> 
         (("--params", "1M", "--size", "1", "--set", "depth=7"), "no network is left to choose from: an input of 1x1"),
         (("--params", "1M", "--mode", "train"), "unknown mode 'train'; did you mean 'training'"),
         (("--params", "1M", "--precision", "fp23"), "unknown precision 'fp23'"),
-        (("--params", "1M", "--batch", "0"), "--batch 0 is not 1 or more"),
-        (("--params", "1M", "--batch", "70000"), "batch=70000 is not a whole number from 1 to 65536"),
+        (("--equal", ""), "give both: --equal"),
+        (("--params", "1M", "--size", "0"), "size='0' is not an image size: .* 1 to 65536 a side"),
+        (("--params", "1M", "--size", "999999"), "size='999999' is not an image size: .* 1 to 65536 a side"),
         (("--params", "1M", "--device", "t44"), "unknown GPU 't44'.*, cpu"),
         (("--device", "t4", "--memory", "24GiB"), "--memory 24.0 GiB is more than the 16.0 GiB of NVIDIA T4"),
         (("--params", "1M", "--set", "width"), "is not key=v1,v2"),
@@ -192,6 +194,27 @@ def test_a_limit_that_nothing_keeps_names_the_smallest_network() -> None:
     assert sentence.startswith("no network has parameters of 1.00 k or less: the least is 5.99 k, of unet/d1/w8/sum")
     assert least.graph().params() == pytest.approx(5990, abs=5)
     assert "memory" not in sentence
+
+
+def test_a_limit_and_the_least_that_there_is_never_look_the_same() -> None:
+    """The least is 12.03 GiB: with three digits the sentence would say that 12.0 is not 12.0 or less."""
+    case = ("--mode", "training", "--batch", "8", "--set", "width=32", "--set", "depth=4", "--set", "in_channels=3")
+
+    sentence = refused(
+        *case, "--memory", "12GiB", "--precision", "amp-fp16", "--set", "variant=unet3+", "--set", "skip=concat"
+    )
+
+    assert "no network has memory of 12.00 GiB or less: the least is 12.03 GiB, of unet3+/d4/w32" in sentence
+
+
+def test_set_given_twice_gives_both_values() -> None:
+    """As help says, --set may be repeated: the first is not dropped."""
+    one = ("--params", "1G", "--size", "64", "--set", "variant=unet", "--set", "skip=concat", "--set", "width=8")
+    twice = facts(*one, "--set", "depth=1", "--set", "depth=2")
+    once = facts(*one, "--set", "depth=1, 2")
+
+    assert {ModelSpec.parse(row["label"]).depth for row in twice["rows"]} == {1, 2}
+    assert twice == once
 
 
 def test_equal_costs_are_shown_beside_the_given_network() -> None:
@@ -238,6 +261,35 @@ def test_a_plan_is_costed_and_everything_shown_fits_beside_it() -> None:
     assert "classes=4" in text
     assert "--set classes=N" not in text
     assert "differs: maps are halved by a convolution's stride" in text
+
+
+def test_a_plan_deeper_than_what_is_searched_widens_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan's own kind of network is among what fits: its depth is searched, too."""
+    monkeypatch.setattr("skipcost.bench.fit_answer.SEARCHED_DEPTH", 3)
+    given: dict[str, list[str]] = {}
+
+    def lattice(axes: dict[str, Any], *_: object) -> Any:
+        given.update({key: list(values) for key, values in axes.items()})
+        message = "seen"
+        raise BenchError(message)
+
+    monkeypatch.setattr("skipcost.bench.fit_answer.lattice", lattice)
+
+    assert refused("--nnunet", str(PLANS / "architecture.json"), "--device", "cpu") == "seen"
+    assert given["depth"] == [1, 2, 3, 4, 5]
+
+
+def test_a_plan_that_our_network_cannot_run_is_one_sentence(tmp_path: Path) -> None:
+    """An instance norm over a single value; so it is in nnU-Net itself."""
+    plan = json.loads((PLANS / "architecture.json").read_text())
+    plan["configurations"]["2d"]["patch_size"] = [32, 32]
+    path = tmp_path / "nnUNetPlans.json"
+    path.write_text(json.dumps(plan))
+
+    sentence = refused("--nnunet", str(path), "--device", "cpu")
+
+    assert "the plan's nearest network, unet/d5/w32" in sentence
+    assert "cannot run: instance norm at x5_0 would normalise over a single value" in sentence
 
 
 def test_on_a_gpu_a_plan_trains_in_fp16_autocast() -> None:

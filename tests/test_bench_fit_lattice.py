@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from skipcost.bench.errors import BenchError
-from skipcost.bench.fit_lattice import AXES, Lattice, lattice, line_through, read_axes
+from skipcost.bench.fit_lattice import AXES, MOST_LINES, SEARCHED_DEPTH, Lattice, lattice, line_through, read_axes
 from skipcost.bench.fit_limits import counted
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
-from skipcost.unet_models.spec import CHOICES, MAX_DEPTH
+from skipcost.unet_models.spec import CHOICES, MAX_CHANNELS, MAX_DEPTH
 
 FIXED = {"device": "cpu", "mode": "inference", "size": "256", "precision": "fp32"}
 
@@ -29,7 +29,7 @@ def test_the_whole_lattice_holds_every_network_once() -> None:
     assert not whole.left_out
     assert sorted(labels) == sorted(
         ModelSpec(variant=v, skip=s, depth=d, width=8).label
-        for v, s, d in itertools.product(VARIANTS, SKIPS, range(1, MAX_DEPTH + 1))
+        for v, s, d in itertools.product(VARIANTS, SKIPS, range(1, SEARCHED_DEPTH + 1))
     )
     assert all(line.widths == tuple(range(8, 1025, 8)) for line in whole.lines)
 
@@ -111,10 +111,19 @@ def test_other_axes_go_by_one() -> None:
         ({"widht": ["8"]}, "unknown key of --set 'widht'; did you mean 'width'"),
         ({"batch": ["8"]}, "the case has options of its own"),
         ({"variant": ["unet4"]}, "unknown variant 'unet4'; did you mean 'unet'"),
-        ({"width": ["wide"]}, "not all whole numbers"),
+        ({"width": ["wide"]}, f"--set width=wide is not all whole numbers from 1 to {MAX_CHANNELS}: write 4, or"),
+        ({"width": ["8..10000000000"]}, f"not all whole numbers from 1 to {MAX_CHANNELS}"),
+        ({"width": ["-8"]}, f"not all whole numbers from 1 to {MAX_CHANNELS}"),
+        ({"width": ["\u0664"]}, "not all whole numbers"),
+        ({"width": ["none"]}, "not all whole numbers"),
+        ({"width": [""]}, "not all whole numbers"),
+        ({"depth": ["1..100000000"]}, f"--set depth=1..100000000 is not all whole numbers from 1 to {MAX_DEPTH}"),
+        ({"classes": ["0"]}, f"--set classes=0 is not all whole numbers from 1 to {MAX_CHANNELS}"),
+        ({"layout": ["1..100000000"]}, "unknown layout '1..100000000'; accepted: contiguous"),
+        ({"classes": ["1..60000"]}, f"asks for 7,560,000 combinations beside the widths, {MOST_LINES:,} at most"),
         ({"width": ["64..8"]}, "from the lower to the higher end"),
-        ({"depth": ["9"]}, "no network is left to choose from: depth=9 is not a whole number from 1 to 7"),
-        ({"width": ["0"]}, "no network is left to choose from: width=0 is not a whole number"),
+        ({"depth": ["4", "13"]}, "--set depth=13 is not all whole numbers from 1 to 12"),
+        ({"width": ["0"]}, "--set width=0 is not all whole numbers"),
         ({"variant": ["unet3+"], "upsample": ["transpose"]}, "no network is left.*cannot use upsample=transpose"),
     ],
 )
@@ -122,6 +131,13 @@ def test_a_bad_setting_gets_a_sentence(settings: dict[str, list[str]], sentence:
     """What was received, what is accepted."""
     with pytest.raises(BenchError, match=sentence):
         made(settings)
+
+
+def test_a_depth_beyond_those_that_are_searched_can_be_asked_for() -> None:
+    """The deepest network that there is halves 4,096 pixels to one."""
+    (line,) = made({"variant": ["unet"], "skip": ["concat"], "depth": [str(MAX_DEPTH)]}, size="4096").lines
+
+    assert line.first.suite_spec.depth == MAX_DEPTH > SEARCHED_DEPTH
 
 
 def test_what_cannot_be_is_left_out_with_its_reason() -> None:

@@ -268,7 +268,7 @@ def test_limits_that_exclude_each_other_are_told_apart_from_limits_too_low() -> 
     error = refusal(candidates, Limits(most, gauge))
 
     assert "no network keeps all of them at once" in str(error)
-    assert "unet/d1/w8/concat, the least in parameters, breaks latency (1.00 s)" in str(error)
+    assert "unet/d1/w8/concat, the least in parameters, breaks latency (1.00 s, at most 500 ms)" in str(error)
 
 
 def test_the_least_memory_is_exact_although_the_floor_ranks_otherwise() -> None:

@@ -228,3 +228,16 @@ def test_the_image_is_not_written_to(variant: str, skip: str) -> None:
     net(image)
 
     assert torch.equal(image, before)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_network_of_ten_levels_runs(variant: str) -> None:
+    """Names of two digits, a map of one pixel at the bottom, and a factor of 512 on the way back."""
+    spec = ModelSpec(variant, depth=9, width=1, max_width=2)
+    image = torch.rand(1, 1, 512, 512)
+
+    with torch.no_grad():
+        output = build(spec).eval()(image)
+
+    assert output.shape == (1, 2, 512, 512)
+    assert output.isfinite().all()

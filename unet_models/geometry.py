@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from skipcost.unet_models.topology import Conv, Edge, SkipGraph
 
-SEARCH_LIMIT = 8192  # pixels beyond which no workable size is looked for
+SEARCH_LIMIT = 65536  # pixels a side, the most that a case has: beyond it no workable size is looked for
 
 
 @dataclass(frozen=True, slots=True)

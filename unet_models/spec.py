@@ -12,7 +12,7 @@ from skipcost.unet_models.skips import SKIPS
 from skipcost.unet_models.topology import SkipGraph
 from skipcost.unet_models.variants import VARIANTS
 
-MAX_DEPTH = 7
+MAX_DEPTH = 12  # halves 4,096 pixels to one; each level more doubles the time for the receptive field (seconds here)
 MAX_CHANNELS = 65536  # beyond any network that fits anywhere; a typing slip must not ask for terabytes
 CHOICES: dict[str, tuple[str, ...]] = {
     "variant": tuple(VARIANTS),
@@ -22,7 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "upsample": ("transpose", "bilinear", "nearest"),
     "head": ("single", "deep", "guided"),
 }
-_LABEL_HEAD = re.compile(r"(?P<variant>[^/]+)/d(?P<depth>\d+)/w(?P<width>\d+)/(?P<skip>[^/=]+)$")
+_LABEL_HEAD = re.compile(r"(?P<variant>[^/]+)/d(?P<depth>[0-9]{1,9})/w(?P<width>[0-9]{1,9})/(?P<skip>[^/=]+)$")
 
 
 def suggest(kind: str, received: object, accepted: Iterable[str]) -> str:
@@ -178,7 +178,7 @@ def _from_text(key: str, text: str) -> int | bool | None:
     if text.lower() in _WORDS and (key == "bias" or text.lower() == "none"):
         return _WORDS[text.lower()]
     try:
-        return int(text)
+        return int(text.encode("ascii"))  # int() reads the digits of every script; UnicodeError is a ValueError
     except ValueError:
         accepted = "true or false" if key == "bias" else "a whole number"
         message = f"{key}={text!r} is not {accepted}"
