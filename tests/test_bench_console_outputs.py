@@ -7,11 +7,10 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, get_origin, get_type_hints
 
-import click
 import pytest
-import typer
+from typer.models import ArgumentInfo
 from typer.testing import CliRunner
 
 from skipcost.bench import cli, gate_command
@@ -64,12 +63,13 @@ KINDS = ("a folder", "a FIFO", "a store", "a hard link to a store", "a link to a
 
 def paths() -> Iterator[tuple[str, str]]:
     """Command and name of every parameter that takes a path."""
-    commands: dict[str, Any] = dict(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
-    commands["report"] = typer.main.get_command(report_command.app)
-    for name, command in commands.items():
-        for each in command.params:
-            if isinstance(each.type, click.Path) or "Path" in type(each.type).__name__:
-                yield name, each.opts[0]
+    for command in (*cli.app.registered_commands, *report_command.app.registered_commands):
+        assert command.callback
+        for name, hint in get_type_hints(command.callback, include_extras=True).items():
+            if get_origin(hint) is Annotated and "Path" in str(hint.__origin__):
+                (info,) = hint.__metadata__
+                plain = name if isinstance(info, ArgumentInfo) else f"--{name}"
+                yield command.name or command.callback.__name__, (info.param_decls or (plain,))[0]
 
 
 def test_every_path_is_known_as_an_input_or_an_output() -> None:
@@ -179,7 +179,7 @@ def test_a_sweep_begins_in_no_other_file(here: Path, place: str) -> None:
     Path("link").symlink_to("t.toml")
     before = contents(here)
 
-    with pytest.raises(StoreError, match="name a|is not a readable store"):
+    with pytest.raises(StoreError, match=r"name a|is not a readable store"):
         create_store(Path(place))
 
     assert contents(here) == before
