@@ -61,8 +61,7 @@ def measure(wanted: Sequence[Key]) -> tuple[dict[Key, Resources], list[str]]:
     else:
         os.environ["PYTHONSAFEPATH"] = "1"  # as serving.PYTHON: these are started by the library
         # Threads of torch would not survive a fork. Ctrl-C reaches this process, which ends the others.
-        options = {"mp_context": multiprocessing.get_context("spawn"), "initializer": _leave_stopping}
-        with ProcessPoolExecutor(workers, **options) as pool:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _leave_stopping) as pool:
             try:
                 results = [each.result() for each in [pool.submit(_measured, key) for key in wanted]]
             except BaseException:
