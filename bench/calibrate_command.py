@@ -11,7 +11,7 @@ import typer
 from skipcost.bench import figures
 from skipcost.bench.calibration import FEATURES, Calibration, calibrate, file_of, save_calibration, words_of
 from skipcost.bench.cases import CHOICES
-from skipcost.bench.console import DB, ERR, JSON, OUT, Column, Screen, bold, going_on
+from skipcost.bench.console import DB, ERR, JSON, OUT, Column, Screen, bold, check_outputs, going_on
 from skipcost.bench.errors import BenchError
 from skipcost.bench.store import open_store
 from skipcost.unet_models.spec import suggest
@@ -30,6 +30,7 @@ def calibrate_command(
     """Fit what MACs, bytes and operators cost on a device to measured latencies, and report the error held out."""
     if device not in DEVICES:
         raise BenchError(suggest("device", device, DEVICES))
+    check_outputs({"-o": output}, [store])
     with open_store(store) as opened, going_on("fitting"):
         made = calibrate(opened, store.name, device)
     path = output or file_of(made.device)

@@ -1,8 +1,8 @@
 """What a factory opens while its model is made and run once: the part of a case's key that only running it can tell.
 
 An audit hook (PEP 578) in the measuring process hears every open of Python's. What is heard becomes `Factory.read`: the
-files with their hashes, the folders that are listed, and the versions of installed packages that are imported. Not
-heard are environment variables, questions whether a file exists, and files that a library opens by itself (in C, Rust).
+files with their hashes, the folders that its own code lists, and the versions of installed packages that it imports.
+Not heard are environment variables, questions whether a file exists, and what a library opens by itself (in C, Rust).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Heard:
         self.files: dict[str, bool] = {}
         self.folders: dict[str, None] = {}
         self.written: set[str] = set()
+        self.imported: set[str] = set()
         self._modules = set(sys.modules)
 
     def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -45,6 +46,9 @@ class Heard:
                 self.written.add(where)
             else:
                 self.files.setdefault(where, Path(where).exists())
+        elif event == "import":
+            if _is_the_model_s_own():
+                self.imported.add(arguments[0].partition(".")[0])
         elif _is_the_model_s_own():
             self.folders[_path_of(arguments[0])] = None
 
@@ -63,10 +67,8 @@ class Heard:
         return {*names, *self._packages()}
 
     def _packages(self) -> list[str]:
-        """Installed packages that were imported meanwhile; those that were before are the environment's."""
-        before = {name.partition(".")[0] for name in self._modules}
-        tops = {name.partition(".")[0] for name in set(sys.modules) - self._modules} - before
-        files = {top: getattr(sys.modules.get(top), "__file__", None) for top in tops}
+        """Installed packages that the model's own code was the first to import; earlier ones are the environment's."""
+        files = {top: getattr(sys.modules.get(top), "__file__", None) for top in self.imported}
         found = {top for top, file in files.items() if file and is_installed(Path(file)) and not _in_stdlib(file)}
         return sorted({PACKAGE + name for top in found for name in _distributions(top)})
 
@@ -76,7 +78,7 @@ _HOOKED: list[bool] = []
 
 
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:
-    if _LISTENING and event in ("open", "os.listdir", "os.scandir"):
+    if _LISTENING and event in ("open", "import", "os.listdir", "os.scandir"):
         with contextlib.suppress(Exception):  # what is raised here would be raised by the model's own call
             _LISTENING[-1].hear(event, arguments)
 
@@ -103,7 +105,7 @@ def _path_of(path: Any) -> str:
 
 
 def _is_the_model_s_own() -> bool:
-    """Whether a folder is listed by somebody's own code, through the standard library or not; imports list many."""
+    """Whether somebody's own code does this, through the standard library or not: imports list folders, too."""
     frame = sys._getframe(3)  # noqa: SLF001 - of who lists: beyond this function, `hear` and the hook
     while frame and (file := frame.f_code.co_filename):
         if file.startswith("<frozen importlib") or (_in_stdlib(file) and "/importlib/metadata/" in file):

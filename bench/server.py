@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import IO, Any
 
 from skipcost.bench.cases import Case
@@ -90,11 +91,12 @@ def _run(request: dict[str, Any], requests: IO[str], replies: IO[str]) -> dict[s
         os.close(writer)
         with contextlib.suppress(OSError):  # both sides set it: whoever comes first, the group is there to be killed
             os.setpgid(child, child)
-        ended = GONE
+        ended, exits = GONE, _exit_of(child)
         try:
-            ended = _relay(child, results, requests, replies, deadline)
+            ended = _relay(child, results, requests, replies, deadline, exits)
         finally:
-            os.close(results)
+            for number in (results, *exits):
+                os.close(number)
             code, late = _finish(child, {ENDED: time.monotonic() + GRACE_S, CLOSED: deadline}.get(ended, 0.0))
         said = _last_words(log)
     timed_out = ended in (LATE, GONE) or (ended == CLOSED and late)
@@ -102,11 +104,24 @@ def _run(request: dict[str, Any], requests: IO[str], replies: IO[str]) -> dict[s
     return done | {"two_answered": ended == SECOND}
 
 
-def _relay(child: int, results: int, requests: IO[str], replies: IO[str], deadline: float) -> str:
-    """Pass the fork's whole lines on until it says that it has ended; return that, or what came in between."""
+def _exit_of(child: int) -> tuple[int, ...]:
+    """What can be read once a process has ended, where the system has such a thing."""
+    try:
+        return (os.pidfd_open(child),)
+    except (AttributeError, OSError):
+        return ()
+
+
+def _relay(
+    child: int, results: int, requests: IO[str], replies: IO[str], deadline: float, exits: Sequence[int] = ()
+) -> str:
+    """Pass the fork's whole lines on until it says that it has ended; return that, or what came in between.
+
+    exits: of `_exit_of`: what the fork has left behind may hold its end of the pipe for ever.
+    """
     own, buffer = str(child).encode(), b""
     while (left := deadline - time.monotonic()) > 0:
-        ready, _, _ = select.select([results, requests.fileno()], [], [], left)
+        ready, _, _ = select.select([results, requests.fileno(), *exits], [], [], left)
         if results in ready:
             block = os.read(results, 1 << 16)
             if not block:
@@ -120,8 +135,10 @@ def _relay(child: int, results: int, requests: IO[str], replies: IO[str], deadli
                 if number == own and _is_json(said):
                     replies.write(said.decode() + "\n")
                     replies.flush()
-        elif ready:  # the driver writes nothing while a case runs: it is gone
+        elif requests.fileno() in ready:  # the driver writes nothing while a case runs: it is gone
             return GONE
+        elif ready:
+            return CLOSED
     return LATE
 
 

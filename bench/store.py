@@ -35,7 +35,7 @@ CREATE TABLE IF NOT EXISTS asked (  -- the cases of a run's plan, those too that
 ) WITHOUT ROWID;
 """
 SCHEMA = """
-CREATE TABLE runs (           -- one call of `skipcost sweep`
+CREATE TABLE runs (           -- one call of `skipcost sweep`, whether or not anything was missing
     run_id INTEGER PRIMARY KEY,
     started TEXT NOT NULL,        -- UTC, ISO 8601
     sweep TEXT NOT NULL,          -- the sweep's name

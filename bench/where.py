@@ -1,7 +1,7 @@
 """`--where`: an expression over the columns of a table that reaches columns, literals and operators, and nothing else.
 
 It is parsed as Python and worked out here, node by node, so that what is not in the tables below cannot be said at all.
-A comparison with a missing value does not hold, as in pandas; `== None` asks for one.
+A missing value counts as in pandas: of comparisons only `!=` holds for it. `== None` asks for one.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def rows_where(frame: pd.DataFrame, text: str) -> pd.DataFrame:
         holds = _condition(_value(ast.parse(text.strip(), mode="eval").body, frame))
         return frame[holds.fillna(value=False).astype(bool)]
     except (ValueError, TypeError, ArithmeticError, SyntaxError, RecursionError, MemoryError) as error:
-        why = error.msg if isinstance(error, SyntaxError) else str(error) or "it is too long"
+        deep = isinstance(error, RecursionError | MemoryError)
+        why = "it is nested too deeply" if deep else error.msg if isinstance(error, SyntaxError) else str(error)
         message = (
             f"--where {text!r} cannot be worked out: {why}; accepted are {ACCEPTED}; columns are: "
             f"{', '.join(frame.columns)}"

@@ -50,7 +50,7 @@ def check_output(path: Path, taken: Iterable[Path] = (), option: str = "-o") -> 
 
 
 def _refusal(path: Path, what: str, option: str) -> OutputError:
-    return OutputError(f"{path} {what}; nothing was written: name another file with {option}")
+    return OutputError(f"{path} {what}; nothing was written; name another file with {option}")
 
 
 def _found(path: Path) -> os.stat_result | None:
@@ -96,7 +96,7 @@ def _told(path: Path, option: str, kept: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         what = f"cannot write {path}: {error.strerror}; {kept or 'nothing was written'}"
-        message = f"{what}: name another file with {option}"
+        message = f"{what}; name another file with {option}"
         raise OutputError(message) from None
 
 

@@ -61,13 +61,11 @@ def measure(wanted: Sequence[Key]) -> tuple[dict[Key, Resources], list[str]]:
     else:
         os.environ["PYTHONSAFEPATH"] = "1"  # as serving.PYTHON: these are started by the library
         # Threads of torch would not survive a fork. Ctrl-C reaches this process, which ends the others.
-        options = {"mp_context": multiprocessing.get_context("spawn"), "initializer": _leave_stopping}
-        with ProcessPoolExecutor(workers, **options) as pool:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _leave_stopping) as pool:
             try:
-                results = list(pool.map(_measured, wanted))
+                results = [each.result() for each in [pool.submit(_measured, key) for key in wanted]]
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in multiprocessing.active_children():
+                for process in multiprocessing.active_children():  # else the pool waits for what is still to do
                     process.kill()
                 raise
     found = {key: each for key, each in zip(wanted, results, strict=True) if isinstance(each, Resources)}

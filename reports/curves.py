@@ -32,7 +32,7 @@ def _curves(data: Data, axis: str, other: str) -> Plot | None:
     costs = data.costs
     cells = data.cells(None)
     spread = {int(value): cells.loc[cells[other] == value, axis].nunique() for value in set(cells[other])}
-    if max(spread.values(), default=0) < 2:  # noqa: PLR2004 - a curve takes two points
+    if not costs or max(spread.values(), default=0) < 2:  # noqa: PLR2004 - a curve takes two points
         return None
     held = max(value for value, count in spread.items() if count == max(spread.values()))
     long = pd.concat([_long(data, cost, at) for at, cost in enumerate(costs)])

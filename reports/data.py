@@ -63,7 +63,7 @@ COSTS = (
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """The newest environment of a store.
+    """The newest environment of a store, of each user's own model as it was when it was asked for last.
 
     `frame` has one row per case and label (`same_as` is the label under which an alias was measured, else ""), in base
     units, with `setting`: everything but variant, depth, width and skip, in words. `latency_q1` and `latency_q3` are
@@ -77,6 +77,7 @@ class Data:
     run: Run
     runs: tuple[Run, ...]
     other_rows: int
+    former_rows: int
     cases: dict[str, tuple[Case, list[str]]]
     results: dict[str, dict[str, Result]]
     frame: pd.DataFrame
@@ -148,6 +149,7 @@ def load(path: Path, scores: Path | None = None, verdicts: Sequence[Path] = ()) 
         run = newest_environment(store)
         results = results_by_case(store, run.fingerprint)
         other_rows = sum(row.fingerprint != run.fingerprint for row in store.rows())
+        former_rows = sum(row.fingerprint == run.fingerprint and row.case_id not in results for row in store.rows())
         if not results:
             message = (
                 f"{path} holds no result of its newest environment yet: `skipcost sweep -o {path}` goes on with it"
@@ -165,7 +167,9 @@ def load(path: Path, scores: Path | None = None, verdicts: Sequence[Path] = ()) 
     quality = read_quality(scores, {*frame["label"], *own["label"]}) if scores else None
     sound = _without_doubts(frame, results)
     told = tuple(each for given in verdicts for each in read_json(given))
-    return Data(path.name, run, runs, other_rows, cases, results, frame, own, sound, settings, costs, quality, told)
+    return Data(
+        path.name, run, runs, other_rows, former_rows, cases, results, frame, own, sound, settings, costs, quality, told
+    )
 
 
 def _main_setting(frame: pd.DataFrame, mode: str) -> str:

@@ -72,6 +72,8 @@ def _doubts(data: Data) -> list[str]:
         told.append(
             f"{data.other_rows} rows of other environments in this store are left out: they cannot be compared."
         )
+    if data.former_rows:
+        told.append(f"{data.former_rows} rows of models as they were before an edit are left out.")
     return told
 
 

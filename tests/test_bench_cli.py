@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from skipcost.bench import cli, figures
 from skipcost.bench import show as showing
 from skipcost.bench.cases import Case
+from skipcost.bench.custom import Factory
 from skipcost.bench.errors import BenchError, MachineError
 from skipcost.bench.records import Result
 from skipcost.bench.store import create_store
@@ -237,6 +238,41 @@ def test_show_filters_by_an_expression(store: Path) -> None:
     assert "unet/d4/w8/concat" not in kept
     assert bad.returncode == 2
     assert "columns are: variant, depth" in bad.stderr
+
+
+@pytest.fixture
+def edited(tmp_path: Path) -> Path:
+    """A store in which a model was asked for as it was, as it became, and as it was again."""
+    path = tmp_path / "own.sqlite"
+    with create_store(path) as opened:
+        for day, code, params in ((1, "f00", 450), (2, "0ba", 226), (3, "f00", None)):
+            number = opened.add_run(f"2026-01-0{day}T00:00:00+00:00", "net", 0, {"fingerprint": "here"})
+            case = Case(spec=Factory("net:N", code=code))
+            opened.add_case(case, [])
+            opened.add_asked(number, [case.case_id])
+            if params:
+                opened.add_result(number, case.case_id, Result("params", samples=(params,)))
+    return path
+
+
+def test_show_has_one_row_of_an_edited_model(edited: Path) -> None:
+    """The state that was asked for last stands alone, whichever was measured last, and the rest is said to be there."""
+    result = CliRunner().invoke(cli.app, ["show", str(edited)], catch_exceptions=False)
+
+    assert [line.split() for line in result.stdout.splitlines()[:2]] == [
+        ["network", "parameters", "outcome"], ["net:N", "450", "ok"],
+    ]  # fmt: skip
+    assert "1 rows of models as they were before an edit are left out: --all shows them" in result.output
+
+
+def test_show_tells_all_states_apart(edited: Path) -> None:
+    """`--all` has every state with its code and when it was asked for last."""
+    table = list(csv.DictReader(io.StringIO(run("show", str(edited), "--all", "--format", "csv"))))
+    text = run("show", str(edited), "--all")
+
+    rows = {row["code"]: (row["params"], row["asked"][:10]) for row in table}
+    assert rows == {"f00": ("450", "2026-01-03"), "0ba": ("226", "2026-01-02")}
+    assert text.splitlines()[0].split() == ["network", "code", "asked", "parameters", "outcome"]
 
 
 def test_show_is_readable(store: Path) -> None:

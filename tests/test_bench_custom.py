@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
 import os
 import re
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from custom_models import Tiny
 from skipcost.bench.baseline import baseline_of
 from skipcost.bench.cases import CASE_KEYS, SPEC_KEYS, Case
 from skipcost.bench.counting import fvcore_count, predicted_peaks
-from skipcost.bench.custom import Factory, UnsupportedError, code_of, make
+from skipcost.bench.custom import Factory, UnsupportedError, code_of, make, sources_of
 from skipcost.bench.driver import Request, Server
 from skipcost.bench.errors import SweepError
 from skipcost.bench.metrics import METRICS, default_metrics
@@ -423,6 +425,83 @@ def test_code_of_a_package_is_all_of_it(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "two" / "mypackage" / "blocks.py").write_text("")
 
     assert codes[0] == codes[1] != code_of("mypackage.nets:unet") != ""
+
+
+@pytest.mark.parametrize("kind", ["site-packages", "dist-packages", "target", "links"])
+def test_installed_packages_are_told_wherever_they_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Of an installed package only itself is hashed, not all that lies beside it: that took minutes."""
+    place = tmp_path / "lib" / ("site-packages" if kind == "links" else kind)
+    for name in ("ownnets", "beside"):
+        (place / name).mkdir(parents=True)
+        (place / name / "__init__.py").write_text("import beside\n")
+    if kind == "target":  # as pip install --target leaves it
+        (place / "beside-1.0.dist-info").mkdir()
+    if kind == "links":
+        (tmp_path / "path").mkdir()
+        for name in ("ownnets", "beside"):
+            (tmp_path / "path" / name).symlink_to(place / name)
+    monkeypatch.syspath_prepend(str(tmp_path / "path" if kind == "links" else place))
+
+    found = sources_of("ownnets:net")
+
+    assert found is not None
+    assert [each.relative_to(found.folder).as_posix() for each in found.files] == ["ownnets/__init__.py"]
+
+
+def test_environments_inside_a_package_are_not_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A namespace package, which is any folder, may hold a whole virtual environment."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("nets.py", ".venv/lib/site-packages/x.py", "env/lib/python3.11/site-packages/y.py", "env/z.py"):
+        (tmp_path / "ownspace" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "ownspace" / name).touch()
+
+    found = sources_of("ownspace.nets:net")
+
+    assert found is not None
+    assert [each.relative_to(tmp_path).as_posix() for each in found.files] == ["ownspace/env/z.py", "ownspace/nets.py"]
+
+
+@pytest.mark.parametrize("name", ["ownzipped.zip", "ownzipped.egg"])
+def test_a_module_in_an_archive_is_known_by_the_archive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """There is no file of its own to hash; another archive is another state."""
+    codes = []
+    for text in ("a = 1", "a = 2"):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("ownzipped/__init__.py", "")
+            archive.writestr("ownzipped/nets.py", text)
+        monkeypatch.syspath_prepend(str(tmp_path / name))
+        codes.append(code_of("ownzipped.nets:net"))
+
+    assert "" not in codes
+    assert codes[0] != codes[1]
+
+
+def test_a_compiled_module_is_known_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no source beside it; the hash of nothing would be the same for all of them."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / f"owncompiled{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    codes = []
+    for text in ("one", "two"):
+        file.write_text(text)
+        codes.append(code_of("owncompiled:net"))
+
+    assert codes[0] != codes[1]
+
+
+def test_what_a_factory_read_is_part_of_its_key() -> None:
+    """Another state is another case, of the same work; without it the JSON is what it was before anybody listened."""
+    plain = case_of("Tiny")
+    read = plain.of_factory(read='{"a.json": "0"}')
+
+    assert read.case_id != plain.case_id
+    assert (read.key, read.work) == (plain.key, plain.work)
+    assert Case.from_json(read.to_json()) == read
+    assert "read" not in plain.to_json()
+    assert plain.of_factory(name="Mine").work == plain.work != plain.key
 
 
 def plan_of(tmp_path: Path, text: str, models: tuple[str, ...] = (), **settings: list[str]) -> Plan:

@@ -19,11 +19,14 @@ from typing import Any
 import pytest
 
 from skipcost.bench.cases import Case
+from skipcost.bench.custom import sources_of
 from skipcost.bench.driver import Request, Server, pending, sweep
 from skipcost.bench.metrics import default_metrics
+from skipcost.bench.opened import digests
 from skipcost.bench.plan import Plan, load_plan
 from skipcost.bench.records import Result
 from skipcost.bench.store import create_store, open_store
+from skipcost.bench.tables import wide_table
 from skipcost.unet_models import ModelSpec
 
 pytestmark = pytest.mark.slow
@@ -177,6 +180,61 @@ def test_what_is_asked_for_again_is_measured_again(tmp_path: Path, server: Serve
 
         assert {row.run_id for row in store.rows()} == {2}
         assert len(list(store.rows())) == 6 * 3
+
+
+def own_plan(metrics: str = "params") -> Plan:
+    """Plan the model of `ownread.py` in the current folder."""
+    return load_plan(None, {"size": ["8"], "metrics": metrics.split()}, "cpu", 1, ["ownread:net"])
+
+
+class Told:
+    """A server that gives one number for each metric, with what its factory reads now."""
+
+    environment: dict[str, Any] = {"fingerprint": "here", "memory_bytes": 2**33}  # noqa: RUF012 - a stand-in
+
+    def run(self, request: Request) -> Iterator[Result]:
+        """Give a failure that tells nothing first, as a worker that was killed does, then numbers."""
+        read = digests(["a.json"], sources_of("ownread:net"))
+        for name in request.metrics:
+            if name == "conv_macs":
+                yield Result(name, "timeout")
+            else:
+                yield Result(name, samples=(float(Path("a.json").read_text()),), detail={"read": read})
+
+
+def test_a_model_that_reads_another_file_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it reads is found in the store when a sweep is planned; each state keeps its rows, the last one is read."""
+    monkeypatch.chdir(tmp_path)
+    Path("ownread.py").touch()
+    added = []
+    with create_store(tmp_path / "x.sqlite") as store:
+        for width in ("8", "16", "8"):
+            Path("a.json").write_text(width)
+            added.append(len(pending(own_plan(), store, "here")))
+            sweep(own_plan(), store, Told(), 0, lambda *_: None)  # type: ignore[arg-type]  # a stand-in
+        rows = [row.result for row in store.rows()]
+        table = wide_table(store, "here")
+
+    assert added == [1, 1, 0]
+    assert [row.samples for row in rows] == [(8,), (16,)]
+    assert [row.detail for row in rows] == [{}, {}]
+    assert table["params"].tolist() == [8]
+
+
+def test_a_failure_that_tells_nothing_belongs_to_the_state_of_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that was killed could not say what the factory reads; the next one's word stands for it."""
+    monkeypatch.chdir(tmp_path)
+    Path("ownread.py").touch()
+    Path("a.json").write_text("8")
+    plan = own_plan("conv_macs latency_s")
+    with create_store(tmp_path / "x.sqlite") as store:
+        sweep(plan, store, Told(), 0, lambda *_: None)  # type: ignore[arg-type]  # a stand-in
+
+        assert len({row.case_id for row in store.rows()}) == 1
+        assert pending(plan, store, "here") == []
+        assert [case.factory.read != "" for case, _ in store.cases().values() if case.factory] == [True]
 
 
 def start_sweep(tmp_path: Path) -> subprocess.Popen[str]:

@@ -370,7 +370,7 @@ def baseline_at(store: Path, file: Path) -> Path:
 
 
 def test_a_model_is_compared_as_it_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """B, then A, then B again, nothing of it missing: B is held against A, with a sweep at the end or without."""
+    """B, A, B again, of which nothing was missing: B is held against A, with a sweep at the end or without."""
     monkeypatch.chdir(tmp_path)
     store = tmp_path / "own.sqlite"
     for params in (450, 226):
@@ -386,7 +386,7 @@ def test_a_model_is_compared_as_it_is_here(tmp_path: Path, monkeypatch: pytest.M
 
     assert without == with_one
     assert without[0] == 1
-    assert "params     226  450  +99.12%  regressed" in without[1]
+    assert "params   226  450  +99.12%  regressed" in without[1]
 
 
 def test_a_model_that_was_edited_since_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

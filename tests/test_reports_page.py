@@ -286,15 +286,17 @@ def test_an_empty_store_is_refused(
     assert re.search("holds no (run|result)", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("where", ["", "no/such/folder.html"], ids=["a folder", "no folder"])
+@pytest.mark.parametrize("where", ["", "file/x.html"], ids=["a folder", "below a file"])
 def test_an_output_that_cannot_be_written_is_refused(
     where: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Before anything is drawn, with what to do instead."""
+    (tmp_path / "file").write_text("mine")
+
     code = _run(monkeypatch, store, "-o", tmp_path / where)
 
     assert code == 2
-    assert re.search("is a folder|there is no folder", capsys.readouterr().err)
+    assert re.search("(is a folder|Not a directory).*name another file with -o", capsys.readouterr().err)
 
 
 def test_a_write_that_fails_leaves_the_old_report(

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from skipcost.bench.cases import Case
+from skipcost.bench.custom import Factory
 from skipcost.bench.plan import load_plan
 from skipcost.bench.records import Result
 from skipcost.bench.store import create_store
 from skipcost.reports.data import Data, load
+from skipcost.reports.provenance import header_context
 from skipcost.unet_models import ModelSpec
 
 SWEEP = """
@@ -109,6 +111,25 @@ def test_rows_of_other_environments_are_counted_and_left_out(data: Data) -> None
 
     assert data.other_rows == 1
     assert 1 not in set(params)
+
+
+def test_an_edited_model_is_one_row(tmp_path: Path) -> None:
+    """As it was when it was asked for last; its former rows are counted, and told in the header."""
+    case = Case(spec=Factory("nets:own"))
+    with create_store(tmp_path / "own.sqlite") as store:
+        for code, params in (("f00", 450), ("0ba", 226)):
+            run = store.add_run("2026-01-02T03:04:05+00:00", "own", 0, ENVIRONMENT)
+            state = case.of_factory(code=code)
+            store.add_case(state, [])
+            store.add_result(run, state.case_id, Result("params", samples=(params,)))
+        first = case.of_factory(code="f00").case_id
+        store.add_asked(store.add_run("2026-01-03T03:04:05+00:00", "own", 0, ENVIRONMENT), [first])
+
+    data = load(tmp_path / "own.sqlite")
+
+    assert data.own["params"].tolist() == [450]
+    assert (data.former_rows, data.other_rows) == (1, 0)
+    assert "1 rows of models as they were before an edit are left out." in header_context(data)["doubts"]
 
 
 def test_numbers_with_a_doubt_stay_in_the_frame_and_leave_the_sound_one(data: Data) -> None:
