@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from skipcost.unet_models import ModelSpec, build
 
@@ -87,6 +88,79 @@ class Mixing(Tiny):
     def forward(self, image: Tensor) -> Any:
         """(N, 1, H, 8)."""
         return super().forward(self.mix(image))
+
+
+class Holding(nn.Module):
+    """A decoder that holds the encoder, so that its layers have two paths each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(1, 8, 1), nn.ReLU())
+        self.decoder = Decoder(self.encoder)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(N, 1, H, W) -> (N, 2, H, W)."""
+        return self.decoder(self.encoder(image))
+
+
+class Decoder(nn.Module):
+    """Holds what it does not call."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.last = encoder, nn.Conv2d(8, 2, 1, groups=2, bias=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(N, 8, H, W) -> (N, 2, H, W)."""
+        return self.last(image)
+
+
+class Concatenation(nn.Module):
+    """Reads a list."""
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """Maps (N, C, H, W) -> (N, their channels, H, W)."""
+        return torch.cat(maps, 1)
+
+
+class Between(nn.Module):
+    """Something between two convolutions that is none: `form` says what."""
+
+    FORMS = ("attention", "mha", "encoder", "lstm", "einsum", "list", "keyword")
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.first, self.last = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 2, 1)
+        layers: dict[str, Any] = {
+            "mha": lambda: nn.MultiheadAttention(8, 2, batch_first=True),
+            "encoder": lambda: nn.TransformerEncoderLayer(8, 2, 12, batch_first=True),
+            "lstm": lambda: nn.LSTM(8, 8, batch_first=True),
+            "list": Concatenation,
+        }
+        self.layer = layers.get(form, nn.Identity)()
+        self.mix = nn.Linear(8, 8)
+
+    def _tokens(self, tokens: Tensor) -> Tensor:
+        """(N, L, 8) -> (N, L, 8)."""
+        if self.form == "attention":
+            heads = tokens.contiguous().unflatten(-1, (2, 4)).transpose(1, 2)
+            return functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2)
+        if self.form == "mha":
+            return self.layer(tokens, tokens, tokens, need_weights=False)[0]
+        if self.form == "encoder":
+            return self.layer(tokens)
+        if self.form == "lstm":
+            return self.layer(tokens)[0]
+        if self.form == "einsum":
+            return torch.einsum("nic,njc,njd->nid", tokens, tokens, tokens)
+        return self.layer([tokens.mT])[:, :8].mT if self.form == "list" else self.layer(input=tokens)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(N, 1, H, W) -> (N, 2, H, W)."""
+        image = self.first(image)
+        tokens = self._tokens(image.flatten(2).mT)
+        return self.last(self.mix(tokens).mT.reshape(image.shape))
 
 
 class Failing(Tiny):
