@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from skipcost.kernels import fuse
 from skipcost.unet_models import ModelSpec, build
 
 NOT_A_FUNCTION = 3
@@ -161,6 +162,52 @@ class Between(nn.Module):
         image = self.first(image)
         tokens = self._tokens(image.flatten(2).mT)
         return self.last(self.mix(tokens).mT.reshape(image.shape))
+
+
+class Middle(nn.Module):
+    """Two convolutions round something that a device runs in one piece or keeps from call to call: `form` says what."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form, self.shift = form, nn.Identity()
+        self.first, self.last = nn.Conv2d(1, 32, 3, padding=1), nn.Conv2d(32, 2, 1)
+        if form == "mha":
+            self.shift = nn.MultiheadAttention(32, 4, batch_first=True)
+        elif form == "lstm":
+            self.shift = nn.LSTM(32, 32, batch_first=True)
+        self.table = torch.zeros(32, 64, 64) if form == "loose" else None
+        self.cache: Tensor | None = None
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(N, 1, H, W) -> (N, 2, H, W)."""
+        x = self.first(image)
+        if self.form in ("silu", "mish", "gelu", "hardswish"):
+            return self.last(getattr(functional, self.form)(x))
+        if self.form == "kept":
+            self.cache = torch.zeros_like(x) if self.cache is None else self.cache
+            return self.last(x + self.cache)
+        if self.table is not None:
+            return self.last(x * self.table[:, : x.shape[2], : x.shape[3]])
+        tokens = x.flatten(2).mT.contiguous()
+        if self.form == "mha":
+            tokens = self.shift(tokens, tokens, tokens, need_weights=False)[0]
+        elif self.form == "lstm":
+            tokens = self.shift(tokens)[0]
+        else:
+            heads = tokens.unflatten(-1, (4, 8)).transpose(1, 2)
+            tokens = functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2)
+        return self.last(tokens.mT.reshape(x.shape))
+
+
+def unfused() -> nn.Module:
+    """Convolutions with norms, whose weights are most of what is there."""
+    layers = [(nn.Conv2d(64 if i else 1, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()) for i in range(3)]
+    return nn.Sequential(*(each for group in layers for each in group), nn.Conv2d(64, 2, 1))
+
+
+def fused() -> nn.Module:
+    """The same with norms folded, which keeps copies of its weights."""
+    return fuse(unfused())[0]
 
 
 class Failing(Tiny):
