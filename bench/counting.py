@@ -93,6 +93,8 @@ def _refuse_kept(network: nn.Module) -> None:
 
 def _unlike(case: Case, network: nn.Module) -> list[str]:
     """Say which layers a device is known to run in another form than the one that is traced."""
+    if case.mode == "training" and any(isinstance(each, nn.LSTM) for each in network.modules()):
+        return ["LSTM: what oneDNN or cuDNN keeps of it for the way back is not in the figure, which is approximate"]
     if device_to_trace(case.device) == case.device:
         return []
     kinds = {type(each).__name__ for each in network.modules() if isinstance(each, UNLIKE_ON_CUDA)}

@@ -53,8 +53,44 @@ def as_if_on(device: str, tensors: Iterable[Tensor]) -> FakeTensorMode:
     for each in {id(each): each for each in tensors if each.is_meta}.values():
         fake = FakeTensor(mode, each.detach(), torch.device(device)).requires_grad_(each.requires_grad)
         fake._is_param = isinstance(each, nn.Parameter)  # what isinstance asks for  # noqa: SLF001
-        torch.utils.swap_tensors(each, fake)
+        # torch.utils.swap_tensors, but for weak references, which recurrent layers have to their weights
+        each.__class__, fake.__class__ = fake.__class__, each.__class__
+        each.__dict__, fake.__dict__ = fake.__dict__, each.__dict__
+        torch._C._swap_tensor_impl(each, fake)  # noqa: SLF001
     return mode
+
+
+def _multi_head(
+    query: Tensor, key: Tensor, _value: Tensor, width: int, heads: int, *_weights: object, **_how: object
+) -> tuple[Tensor, Tensor]:
+    """Make what MultiheadAttention in one piece makes on a CPU: (N, L, E) and the scores (N, heads, L, S), all of them.
+
+    The order is that of ATen's transformers/attention.cpp.
+    """
+    (batch, length), other = query.shape[:2], key.shape[1]
+    projected = query.new_empty(batch, length + 2 * other, width)
+    in_heads = projected.new_empty(projected.shape)
+    del projected
+    scores = query.new_empty(batch, heads, length, other)
+    del in_heads
+    return query.new_empty(batch, length, width), scores
+
+
+def _encoder_layer(image: Tensor, width: int, heads: int, *rest: Any, **_how: object) -> Tensor:
+    """Make what TransformerEncoderLayer in one piece makes: attention, then the two linear layers (N, L, E)."""
+    result, scores = _multi_head(image, image, image, width, heads)
+    del scores
+    hidden = image.new_empty(*image.shape[:-1], rest[11].shape[0])
+    result = result.new_empty(result.shape)
+    del hidden
+    return result
+
+
+# Operators that the CPU runs in one piece, with much inside that is neither the library's own nor small.
+_WHOLE: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten._native_multi_head_attention.default: _multi_head,  # noqa: SLF001 - has no public name
+    torch.ops.aten._transformer_encoder_layer_fwd.default: _encoder_layer,  # noqa: SLF001 - as before
+}
 
 
 def _makes_no_statistics(func: Any, args: tuple[Any, ...]) -> bool:
@@ -98,6 +134,9 @@ class LiveBytes(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _WHOLE:
+            with self:
+                return _WHOLE[func](*args, **kwargs)
         if _is_composite(func, self._device):
             with self:
                 return func._op_dk(_COMPOSITE, *args, **kwargs)  # noqa: SLF001 - the operator as its parts
