@@ -1,7 +1,8 @@
 """The counter court: what several counters say of one network, in MACs, and the operator at which they part.
 
-Arithmetic is the measure: a MAC for each element of the weight and position of every convolution and matrix product.
-COUNTERS at the bottom is the one place to add a counter. Nothing here is stored; time and memory are elsewhere.
+`arithmetic` is the measure. Each counter is called as its own documentation says, on a network made anew, so that a
+failure or a difference is its own. COUNTERS at the bottom is the one place to add a counter. Nothing here is stored;
+time and memory are elsewhere.
 """
 
 from __future__ import annotations
@@ -9,49 +10,44 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import io
-import math
 import warnings
 from collections import Counter as Tally
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.module_tracker import ModuleTracker
 
+from skipcost.bench.arithmetic import CONVOLUTION, PRODUCT, Place, Running, aliases_of, arithmetic, paths_of
 from skipcost.bench.cases import Case
 from skipcost.bench.counting import preload_fvcore
 from skipcost.bench.custom import shorten
 from skipcost.bench.subject import make_subject
 from skipcost.bench.watching import Watching
 
-CONVOLUTION, TRANSPOSED, PRODUCT = "convolution", "transposed convolution", "matrix product"
-_ATEN = torch.ops.aten
-_PRODUCTS = {_ATEN.mm.default: 0, _ATEN.addmm.default: 1, _ATEN.bmm.default: 0, _ATEN.baddbmm.default: 1}
+BEYOND = "what no layer alone has"  # functional operators, or layers counted more than once
 _FVCORE = ("conv", "linear", "addmm", "matmul", "bmm", "einsum")  # its names for convolutions and products
-_PROFILED = {"aten::conv2d": CONVOLUTION, "aten::mm": PRODUCT, "aten::addmm": PRODUCT, "aten::bmm": PRODUCT}
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """One layer by its module's path, the kind of operator in it, and its MACs."""
-
-    layer: str
-    kind: str
-    macs: int
+_PROFILED = {"aten::conv2d": CONVOLUTION} | dict.fromkeys(
+    ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"), PRODUCT
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """What a counter said, in its own unit: the sum, and by layer's path or else by kind where it can say that."""
+    """What a counter said, in its own unit: the sum, and by layer's path or else by kind where it can say that.
+
+    `alone`: each layer was counted by itself, which leaves out what a module does between those that it calls.
+    """
 
     total: float
     layers: dict[str, float] = field(default_factory=dict)
     kinds: dict[str, float] = field(default_factory=dict)
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +55,15 @@ class Counter:
     """A row of COUNTERS.
 
     `package` is what has to be installed; `per_mac` how many of its unit are one MAC, `unit` what it calls it. `count`
-    takes the network and an image; where it can name no place, each layer is counted by it alone, too.
+    takes the network and images; where it can name no place, each layer is counted by it alone, too. `per_image`: by
+    its documentation it counts one image, whatever the batch.
     """
 
     package: str
     unit: str
     per_mac: int
     count: Callable[[nn.Module, Tensor], Count]
+    per_image: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,28 +88,6 @@ class Testimony:
     note: str = ""
 
 
-def arithmetic(network: nn.Module, image: Tensor) -> list[Place]:
-    """Every convolution and matrix product of a forward pass, by the shapes that it is called with, summed by layer."""
-    places: list[Place] = []
-
-    def seen(func: Any, args: tuple[Any, ...], result: Any) -> None:
-        layer = max(tracker.parents, key=lambda name: name.count(".")).partition(".")[2]
-        if func is _ATEN.convolution.default:
-            image, weight, transposed = args[0], args[1], args[6]
-            positions = image.shape[0] * math.prod((image if transposed else result).shape[2:])
-            places.append(Place(layer, TRANSPOSED if transposed else CONVOLUTION, weight.numel() * positions))
-        elif func in _PRODUCTS:
-            left = args[_PRODUCTS[func]]  # (..., M, K); the result is (..., M, N)
-            places.append(Place(layer, PRODUCT, result.numel() * left.shape[-1]))
-
-    with torch.no_grad(), ModuleTracker() as tracker, Watching(seen):
-        network(image)
-    sums: Tally[tuple[str, str]] = Tally()
-    for place in places:
-        sums[place.layer, place.kind] += place.macs
-    return [Place(layer, kind, macs) for (layer, kind), macs in sums.items()]
-
-
 def _exclusive(sums: dict[str, float]) -> dict[str, float]:
     """Sums over modules with all that is inside them, turned into what is in each of them and in nothing inside it."""
     own = dict(sums)
@@ -134,12 +110,24 @@ def _fvcore(network: nn.Module, image: Tensor) -> Count:
 
 
 def _flop_counter_mode(network: nn.Module, image: Tensor) -> Count:
-    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+    """Count with FlopCounterMode by itself, then once more to see in which layer its sum grows.
+
+    Its own table has the path that a module was last registered under, which may lie outside of what called it.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as alone:
         network(image)
-    sums = {
-        name.partition(".")[2]: sum(by.values()) for name, by in flops.get_flop_counts().items() if name != "Global"
-    }
-    return Count(flops.get_total_flops(), _exclusive(sums))
+    layers: Tally[str] = Tally()
+    before = 0
+
+    def seen(_func: object, _args: object, _result: object) -> None:
+        nonlocal before
+        now = flops.get_total_flops()
+        layers[running.layer] += now - before
+        before = now
+
+    with torch.no_grad(), Running(network) as running, FlopCounterMode(display=False) as flops, Watching(seen):
+        network(image)
+    return Count(alone.get_total_flops(), {name: count for name, count in layers.items() if count})
 
 
 def _profiler(network: nn.Module, image: Tensor) -> Count:
@@ -183,44 +171,80 @@ def _ptflops(backend: str) -> Callable[[nn.Module, Tensor], Count]:
     def count(network: nn.Module, image: Tensor) -> Count:
         import ptflops  # noqa: PLC0415 - optional
 
-        total, _ = ptflops.get_model_complexity_info(
-            network, tuple(image.shape[1:]), as_strings=False, print_per_layer_stat=False, verbose=False,
-            backend=ptflops.FLOPS_BACKEND(backend), input_constructor=lambda _: image,
-        )  # fmt: skip
+        cried = io.StringIO()
+        with contextlib.redirect_stderr(cried):
+            total, _ = ptflops.get_model_complexity_info(
+                network, tuple(image.shape[1:]), as_strings=False, print_per_layer_stat=False, verbose=False,
+                backend=ptflops.FLOPS_BACKEND(backend), input_constructor=lambda _: image,
+            )  # fmt: skip
         if total is None:
-            message = "it returns nothing; run it by itself for its own words"
+            said = cried.getvalue().strip().rpartition("\n")[2]
+            message = f"it returns nothing and prints {said or 'no reason'}"
             raise ValueError(message)
         return Count(total)
 
     return count
 
 
-def layer_images(network: nn.Module, image: Tensor) -> dict[str, Tensor]:
-    """What each module without further ones inside reads in a forward pass, by its path."""
-    seen: dict[str, Tensor] = {}
+class _Alone(nn.Module):
+    """A layer as the network calls it, as often and with all that it is given there: lists and keywords, too."""
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_module: nn.Module, given: tuple[Any, ...]) -> None:
-            seen[name] = given[0].detach()
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def forward(self, _image: Tensor) -> list[Any]:
+        """Whatever the layer returns."""
+        return [self.layer(*args, **kwargs) for args, kwargs in self.calls]
+
+
+def layers_alone(network: nn.Module, image: Tensor) -> dict[str, nn.Module]:
+    """Each module that calls no other in a forward pass, by its path, as a network of its own that reads an image."""
+    seen: dict[str, _Alone] = {}
+    calling: set[str] = set()
+    stack: list[str] = []
+    hooks = []
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calling.update(stack)
+            stack.append(name)
+            seen.setdefault(name, _Alone(module)).calls.append((args, kwargs))
 
         return hook
 
-    leaves = [(name, each) for name, each in network.named_modules() if name and not any(True for _ in each.children())]
-    hooks = [each.register_forward_pre_hook(watch(name)) for name, each in leaves]
+    def leave(*_call: object) -> None:
+        stack.pop()
+
+    for name, module in network.named_modules():
+        if name:
+            hooks.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
+            hooks.append(module.register_forward_hook(leave, always_call=True))
     with torch.no_grad():
         network(image)
     for hook in hooks:
         hook.remove()
-    return seen
+    return {name: layer for name, layer in seen.items() if name not in calling}
 
 
 def _alone(counter: Counter, network: nn.Module, image: Tensor) -> dict[str, float]:
     """Count every layer by itself, for a counter that names no place; one that it cannot count alone is left out."""
     layers = {}
-    for name, given in layer_images(network, image).items():
+    for name, layer in layers_alone(network, image).items():
         with contextlib.suppress(Exception):
-            layers[name] = counter.count(network.get_submodule(name), given).total
+            layers[name] = counter.count(layer, image).total
     return layers
+
+
+def _split(told: float, exact: dict[str, int]) -> dict[str, float]:
+    """Share a layer's count out among its kinds: some left out where that is all that is off, else each its part."""
+    total = sum(exact.values())
+    for some in range(len(exact) + 1):
+        for missing in combinations(exact, some):
+            if told == total - sum(exact[kind] for kind in missing):
+                return {kind: 0 if kind in missing else macs for kind, macs in exact.items()}
+    return {kind: told * macs / total if total != macs else told for kind, macs in exact.items()}
 
 
 def judge(count: Count, per_mac: int, places: list[Place], kinds: dict[str, str]) -> tuple[Part, ...]:
@@ -229,29 +253,31 @@ def judge(count: Count, per_mac: int, places: list[Place], kinds: dict[str, str]
     Where a counter says nothing of its places, the whole difference is one part, "not said where".
     """
     exact: Tally[str] = Tally()
-    by_layer: Tally[str] = Tally()
-    kind_of = dict(kinds)
+    inside: defaultdict[str, dict[str, int]] = defaultdict(dict)
     for place in places:
-        exact[place.kind] += place.macs
-        by_layer[place.layer] += place.macs
-        kind_of[place.layer] = place.kind
+        if count.alone and place.layer not in count.layers:
+            exact[BEYOND] += place.macs
+        else:
+            exact[place.kind] += place.macs
+            inside[place.layer][place.kind] = place.macs
     theirs: defaultdict[str, float] = defaultdict(float)
-    for name, found in {**count.layers, **count.kinds}.items():
-        theirs[kind_of.get(name, name)] += found / per_mac
+    layers: defaultdict[str, list[tuple[str, float, int]]] = defaultdict(list)
+    for name in {*count.layers, *inside} if count.layers else ():
+        own = inside.get(name) or {kinds.get(name, name): 0}
+        for kind, told in _split(count.layers.get(name, 0) / per_mac, own).items():
+            theirs[kind] += told
+            if told != own[kind]:
+                layers[kind].append((name, told, own[kind]))
+    for name, found in count.kinds.items():
+        theirs[name] += found / per_mac
     rest = count.total / per_mac - sum(theirs.values())
     if rest:
-        theirs["operators outside of layers" if theirs else "not said where"] += rest
-    parts = []
-    for kind in {*theirs, *exact}:
-        told = theirs[kind]
-        layers = [
-            (name, count.layers.get(name, 0) / per_mac, by_layer[name])
-            for name in ({*count.layers, *by_layer} if count.layers else ())
-            if kind_of.get(name, name) == kind and count.layers.get(name, 0) / per_mac != by_layer[name]
-        ]
-        if told != exact[kind] or layers:
-            layers.sort(key=lambda each: (-abs(each[1] - each[2]), each[0]))
-            parts.append(Part(kind, told, exact[kind], tuple(layers)))
+        theirs[BEYOND if count.layers or count.kinds or count.alone else "not said where"] += rest
+    parts = [
+        Part(kind, theirs[kind], exact[kind], tuple(sorted(layers[kind], key=lambda e: (-abs(e[1] - e[2]), e[0]))))
+        for kind in {*theirs, *exact}
+        if theirs[kind] != exact[kind] or layers[kind]
+    ]
     return tuple(sorted(parts, key=lambda part: (-abs(part.macs - part.arithmetic), part.kind)))
 
 
@@ -262,21 +288,38 @@ def hear(name: str, counter: Counter, case: Case, places: list[Place]) -> Testim
         version = importlib.metadata.version(counter.package)
     except importlib.metadata.PackageNotFoundError:
         return Testimony(name, "", conversion, note=f"not installed: pip install {counter.package}")
+    subject = make_subject(case, "cpu")
+    network, image = subject.network, subject.tensors[-1]
+    paths = paths_of(network)
+    kinds = {path: type(module).__name__ for path, module in network.named_modules()}
+    images = len(image) if counter.per_image else 1
+    image = image[: len(image) // images]
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            subject = make_subject(case, "cpu")
-            network, image = subject.network, subject.tensors[-1]
-            kinds = {path: type(module).__name__ for path, module in network.named_modules()}
             count = counter.count(network, image)
             if not count.layers and not count.kinds:
                 fresh = make_subject(case, "cpu").network
-                count = Count(count.total, _alone(counter, fresh, image))
+                count = Count(count.total, _alone(counter, fresh, image), alone=True)
     except Exception as error:  # noqa: BLE001 - whatever a counter raises is what it says
         return Testimony(name, version, conversion, note=f"fails: {type(error).__name__}: {shorten(str(error))}")
+    layers: Tally[str] = Tally()
+    pieces = {place.layer for place in places if place.whole}
+    for path, found in count.layers.items():
+        first = paths.get(path, path)
+        layers[next((piece for piece in pieces if first.startswith(f"{piece}.")), first)] += found * images
+    count = Count(count.total * images, layers, count.kinds, count.alone)
     return Testimony(
         name, version, conversion, count.total / counter.per_mac, judge(count, counter.per_mac, places, kinds)
     )
+
+
+def aliases(case: Case) -> dict[str, list[str]]:
+    """Layers of a case's network that are registered under several paths: the first, by which they go, and the others.
+
+    The suite's own networks have none.
+    """
+    return aliases_of(paths_of(make_subject(case, "cpu").network)) if case.factory else {}
 
 
 def court(case: Case) -> tuple[list[Place], list[Testimony]]:
@@ -292,6 +335,6 @@ COUNTERS: dict[str, Counter] = {
     "torch.profiler": Counter("torch", "FLOPs", 2, _profiler),
     "torchinfo": Counter("torchinfo", "its mult-adds, which are MACs", 1, _torchinfo),
     "thop": Counter("thop", "MACs", 1, _thop),
-    "ptflops pytorch": Counter("ptflops", "MACs", 1, _ptflops("pytorch")),
-    "ptflops aten": Counter("ptflops", "MACs", 1, _ptflops("aten")),
+    "ptflops pytorch": Counter("ptflops", "MACs", 1, _ptflops("pytorch"), per_image=True),
+    "ptflops aten": Counter("ptflops", "MACs", 1, _ptflops("aten"), per_image=True),
 }

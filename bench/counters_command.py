@@ -60,10 +60,11 @@ def counters(
 def examine(case: Case) -> dict[str, Any]:
     """Everything that the command shows, as JSON values; BenchError where the model itself does not run."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler announces itself on stderr; read once, by torch
-    from skipcost.bench.counters import court  # noqa: PLC0415 - imports torch
+    from skipcost.bench.counters import aliases, court  # noqa: PLC0415 - imports torch
 
     try:
         places, heard = court(case)
+        several = aliases(case)
     except Exception as error:
         if case.factory is None:
             raise
@@ -76,15 +77,16 @@ def examine(case: Case) -> dict[str, Any]:
         "network": case.spec.label,
         "size": [case.height, case.width],
         "batch": case.batch,
-        "arithmetic": {"macs": macs, "kinds": _kinds(places), "layers": {each.layer: each.macs for each in places}},
+        "arithmetic": {"macs": macs, "kinds": _sums(places, "kind"), "layers": _sums(places, "layer")},
+        "aliases": several,
         "counters": [_testimony(each, macs) for each in heard],
     }
 
 
-def _kinds(places: list[Place]) -> dict[str, int]:
+def _sums(places: list[Place], what: str) -> dict[str, int]:
     sums: Counter[str] = Counter()
     for place in places:
-        sums[place.kind] += place.macs
+        sums[getattr(place, what)] += place.macs
     return dict(sums)
 
 
@@ -94,7 +96,7 @@ def _testimony(heard: Testimony, macs: int) -> dict[str, Any]:
         "version": heard.version,
         "conversion": heard.conversion,
         "macs": heard.macs,
-        "difference": None if heard.macs is None else heard.macs / macs - 1 if macs else 0.0,
+        "difference": _difference(heard, macs),
         "parts": [
             {
                 "kind": part.kind,
@@ -111,6 +113,22 @@ def _testimony(heard: Testimony, macs: int) -> dict[str, Any]:
     }
 
 
+def _difference(heard: Testimony, macs: int) -> float | None:
+    """How far a counter is off, of the exact MACs; None without a number, and where it counts something of nothing."""
+    if heard.macs is None or (heard.macs and not macs):
+        return None
+    return heard.macs / macs - 1 if macs else 0.0
+
+
+def _off(counter: dict[str, Any]) -> str:
+    """A difference for people: a sum is exact only where nothing in it is off."""
+    if counter["difference"] is None:
+        return "-"
+    if counter["difference"]:
+        return f"{counter['difference']:+.2%}"
+    return "in sum exact" if counter["parts"] else "exact"
+
+
 def _words(part: Part, macs: int) -> str:
     """One part in words: how much is too much or too little, and the layer at which it is most."""
     off = part.macs - part.arithmetic
@@ -122,7 +140,7 @@ def _words(part: Part, macs: int) -> str:
     worst = ""
     if part.layers:
         name, theirs, exact = part.layers[0]
-        worst = f", most at {name}" + (f" ({theirs / exact:.3g} times)" if exact else "")
+        worst = f", most at {name or 'the network itself'}" + (f" ({theirs / exact:.3g} times)" if exact else "")
     return f"{part.kind} {part.macs / part.arithmetic:.4g} times ({share}){worst}"
 
 
@@ -132,6 +150,9 @@ def print_court(facts: dict[str, Any], console: Screen) -> None:
     height, width = facts["size"]
     kinds = ", ".join(f"{kind} {figures.text(macs, 'macs')}" for kind, macs in exact["kinds"].items())
     console.print(f"{facts['network']}  {height}x{width}, batch {facts['batch']}, forward")
+    if facts["aliases"]:
+        several = "; ".join(f"{first} is also {', '.join(others)}" for first, others in facts["aliases"].items())
+        console.print(f"registered under several names, counted once, under the first: {several}")
     rows = [("arithmetic (counted)", f"{exact['macs']:,}", "", "weights x positions", kinds)]
     for each in facts["counters"]:
         name = f"{each['counter']} {each['version']}".strip()
@@ -141,6 +162,5 @@ def print_court(facts: dict[str, Any], console: Screen) -> None:
         words = [part["words"] for part in each["parts"]]
         more = [f"{len(words) - MOST_PARTS} more in --json"] if len(words) > MOST_PARTS else []
         said = "; ".join(words[:MOST_PARTS] + more) or "nowhere"
-        off = f"{each['difference']:+.2%}" if each["difference"] else "exact"
-        rows.append((name, f"{each['macs']:,.0f}", off, each["conversion"], said))
+        rows.append((name, f"{each['macs']:,.0f}", _off(each), each["conversion"], said))
     console.table(COURT, rows, more="--json has it")

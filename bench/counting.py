@@ -8,14 +8,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from skipcost.bench.cases import Case
-from skipcost.bench.memory import trace_peaks
+from skipcost.bench.memory import device_to_trace, trace_peaks
 from skipcost.bench.modules import as_written, compiled_note, parameter_bytes
 from skipcost.bench.records import Result
 from skipcost.bench.subject import Subject, make_subject
 from skipcost.bench.tracing import trace
 from skipcost.kernels.fvcore_handles import HANDLES
+from skipcost.kernels.rewiring import Rewired
+
+UNLIKE_ON_CUDA = (nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer)  # cuDNN's, and whole layers
 
 
 def preload_fvcore() -> Any:
@@ -60,15 +64,45 @@ def fvcore_count(case: Case) -> Result:
 def predicted_peaks(case: Case) -> tuple[int, int, dict[str, Any]]:
     """Trace a step, or two; return the peaks of live bytes in the first and the last, and detail.
 
-    The first step makes the optimizer's state, or the weights that `backend=rewritten` composes. Where a user's own
-    model had to be run with data, `note` in the detail says so.
+    The first step makes the optimizer's state, the weights that `backend=rewritten` composes, and whatever else a
+    user's own model keeps from one call to the next. Where such a model had to be run with data, or its operators may
+    be others on the case's device, `note` in the detail says so.
     """
-    steps = 2 if case.mode == "training" or case.backend == "rewritten" else 1
+    steps = 2 if case.mode == "training" or case.backend == "rewritten" or case.factory else 1
+    doubts: list[str] = []
+
+    def use(subject: Subject) -> tuple[list[int], int]:
+        if case.factory and any(each.is_meta for each in subject.tensors):
+            _refuse_kept(subject.network)
+            doubts.extend(_unlike(case, subject.network))
+        peaks = trace_peaks(subject.step, subject.tensors, steps, case.device)
+        doubts.append(compiled_note(subject.network))
+        return peaks, parameter_bytes(subject.network)
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # kept weights look
-        (peaks, weights, compiled), note = trace(case, lambda subject: _traced(subject, steps))
-    note = "; ".join(filter(None, (note, compiled)))
+        (peaks, weights), note = trace(case, use, on_meta=case.factory is not None)
+    note = "; ".join(filter(None, [note, *dict.fromkeys(doubts)]))
     return peaks[0], peaks[-1], {"parameter_bytes": weights} | ({"note": note} if note else {})
+
+
+def _refuse_kept(network: nn.Module) -> None:
+    """Raise for a network of `fuse` or `rewrite`: what it keeps of its weights it makes of data alone."""
+    for name, module in network.named_modules():
+        if isinstance(module, Rewired):
+            message = f"{name or 'the model'} is one of fuse or rewrite, which keeps copies of weights that have data"
+            raise TypeError(message)
+
+
+def _unlike(case: Case, network: nn.Module) -> list[str]:
+    """Say which layers a device is known to run in another form than the one that is traced."""
+    if case.mode == "training" and any(isinstance(each, nn.LSTM) for each in network.modules()):
+        return ["LSTM: what oneDNN or cuDNN keeps of it for the way back is not in the figure, which is approximate"]
+    if device_to_trace(case.device) == case.device:
+        return []
+    kinds = {type(each).__name__ for each in network.modules() if isinstance(each, UNLIKE_ON_CUDA)}
+    doubt = "traced in the CPU's form, since this PyTorch has none of CUDA's: the figure is approximate"
+    return [f"{', '.join(sorted(kinds))}: {doubt}"] if kinds else []
 
 
 def traced_peaks(case: Case) -> list[Result]:
@@ -85,9 +119,3 @@ def traced_peaks(case: Case) -> list[Result]:
         Result("peak_memory_predicted_bytes", samples=(steady,), note=note, detail=detail),
         Result("peak_memory_predicted_first_bytes", samples=(first,), note=note, detail=detail),
     ]
-
-
-def _traced(subject: Subject, steps: int) -> tuple[list[int], int, str]:
-    """Peaks of so many steps, bytes of the parameters, and what is to be said where a model is compiled."""
-    peaks = trace_peaks(subject.step, subject.tensors, steps)
-    return peaks, parameter_bytes(subject.network), compiled_note(subject.network)

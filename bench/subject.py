@@ -68,7 +68,8 @@ def make_subject(case: Case, device: str, *, traced: bool = False) -> Subject:
         image = torch.randn(case.batch, case.spec.in_channels, case.height, case.width, dtype=dtype)
         image = image.contiguous(memory_format=layout)
         targets, score = _lesson(case)
-    present = [*network.parameters(), *network.buffers(), image]
+    present = [*network.parameters(), *network.buffers(), *loose_tensors(network), image]
+    device = "cpu" if device == "meta" else device  # autocast knows no meta; a trace takes its tensors for the CPU's
     runnable = backend.wrap(network)
     forward = _looked_at(case, partial(_forward, case, runnable, image, device), note)
     if case.mode == "inference":
@@ -135,6 +136,12 @@ def _looked_at(case: Case, call: Callable[[], object], note: str) -> Callable[[]
         return output
 
     return looked_at
+
+
+def loose_tensors(network: nn.Module) -> list[Tensor]:
+    """Tensors that modules hold as plain attributes, neither parameters nor buffers: they take memory all the same."""
+    held = [each for module in network.modules() for each in vars(module).values() if isinstance(each, Tensor)]
+    return list({id(each): each for each in held}.values())
 
 
 def _lesson(case: Case) -> tuple[tuple[Tensor, ...], Score]:

@@ -38,14 +38,15 @@ FLOPS_OF_A_MAC = 2  # as PyTorch's formulas count: a multiply and an add
 T = TypeVar("T")
 
 
-def trace(case: Case, use: Callable[[Subject], T]) -> tuple[T, str]:
+def trace(case: Case, use: Callable[[Subject], T], *, on_meta: bool = False) -> tuple[T, str]:
     """Apply `use` to the case's subject without data, and return what it says, with a note where there was data.
 
     That is on the meta device. Autocast does nothing there, so mixed precision is traced on fake CPU tensors, which
     have no data either; the few operators on which the CPU's and CUDA's lists of casts differ do not occur in the
     suite's networks. A user's own model whose Python looks at values fails on both: it is run on the CPU.
+    on_meta: on the meta device in any precision, for `trace_peaks`, which takes such tensors for those of a device.
     """
-    amp = case.precision in AUTOCAST
+    amp = case.precision in AUTOCAST and not on_meta
     try:
         with as_written(), FakeTensorMode() if amp else contextlib.nullcontext():
             subject = make_subject(case, "cpu" if amp else "meta", traced=True)

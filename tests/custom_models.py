@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from skipcost.kernels import fuse
 from skipcost.unet_models import ModelSpec, build
 
 NOT_A_FUNCTION = 3
@@ -89,6 +90,125 @@ class Mixing(Tiny):
     def forward(self, image: Tensor) -> Any:
         """(N, 1, H, 8)."""
         return super().forward(self.mix(image))
+
+
+class Holding(nn.Module):
+    """A decoder that holds the encoder, so that its layers have two paths each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(1, 8, 1), nn.ReLU())
+        self.decoder = Decoder(self.encoder)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(N, 1, H, W) -> (N, 2, H, W)."""
+        return self.decoder(self.encoder(image))
+
+
+class Decoder(nn.Module):
+    """Holds what it does not call."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.last = encoder, nn.Conv2d(8, 2, 1, groups=2, bias=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(N, 8, H, W) -> (N, 2, H, W)."""
+        return self.last(image)
+
+
+class Concatenation(nn.Module):
+    """Reads a list."""
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """Maps (N, C, H, W) -> (N, their channels, H, W)."""
+        return torch.cat(maps, 1)
+
+
+class Between(nn.Module):
+    """Something between two convolutions that is none: `form` says what."""
+
+    FORMS = ("attention", "mha", "encoder", "lstm", "einsum", "list", "keyword")
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.first, self.last = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 2, 1)
+        layers: dict[str, Any] = {
+            "mha": lambda: nn.MultiheadAttention(8, 2, batch_first=True),
+            "encoder": lambda: nn.TransformerEncoderLayer(8, 2, 12, batch_first=True),
+            "lstm": lambda: nn.LSTM(8, 8, batch_first=True),
+            "list": Concatenation,
+        }
+        self.layer = layers.get(form, nn.Identity)()
+        self.mix = nn.Linear(8, 8)
+
+    def _tokens(self, tokens: Tensor) -> Tensor:
+        """(N, L, 8) -> (N, L, 8)."""
+        if self.form == "attention":
+            heads = tokens.contiguous().unflatten(-1, (2, 4)).transpose(1, 2)
+            return functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2)
+        if self.form == "mha":
+            return self.layer(tokens, tokens, tokens, need_weights=False)[0]
+        if self.form == "encoder":
+            return self.layer(tokens)
+        if self.form == "lstm":
+            return self.layer(tokens)[0]
+        if self.form == "einsum":
+            return torch.einsum("nic,njc,njd->nid", tokens, tokens, tokens)
+        return self.layer([tokens.mT])[:, :8].mT if self.form == "list" else self.layer(input=tokens)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(N, 1, H, W) -> (N, 2, H, W)."""
+        image = self.first(image)
+        tokens = self._tokens(image.flatten(2).mT)
+        return self.last(self.mix(tokens).mT.reshape(image.shape))
+
+
+class Middle(nn.Module):
+    """Two convolutions round something that a device runs in one piece or keeps from call to call: `form` says what."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form, self.shift = form, nn.Identity()
+        self.first, self.last = nn.Conv2d(1, 32, 3, padding=1), nn.Conv2d(32, 2, 1)
+        if form == "mha":
+            self.shift = nn.MultiheadAttention(32, 4, batch_first=True)
+        elif form == "lstm":
+            self.shift = nn.LSTM(32, 32, batch_first=True)
+        self.table = torch.zeros(32, 64, 64) if form == "loose" else None
+        self.cache: Tensor | None = None
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(N, 1, H, W) -> (N, 2, H, W)."""
+        x = self.first(image)
+        if self.form in ("silu", "mish", "gelu", "hardswish"):
+            return self.last(getattr(functional, self.form)(x))
+        if self.form == "kept":
+            self.cache = torch.zeros_like(x) if self.cache is None else self.cache
+            return self.last(x + self.cache)
+        if self.table is not None:
+            return self.last(x * self.table[:, : x.shape[2], : x.shape[3]])
+        tokens = x.flatten(2).mT.contiguous()
+        if self.form == "mha":
+            tokens = self.shift(tokens, tokens, tokens, need_weights=False)[0]
+        elif self.form == "lstm":
+            tokens = self.shift(tokens)[0]
+        else:
+            heads = tokens.unflatten(-1, (4, 8)).transpose(1, 2)
+            tokens = functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2)
+        return self.last(tokens.mT.reshape(x.shape))
+
+
+def unfused() -> nn.Module:
+    """Convolutions with norms, whose weights are most of what is there."""
+    layers = [(nn.Conv2d(64 if i else 1, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()) for i in range(3)]
+    return nn.Sequential(*(each for group in layers for each in group), nn.Conv2d(64, 2, 1))
+
+
+def fused() -> nn.Module:
+    """The same with norms folded, which keeps copies of its weights."""
+    return fuse(unfused())[0]
 
 
 class Failing(Tiny):

@@ -7,6 +7,7 @@ slow convolution's columns), and left out; so are the 8 bytes of a Python number
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipcost.bench.cases import Case
+from skipcost.bench.memory import _WHOLE, _is_composite, as_if_on
 from skipcost.bench.subject import make_subject
 from skipcost.bench.tracing import trace
 
@@ -60,21 +62,24 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         composite = torch._C.DispatchKey.CompositeImplicitAutograd
-        if func.namespace == "aten" and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), composite):
+        if _is_composite(func, "cpu"):
             with self:
                 return func._op_dk(composite, *args, **(kwargs or {}))
+        if func in _WHOLE:  # what such a layer makes inside is its network's
+            return func(*args, **(kwargs or {}))
         self.names.add(func._schema.name)
         return func(*args, **(kwargs or {}))
 
 
 def _operators(case: Case, steps: int) -> frozenset[str]:
     def names(subject: Any) -> set[str]:
-        with _Operators() as mode:
+        without_data = any(each.is_meta for each in subject.tensors)
+        with as_if_on("cpu", subject.tensors) if without_data else nullcontext(), _Operators() as mode:
             for _ in range(steps):
                 subject.step()
         return mode.names
 
-    return frozenset(trace(case, names)[0]) - {"aten::detach"}
+    return frozenset(trace(case, names, on_meta=case.factory is not None)[0]) - {"aten::detach"}
 
 
 def _walk(events: Any, around: tuple[Any, ...] = ()) -> Iterator[tuple[Any, tuple[Any, ...]]]:

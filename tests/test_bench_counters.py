@@ -14,22 +14,10 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from skipcost.bench import counters
+from skipcost.bench.arithmetic import CONVOLUTION, PRODUCT, TRANSPOSED, Place, arithmetic
 from skipcost.bench.cases import Case
 from skipcost.bench.cli import app
-from skipcost.bench.counters import (
-    CONVOLUTION,
-    COUNTERS,
-    PRODUCT,
-    TRANSPOSED,
-    Count,
-    Counter,
-    Part,
-    Place,
-    arithmetic,
-    court,
-    hear,
-    judge,
-)
+from skipcost.bench.counters import BEYOND, COUNTERS, Count, Counter, Part, court, hear, judge
 from skipcost.bench.counters_command import examine
 from skipcost.bench.custom import Factory
 from skipcost.bench.subject import make_subject
@@ -155,14 +143,19 @@ PLACES = [Place("a", CONVOLUTION, 100), Place("b", CONVOLUTION, 50), Place("up",
             Count(320, {"a": 100, "b": 200, "up": 20}),
             (Part(CONVOLUTION, 150, 150, (("a", 50, 100), ("b", 100, 50))),),
         ),
-        (Count(330, {"a": 200, "b": 100, "up": 20}), (Part("operators outside of layers", 5, 0),)),
+        (Count(330, {"a": 200, "b": 100, "up": 20}), (Part(BEYOND, 5, 0),)),
         (
             Count(200, {"a": 200}),
             (Part(CONVOLUTION, 100, 150, (("b", 0, 50),)), Part(TRANSPOSED, 0, 10, (("up", 0, 10),))),
         ),
+        (
+            Count(330, {"a": 200, "b": 120}, alone=True),
+            (Part(CONVOLUTION, 160, 150, (("b", 60, 50),)), Part(BEYOND, 5, 10)),
+        ),
+        (Count(320, {"a": 200, "b": 100}, alone=True), ()),
         (Count(7), (Part(CONVOLUTION, 0, 150), Part(TRANSPOSED, 0, 10), Part("not said where", 3.5, 0))),
     ],
-    ids=["equal", "left out", "too much", "moved", "outside", "missing", "total alone"],
+    ids=["equal", "left out", "too much", "moved", "outside", "missing", "alone", "alone and equal", "total"],
 )
 def test_a_count_is_judged_by_kind_and_layer(count: Count, parts: tuple[Part, ...]) -> None:
     """The largest difference first; kinds that are equal are not named unless their layers differ."""
@@ -184,6 +177,111 @@ def test_a_counter_that_names_no_place_is_asked_layer_by_layer() -> None:
     worst = heard.parts[0]
     up = next(place.macs for place in places if place.kind == TRANSPOSED)
     assert (worst.kind, worst.layers) == (TRANSPOSED, (("up", 4 * up + 3, up),))
+
+
+@pytest.mark.parametrize("form", ["list", "keyword", "mha"])
+def test_a_layer_is_asked_alone_as_the_network_calls_it(form: str) -> None:
+    """With a list, by keyword or with several inputs: what the counter then says is its own, to the layer."""
+
+    def total(network: nn.Module, image: Tensor) -> Count:
+        return Count(sum(place.macs for place in arithmetic(network, image)))
+
+    case = Case(spec=Factory("custom_models:Between", json.dumps({"form": form})), height=8, width=8)
+    places, _ = court(case)
+
+    heard = hear("mine", Counter("torch", "MACs", 1, total), case, places)
+
+    assert (heard.parts, heard.note) == ((), "")
+    assert heard.macs == sum(place.macs for place in places)
+
+
+def test_a_layer_that_runs_twice_is_asked_alone_for_both() -> None:
+    """Nothing is left over that would be told as an operator outside of layers."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(1, 1, 1)
+
+        def forward(self, image: Tensor) -> Tensor:
+            return self.layer(self.layer(image)[..., :2])
+
+    image = torch.zeros(1, 1, 4, 4)
+
+    alone = counters.layers_alone(Twice(), image)
+
+    assert {name: sum(each.macs for each in arithmetic(layer, image)) for name, layer in alone.items()} == {"layer": 24}
+
+
+def test_a_counter_of_one_image_is_asked_for_one() -> None:
+    """What it documents as the cost of an image is no fault of a batch of three."""
+    seen: list[int] = []
+
+    def total(network: nn.Module, image: Tensor) -> Count:
+        seen.append(len(image))
+        return Count(sum(place.macs for place in arithmetic(network, image)))
+
+    case = Case(spec=Factory("custom_models:Tiny"), height=8, width=8, batch=3)
+    places, _ = court(case)
+
+    heard = hear("mine", Counter("torch", "MACs", 1, total, per_image=True), case, places)
+
+    assert set(seen) == {1}
+    assert (heard.parts, heard.macs) == ((), sum(place.macs for place in places))
+
+
+@pytest.mark.parametrize("form", ["attention", "mha", "encoder"])
+def test_a_counter_is_not_blamed_for_products_that_it_has(form: str) -> None:
+    """torch.profiler has every matrix product that PyTorch runs as such, those inside of whole layers too."""
+    case = Case(spec=Factory("custom_models:Between", json.dumps({"form": form})), height=8, width=8)
+
+    said = {each.counter: each for each in court(case)[1]}
+
+    missing = {"attention": {"attention"}, "mha": set(), "encoder": {"matrix product with activation"}}
+    left_out = {part.kind for part in said["torch.profiler"].parts if part.macs < part.arithmetic}
+    assert left_out == missing[form]
+
+
+def test_layers_under_several_names_are_counted_once_and_told() -> None:
+    """A counter that is exact is so in each layer, and a decoder that holds the encoder is told."""
+    facts = examine(Case(spec=Factory("custom_models:Holding"), height=8, width=8))
+
+    said = {each["counter"]: each for each in facts["counters"]}
+    assert said["FlopCounterMode"]["difference"] == 0
+    assert said["FlopCounterMode"]["parts"] == []
+    assert said["fvcore"]["parts"] == []
+    assert facts["aliases"] == {"encoder": ["decoder.encoder"]}
+    assert set(facts["arithmetic"]["layers"]) == {"encoder.0", "decoder.last"}
+
+
+def test_layers_under_several_names_are_printed() -> None:
+    """In a line of its own above the table."""
+    done = run("--model", "custom_models:Holding", "--size", "8")
+
+    assert "counted once, under the first: encoder is also decoder.encoder" in done.output
+
+
+def test_a_sum_with_differences_inside_is_not_called_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where layers are off that make up for each other, the sum alone is exact."""
+
+    def moved(_network: nn.Module, _image: Tensor) -> Count:
+        return Count(256, {"encoder.0": 64, "decoder.last": 192})
+
+    monkeypatch.setattr(counters, "COUNTERS", {"mine": Counter("torch", "MACs", 1, moved)})
+
+    done = run("--model", "custom_models:Holding", "--size", "4")
+
+    assert "in sum exact" in done.output
+
+
+def test_a_number_beside_nothing_has_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is nothing to multiply, what a counter says all the same is neither exact nor a share."""
+    monkeypatch.setattr(counters, "COUNTERS", {"mine": replace(counting(10), per_mac=1)})
+
+    facts = examine(Case(spec=Factory("torch.nn:ReLU"), height=4, width=4))
+
+    assert facts["arithmetic"]["macs"] == 0
+    assert (facts["counters"][0]["macs"], facts["counters"][0]["difference"]) == (10, None)
 
 
 def test_a_counter_that_is_not_installed_says_how_to_get_it() -> None:

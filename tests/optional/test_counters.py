@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import pytest
 
+from skipcost.bench.arithmetic import TRANSPOSED
 from skipcost.bench.cases import Case
-from skipcost.bench.counters import COUNTERS, TRANSPOSED, court
+from skipcost.bench.counters import COUNTERS, court
 from skipcost.unet_models import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
