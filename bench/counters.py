@@ -303,11 +303,12 @@ def hear(name: str, counter: Counter, case: Case, places: list[Place]) -> Testim
                 count = Count(count.total, _alone(counter, fresh, image), alone=True)
     except Exception as error:  # noqa: BLE001 - whatever a counter raises is what it says
         return Testimony(name, version, conversion, note=f"fails: {type(error).__name__}: {shorten(str(error))}")
-    layers: Tally[str] = Tally()
+    layers: dict[str, float] = {}
     pieces = {place.layer for place in places if place.whole}
     for path, found in count.layers.items():
         first = paths.get(path, path)
-        layers[next((piece for piece in pieces if first.startswith(f"{piece}.")), first)] += found * images
+        layer = next((piece for piece in pieces if first.startswith(f"{piece}.")), first)
+        layers[layer] = layers.get(layer, 0) + found * images
     count = Count(count.total * images, layers, count.kinds, count.alone)
     return Testimony(
         name, version, conversion, count.total / counter.per_mac, judge(count, counter.per_mac, places, kinds)

@@ -19,7 +19,8 @@ from skipcost.unet_models import ModelSpec
 from skipcost.unet_models.spec import MAX_CHANNELS
 
 if TYPE_CHECKING:
-    from skipcost.bench.counters import Part, Place, Testimony
+    from skipcost.bench.arithmetic import Place
+    from skipcost.bench.counters import Part, Testimony
 
 MOST_PARTS = 4  # in a table's cell; JSON has all
 COURT = (

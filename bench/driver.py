@@ -153,9 +153,8 @@ def recognised(plan: Plan, store: Store) -> Plan:
 def _recognised(planned: PlannedCase, states: dict[str, list[Case]], present: Present) -> PlannedCase:
     if planned.case.factory is None or planned.case.factory.read:
         return planned
-    known = next(
-        (each.factory for each in reversed(states.get(planned.case.work, [])) if present.has(each.factory)), None
-    )
+    seen = (each.factory for each in reversed(states.get(planned.case.work, [])))
+    known = next((each for each in seen if each and present.has(each)), None)
     return replace(planned, case=planned.case.of_factory(read=known.read)) if known else planned
 
 

@@ -33,7 +33,7 @@ def tf32_allowed() -> bool:
     """
     if torch.compiler.is_compiling() and _older_name_tells():
         return bool(CUDNN.allow_tf32)
-    return _convolutions_round()
+    return bool(_convolutions_round())
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

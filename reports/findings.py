@@ -6,6 +6,7 @@ Nothing here is written for one store. A finding whose rows are missing does not
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -47,7 +48,7 @@ def _variants(data: Data) -> list[str]:
     return [name for name in VARIANTS if name in present]
 
 
-def _costs(data: Data, axis: str, names: Sequence[str], needed: str, **fixed: str) -> list[list[Matched]]:
+def _costs(data: Data, axis: str, names: Sequence[str], needed: str, **fixed: Any) -> list[list[Matched]]:
     """Every cost of these alternatives, in groups of equal cells: each group may stand in one sentence."""
     return together(matched(data, cost, axis, names, needed, **fixed) for cost in data.costs)
 

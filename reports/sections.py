@@ -64,7 +64,7 @@ def overview_context(data: Data) -> dict[str, Any]:
     }
 
 
-def _matched(data: Data, cost: Cost, axis: str, names: Sequence[str], needed: str, **fixed: str) -> Matched | None:
+def _matched(data: Data, cost: Cost, axis: str, names: Sequence[str], needed: str, **fixed: Any) -> Matched | None:
     """What a column of ratios compares, in equal cells; in as few as there are where no findings rest on them."""
     enough = matched(data, cost, axis, names, needed, **fixed)
     return enough or matched(data, cost, axis, names, needed, least=1, **fixed)
