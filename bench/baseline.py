@@ -180,7 +180,7 @@ def _check(line: int, row: dict[str, Any], kinds: dict[str, type]) -> None:
 
 def _numbers(line: int, values: dict[str, Any]) -> dict[str, float | str]:
     for name, value in values.items():
-        number = is_finite(value) and _sound(value)  # type: ignore[arg-type]  # a number, then
+        number = is_finite(value) and _sound(value)
         if not number and value != UNSUPPORTED:
             message = f"line {line} has {name}={value!r}: a number of 0 or more, or {UNSUPPORTED!r}, is accepted"
             raise ValueError(message)

@@ -50,7 +50,8 @@ def rows_where(frame: pd.DataFrame, text: str) -> pd.DataFrame:
     """The rows for which an expression holds; BenchError in one sentence for what is none."""
     try:
         holds = _condition(_value(ast.parse(text.strip(), mode="eval").body, frame))
-        return frame[holds.fillna(value=False).astype(bool)]
+        kept: pd.DataFrame = frame[holds.fillna(value=False).astype(bool)]
+        return kept
     except (ValueError, TypeError, ArithmeticError, SyntaxError, RecursionError, MemoryError) as error:
         deep = isinstance(error, RecursionError | MemoryError)
         why = "it is nested too deeply" if deep else error.msg if isinstance(error, SyntaxError) else str(error)
