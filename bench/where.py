@@ -51,7 +51,6 @@ def rows_where(frame: pd.DataFrame, text: str) -> pd.DataFrame:
     try:
         holds = _condition(_value(ast.parse(text.strip(), mode="eval").body, frame))
         kept: pd.DataFrame = frame[holds.fillna(value=False).astype(bool)]
-        return kept
     except (ValueError, TypeError, ArithmeticError, SyntaxError, RecursionError, MemoryError) as error:
         deep = isinstance(error, RecursionError | MemoryError)
         why = "it is nested too deeply" if deep else error.msg if isinstance(error, SyntaxError) else str(error)
@@ -60,6 +59,7 @@ def rows_where(frame: pd.DataFrame, text: str) -> pd.DataFrame:
             f"{', '.join(frame.columns)}"
         )
         raise BenchError(message) from None
+    return kept
 
 
 def _value(node: ast.expr, frame: pd.DataFrame) -> Any:  # noqa: PLR0911 - a line for each form that there is
