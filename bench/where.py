@@ -50,8 +50,7 @@ def rows_where(frame: pd.DataFrame, text: str) -> pd.DataFrame:
     """The rows for which an expression holds; BenchError in one sentence for what is none."""
     try:
         holds = _condition(_value(ast.parse(text.strip(), mode="eval").body, frame))
-        mask: pd.Series[bool] = holds.fillna(value=False).astype(bool)
-        return frame[mask]
+        kept: pd.DataFrame = frame[holds.fillna(value=False).astype(bool)]
     except (ValueError, TypeError, ArithmeticError, SyntaxError, RecursionError, MemoryError) as error:
         deep = isinstance(error, RecursionError | MemoryError)
         why = "it is nested too deeply" if deep else error.msg if isinstance(error, SyntaxError) else str(error)
@@ -60,6 +59,7 @@ def rows_where(frame: pd.DataFrame, text: str) -> pd.DataFrame:
             f"{', '.join(frame.columns)}"
         )
         raise BenchError(message) from None
+    return kept
 
 
 def _value(node: ast.expr, frame: pd.DataFrame) -> Any:  # noqa: PLR0911 - a line for each form that there is

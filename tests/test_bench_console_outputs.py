@@ -69,7 +69,8 @@ def paths() -> Iterator[tuple[str, str]]:
             if get_origin(hint) is Annotated and "Path" in str(hint.__origin__):
                 (info,) = hint.__metadata__
                 plain = name if isinstance(info, ArgumentInfo) else f"--{name}"
-                yield command.name or command.callback.__name__, (info.param_decls or (plain,))[0]
+                named = [info.default] if isinstance(info.default, str) else []  # where Annotated leaves the first
+                yield command.name or command.callback.__name__, [*named, *(info.param_decls or ()), plain][0]
 
 
 def test_every_path_is_known_as_an_input_or_an_output() -> None:
