@@ -93,8 +93,8 @@ def test_what_failed_is_told_and_tried_again(
 ) -> None:
     """A missing package is told until it is installed and --retry is said; without any number a sweep ends with 1."""
     monkeypatch.setattr(cli, "Server", lambda: contextlib.nullcontext(server))
-    words = ("sweep", "--model", "late_net:N", "--set", "size=32", "--set", "metrics=params", "-o", "own.sqlite")
-    words += ("--device", "cpu")
+    options = ("--device", "cpu", "--set", "size=32", "--set", "metrics=params", "-o", "own.sqlite")
+    words = ("sweep", "--model", "late_net:N", *options)
 
     first = run(monkeypatch, capsys, *words)
     Path("installed/not_yet_there.py").write_text("from torch import nn\ndef net(): return nn.Conv2d(1, 2, 3)\n")

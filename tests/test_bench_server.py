@@ -105,7 +105,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def ask(server: Server, name: str, *metrics: str) -> list[Result]:
     """Run one of the models."""
     case = Case(spec=Factory(f"hostile:{name}"), height=16, width=16)
-    return list(server.run(Request(case, metrics, SHORT, 30.0, None)))
+    return list(server.run(Request(case, metrics, SHORT, 120.0, None)))
 
 
 @pytest.mark.slow
@@ -139,8 +139,8 @@ def test_what_a_factory_does_to_its_process_is_its_own_row(server: Server, name:
 
     assert [(each.metric, each.outcome) for each in results] == [("params", outcome), ("conv_macs", outcome)]
     assert all(said in each.note for each in results)
-    assert after.samples == (20,)
-    assert time.monotonic() - started < 30
+    assert list(after.samples) == [20]
+    assert time.monotonic() - started < 50
 
 
 @pytest.mark.slow
