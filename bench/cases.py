@@ -126,7 +126,7 @@ class Case:
         """What all states of a user's own model have in common, whatever it is called: its JSON without them."""
         return self.of_factory(name="", code="", read="").to_json()
 
-    def of_factory(self, **fields: str) -> Case:
+    def of_factory(self, **fields: Any) -> Case:
         """The same case with other fields of its factory; itself where it has none."""
         return replace(self, spec=replace(self.spec, **fields)) if isinstance(self.spec, Factory) else self
 

@@ -144,9 +144,8 @@ def recognised(plan: Plan, store: Store) -> Plan:
 def _recognised(planned: PlannedCase, states: dict[str, list[Case]], present: Present) -> PlannedCase:
     if planned.case.factory is None or planned.case.factory.read:
         return planned
-    known = next(
-        (each.factory for each in reversed(states.get(planned.case.work, [])) if present.has(each.factory)), None
-    )
+    factories = [each.factory for each in reversed(states.get(planned.case.work, [])) if each.factory]
+    known = next((factory for factory in factories if present.has(factory)), None)
     return replace(planned, case=planned.case.of_factory(read=known.read)) if known else planned
 
 
