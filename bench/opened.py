@@ -44,7 +44,7 @@ class Heard:
             where = _path_of(path)
             if any(each in mode for each in "wax") if isinstance(mode, str) else flags & WRITES:
                 self.written.add(where)
-            else:
+            elif where not in self.written:  # what it made itself says nothing of what is here
                 self.files.setdefault(where, Path(where).exists())
         elif event == "import":
             if _is_the_model_s_own():
@@ -59,9 +59,9 @@ class Heard:
         new = [sys.modules[name] for name in set(sys.modules) - self._modules]
         modules = [
             file for each in new if (file := getattr(each, "__file__", None))
-        ]  # those, too, that no open brought
+        ]  # whether or not an open brought it
         found |= {str(Path(file).absolute()): True for file in modules}
-        kept = [path for path, there in found.items() if path not in self.written and _counts(path, there, covered)]
+        kept = [path for path, there in found.items() if _counts(path, there, covered)]
         names = [_named(each, sources) for each in kept]
         names += [_named(each, sources) + "/" for each in self.folders if _counts_as_folder(each)]
         return {*names, *self._packages()}

@@ -78,6 +78,7 @@ OPENED = {
     "later, when it runs": ("", "text('a.json')", {"a.json"}),
     "later, in training": ("", "self.training or text('a.json')", {"a.json"}),
     "what it wrote": ("text('new.txt', 'w'); text('new.txt')", "", set()),
+    "what it read and wrote again": ("text('a.json'); text('a.json', 'w')", "", {"a.json"}),
     "the system's": ("text('/proc/self/status'); text('/dev/null')", "", set()),
     "an installed package's": ("text(numpy.__file__)", "", set()),
     "a list of the current folder": ("os.listdir(); list(pathlib.Path.cwd().iterdir())", "", set()),
@@ -149,7 +150,7 @@ def test_what_is_opened_twice_is_one_key_however_python_caches_it(monkeypatch: p
 
 def test_what_came_and_went_is_not_part_of_a_key() -> None:
     """A file that was there when it was opened and is gone when the model is made."""
-    with listening() as heard, tempfile.NamedTemporaryFile() as file:
+    with tempfile.NamedTemporaryFile() as file, listening() as heard:
         Path(file.name).read_bytes()
 
     assert file.name in heard.files
