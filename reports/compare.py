@@ -85,12 +85,12 @@ class Matched:
 
 
 def matched(
-    data: Data, cost: Cost, axis: str, names: Sequence[str], needed: str, *, least: int = LEAST, **fixed: str
+    data: Data, cost: Cost, axis: str, names: Sequence[str], needed: str, fixed: dict[str, str], least: int = LEAST
 ) -> Matched | None:
     """A cost of as many of `names` along `axis` as have `least` cells in common, `needed` among them; None for fewer.
 
-    The cells are those of the cost's main setting, without doubts and failures. Of several sets of as many
-    alternatives, it is the one with most cells, then the first in the order of `names`.
+    The cells are those of the cost's main setting with the `fixed` values, without doubts and failures. Of several sets
+    of as many alternatives, it is the one with most cells, then the first in the order of `names`.
     """
     cells = data.cells(cost.mode, sound=True)
     for name, value in fixed.items():

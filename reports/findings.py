@@ -50,7 +50,7 @@ def _variants(data: Data) -> list[str]:
 
 def _costs(data: Data, axis: str, names: Sequence[str], needed: str, **fixed: Any) -> list[list[Matched]]:
     """Every cost of these alternatives, in groups of equal cells: each group may stand in one sentence."""
-    return together(matched(data, cost, axis, names, needed, **fixed) for cost in data.costs)
+    return together(matched(data, cost, axis, names, needed, fixed) for cost in data.costs)
 
 
 def _basis(group: list[Matched], what: str = "matched cell") -> str:

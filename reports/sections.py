@@ -66,8 +66,8 @@ def overview_context(data: Data) -> dict[str, Any]:
 
 def _matched(data: Data, cost: Cost, axis: str, names: Sequence[str], needed: str, **fixed: Any) -> Matched | None:
     """What a column of ratios compares, in equal cells; in as few as there are where no findings rest on them."""
-    enough = matched(data, cost, axis, names, needed, **fixed)
-    return enough or matched(data, cost, axis, names, needed, least=1, **fixed)
+    enough = matched(data, cost, axis, names, needed, fixed)
+    return enough or matched(data, cost, axis, names, needed, fixed, least=1)
 
 
 def _spread(found: Matched | None, name: str, base: str) -> Spread | None:
