@@ -74,7 +74,8 @@ def predicted_peaks(case: Case) -> tuple[int, int, dict[str, Any]]:
         if case.factory and any(each.is_meta for each in subject.tensors):
             _refuse_kept(subject.network)
             doubts.extend(_unlike(case, subject.network))
-        return trace_peaks(subject.step, subject.tensors, steps, case.device), _weight_bytes(subject.network)
+        device = case.device if case.factory else "meta"
+        return trace_peaks(subject.step, subject.tensors, steps, device), _weight_bytes(subject.network)
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # kept weights look
