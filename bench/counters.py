@@ -303,7 +303,7 @@ def hear(name: str, counter: Counter, case: Case, places: list[Place]) -> Testim
                 count = Count(count.total, _alone(counter, fresh, image), alone=True)
     except Exception as error:  # noqa: BLE001 - whatever a counter raises is what it says
         return Testimony(name, version, conversion, note=f"fails: {type(error).__name__}: {shorten(str(error))}")
-    layers: Tally[str] = Tally()
+    layers: defaultdict[str, float] = defaultdict(float)
     pieces = {place.layer for place in places if place.whole}
     for path, found in count.layers.items():
         first = paths.get(path, path)

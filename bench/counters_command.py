@@ -21,7 +21,8 @@ from skipcost.bench.worker import refusal_of
 from skipcost.unet_models import ModelSpec
 
 if TYPE_CHECKING:
-    from skipcost.bench.counters import Part, Place, Testimony
+    from skipcost.bench.arithmetic import Place
+    from skipcost.bench.counters import Part, Testimony
 
 MOST_PARTS = 4  # in a table's cell; JSON has all
 
