@@ -75,7 +75,8 @@ def predicted_peaks(case: Case) -> tuple[int, int, dict[str, Any]]:
         if case.factory and any(each.is_meta for each in subject.tensors):
             _refuse_kept(subject.network)
             doubts.extend(_unlike(case, subject.network))
-        peaks = trace_peaks(subject.step, subject.tensors, steps, case.device)
+        device = case.device if case.factory else "meta"
+        peaks = trace_peaks(subject.step, subject.tensors, steps, device)
         doubts.append(compiled_note(subject.network))
         return peaks, parameter_bytes(subject.network)
 
