@@ -402,11 +402,11 @@ class Uncounted(nn.Module):
 
 
 def int8() -> nn.Module:
-    """A convolution to 8 channels and a transposed one to 2, converted as torch.ao.quantization does."""
+    """A convolution to 8 channels and a transposed one to 3, converted as torch.ao.quantization does."""
     ao = torch.ao.quantization
-    layers = [nn.Conv2d(1, 8, 3, padding=1), nn.ConvTranspose2d(8, 2, 2, stride=2)]
+    layers = [nn.Conv2d(1, 8, 3, padding=1), nn.ConvTranspose2d(8, 3, 2, stride=2)]
     net = nn.Sequential(ao.QuantStub(), *layers, ao.DeQuantStub()).eval()  # type: ignore[no-untyped-call]
-    net.qconfig = ao.QConfig(ao.default_observer, ao.default_weight_observer)
+    net.qconfig = ao.QConfig(ao.default_observer, ao.default_weight_observer)  # type: ignore[assignment]  # no module
     prepared = ao.prepare(net)  # type: ignore[no-untyped-call]
     prepared(torch.randn(1, 1, 16, 8))
     return ao.convert(prepared)  # type: ignore[no-any-return, no-untyped-call]

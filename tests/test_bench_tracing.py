@@ -109,6 +109,8 @@ def test_layers_add_up_to_the_total(by: str) -> None:
     assert cost.layers["conv_macs"] == {name: macs * PIXELS for name, macs in expected.items()}
     assert sum(cost.layers["activations"].values()) == cost.totals["activations"]
     assert list(cost.layers["params"].values()) == [80, 18]
+    called = {name: 4 * maps * PIXELS for name, maps in (("a", 8), ("b", 2)) if name in expected}
+    assert cost.layers["peak_bytes"] == called, "what a leaf returns, and not what computes its weight"
 
 
 def test_a_budget_of_activations_is_passed_in_sight() -> None:
@@ -171,8 +173,8 @@ def test_quantised_convolutions_count_and_their_weights_are_said_to_be_packed() 
     """Int8 convolutions multiply as often as others; a transposed one by its input; 0 parameters is explained."""
     rows, cost = counted(case_of("int8")), cost_of(made("int8"), [IMAGE])
 
-    assert rows["conv_macs"].samples[0] == cost.totals["conv_macs"] == (72 + 8 * 8) * PIXELS
-    assert rows["activations"].samples[0] == cost.totals["activations"] == (8 + 2 * 4) * PIXELS
+    assert rows["conv_macs"].samples[0] == cost.totals["conv_macs"] == (72 + 8 * 12) * PIXELS
+    assert rows["activations"].samples[0] == cost.totals["activations"] == (8 + 3 * 4) * PIXELS
     note = "packed weights are no parameters and not in it: Conv2d (1), ConvTranspose2d (1)"
     assert (rows["params"].samples, rows["params"].note, cost.remarks["params"]) == ((0,), note, note)
 
