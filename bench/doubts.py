@@ -107,8 +107,7 @@ class Timing:
             "others": self.others,
             "stolen": self.stolen,
             "blocks": {
-                name: [round(getattr(each, name), 6) for each in blocks]
-                for name in ("wall_s", "thread_s", "process_s")
+                name: [round(getattr(each, name), 6) for each in blocks] for name in ("wall_s", "thread_s", "process_s")
             },
         }
 
