@@ -170,7 +170,8 @@ class Middle(nn.Module):
 
     def __init__(self, form: str) -> None:
         super().__init__()
-        self.form, self.shift = form, nn.Identity()
+        self.form = form
+        self.shift: nn.Module = nn.Identity()
         self.first, self.last = nn.Conv2d(1, 32, 3, padding=1), nn.Conv2d(32, 2, 1)
         if form == "mha":
             self.shift = nn.MultiheadAttention(32, 4, batch_first=True)

@@ -23,6 +23,7 @@ from skipcost.bench.doctor import print_findings
 from skipcost.bench.explain import explain, print_explanation
 from skipcost.bench.fit_answer import answer
 from skipcost.bench.fit_table import print_left_out, print_rows
+from skipcost.bench.metrics import METRICS
 from skipcost.bench.records import Result
 from skipcost.bench.store import create_store, open_store
 from skipcost.bench.verdicts import Verdict, print_verdicts, tell_ci
@@ -184,7 +185,7 @@ def printers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[Sc
         for width in (8, 16):
             case = Case(spec=ModelSpec(width=width), batch=width)
             store.add_case(case, [])
-            for number, name in enumerate(show.METRICS):
+            for number, name in enumerate(METRICS):
                 detail = {"device": "d", "flop_per_s": 1.0, "bandwidth_bytes_per_s": 1.0, "sources": {}, "layers": {}}
                 result = Result(name, samples=(123_456_789 + number,), detail=detail)
                 store.add_result(run, case.case_id, result if number else Result(name, "timeout", note="late"))
@@ -205,12 +206,12 @@ def printers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[Sc
         for word in ("regressed", "not_comparable")
     ]
     fitting = _fit()
-    case = _preview("unet3+/d4/w64/concat/norm=instance  512x512, batch 1, training, amp-bf16")
+    shown = _preview("unet3+/d4/w64/concat/norm=instance  512x512, batch 1, training, amp-bf16")
     return {
         "show": lambda screen: show.write(frame, "table", screen, labels),
         "explain": lambda screen: print_explanation(facts, screen),
         "fit": lambda screen: print_rows(fitting, screen),
-        "plan": lambda screen: preview.print_preview(case, screen),
+        "plan": lambda screen: preview.print_preview(shown, screen),
         "gate": lambda screen: print_verdicts(found, screen),
     }
 
@@ -356,7 +357,7 @@ def test_a_defect_without_room_for_its_log_shows_it(
     def command() -> None:
         raise RuntimeError
 
-    monkeypatch.setattr(cli.tempfile, "NamedTemporaryFile", full)
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", full)
     with pytest.raises(SystemExit):
         cli.guarded(command)
 

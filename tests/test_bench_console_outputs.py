@@ -13,10 +13,11 @@ import pytest
 from typer.models import ArgumentInfo
 from typer.testing import CliRunner
 
-from skipcost.bench import cli, gate_command
+from skipcost.bench import cli
 from skipcost.bench.ab import Journal
 from skipcost.bench.baseline import baseline_of
 from skipcost.bench.cases import Case
+from skipcost.bench.console import ERR
 from skipcost.bench.errors import BenchError, StoreError
 from skipcost.bench.records import Result
 from skipcost.bench.store import create_store, open_store
@@ -91,7 +92,7 @@ def test_the_kernels_write_two_kinds_of_files() -> None:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with a store, a baseline of it, a sweep, scores and verdicts."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gate_command, "code_hash", lambda: "code")
+    monkeypatch.setattr("skipcost.bench.gate_command.code_hash", lambda: "code")
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
     with create_store(Path("s.sqlite")) as store:
         run = store.add_run("2026-01-01T00:00:00+00:00", "ci", 0, {"fingerprint": "here", "code": "code"})
@@ -220,7 +221,7 @@ def test_a_summary_that_cannot_be_written_costs_no_verdict(
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(here / "s.sqlite"))
     before = Path("s.sqlite").read_bytes()
 
-    pass_on([Verdict("x", "params", "regressed", 1, 2)], "skipcost gate", gate_command.ERR, Path("j.xml"), None)
+    pass_on([Verdict("x", "params", "regressed", 1, 2)], "skipcost gate", ERR, Path("j.xml"), None)
 
     assert "the job has no summary: " in capsys.readouterr().err
     assert Path("s.sqlite").read_bytes() == before
@@ -232,7 +233,7 @@ def test_a_summary_grows(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (summary := here / "sum.md").write_text("before\n")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
 
-    pass_on([Verdict("x", "params", "regressed", 1, 2)], "skipcost gate", gate_command.ERR, None, None)
+    pass_on([Verdict("x", "params", "regressed", 1, 2)], "skipcost gate", ERR, None, None)
 
     assert summary.read_text().startswith("before\n### skipcost gate")
 

@@ -16,11 +16,11 @@ import pytest
 from skipcost.bench import doctor, doubts, preview, probe, running
 from skipcost.bench.cases import Case
 from skipcost.bench.custom import Factory
-from skipcost.bench.devices import FIGURES, Device, device_named
 from skipcost.bench.doubts import DOUBTS, FAR, PASS_S, Machine, Timing, line_of, machine
 from skipcost.bench.passes import passes
 from skipcost.bench.plan import PlannedCase
 from skipcost.bench.roofline import bound
+from skipcost.kernels.devices import FIGURES, Device, device_named
 from skipcost.kernels.timing import Budget, Samples, Use
 from skipcost.unet_models import ModelSpec
 
@@ -134,7 +134,7 @@ def test_ticks_are_those_of_the_cpus_that_may_be_used(monkeypatch: pytest.Monkey
     """Two CPUs, of which this process has the second: user 5, nice 1, system 2, idle 70, waiting 10, steal 12."""
     lines = "cpu  9 9 9 9 9 9 9 9 0 0\ncpu0 8 8 8 8 8 8 8 8 0 0\ncpu1 5 1 2 70 10 0 0 12 0 0\nintr 1 2\n"
     monkeypatch.setattr(Path, "read_text", lambda _: lines)
-    monkeypatch.setattr(doubts.os, "sched_getaffinity", lambda _: {1})
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {1})
 
     found = machine()
 
@@ -185,7 +185,12 @@ def test_a_row_of_a_precision_without_instructions_says_so(monkeypatch: pytest.M
 def test_slow_precisions_are_told_before_they_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sentence a precision, for what is timed on a CPU; a CPU is not probed for anything else."""
     probed: list[int] = []
-    monkeypatch.setattr(preview, "probed_cpu", lambda threads: probed.append(threads) or CPU)
+
+    def probing(threads: int) -> Device:
+        probed.append(threads)
+        return CPU
+
+    monkeypatch.setattr(preview, "probed_cpu", probing)
     bf16, gpu = replace(CASE, precision="bf16"), replace(CASE, precision="bf16", device="cuda")
 
     told = preview.slow_precisions([

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import skipcost.bench
 from skipcost.bench import environment
 from skipcost.bench.environment import FLAGS, PACKAGES, describe, fingerprint, flags
 
@@ -63,7 +64,7 @@ def test_a_changed_file_of_the_suite_is_other_code(tmp_path: Path, monkeypatch: 
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("1")
-    monkeypatch.setattr(environment.skipcost.bench, "__path__", [str(tmp_path)])
+    monkeypatch.setattr(skipcost.bench, "__path__", [str(tmp_path)])
     seen = {environment.code_hash()}
 
     for name in names:

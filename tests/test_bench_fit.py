@@ -266,7 +266,7 @@ def test_a_plan_is_costed_and_everything_shown_fits_beside_it() -> None:
 def test_a_plan_deeper_than_what_is_searched_widens_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan's own kind of network is among what fits: its depth is searched, too."""
     monkeypatch.setattr("skipcost.bench.fit_answer.SEARCHED_DEPTH", 3)
-    given: dict[str, list[str]] = {}
+    given: dict[str, list[Any]] = {}
 
     def lattice(axes: dict[str, Any], *_: object) -> Any:
         given.update({key: list(values) for key, values in axes.items()})

@@ -57,6 +57,11 @@ def layer(make: Callable[[], nn.Module], *, first: bool = False) -> Call:
     return lambda x: make()(x)[0] if first else make()(x)
 
 
+def in_place(function: Callable[..., Tensor]) -> Call:
+    """Call something that overwrites what it is given, on a map that may be."""
+    return lambda x: function(x * 1, inplace=True)
+
+
 def attention(**how: Any) -> Call:
     """Attention of maps to themselves, in heads."""
     return lambda x: F.scaled_dot_product_attention(x, x, x, **how)
@@ -74,7 +79,7 @@ ACTIVATIONS = (
 CALLS: dict[str, tuple[tuple[int, ...], Call]] = {
     **{name: (MAP, getattr(F, name)) for name in ACTIVATIONS},
     **{
-        f"{name} in place": (MAP, lambda x, name=name: getattr(F, name)(x * 1, inplace=True))
+        f"{name} in place": (MAP, in_place(getattr(F, name)))
         for name in ("relu", "silu", "mish", "elu", "hardswish", "leaky_relu")
     },
     "gelu tanh": (MAP, lambda x: F.gelu(x, approximate="tanh")),
@@ -240,7 +245,7 @@ def test_what_fuse_keeps_is_in_the_peak_and_said() -> None:
 
 def test_layers_in_another_form_on_a_card_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A PyTorch without CUDA cannot take CUDA's forms: the row says whose, and that the figure is approximate."""
-    monkeypatch.setattr(memory.torch.backends.cuda, "is_built", lambda: False)
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: False)
     notes = {
         form: traced_peaks(
             Case(spec=Factory("custom_models:Middle", f'{{"form": "{form}"}}'), height=8, width=8, device="cuda")

@@ -243,12 +243,12 @@ def test_what_another_share_of_cudnns_rate_changes_is_what_it_changes(monkeypatc
                     seconds[card, title] = times
     dispatch.choose.cache_clear()
 
-    for card, title, inference, train, times in rows:
+    for card, title, inference, train, written_times in rows:
         for mode, written in (("inference", inference), ("training", train)):
             before, after = found[card, title, mode]
             assert written == f"{before.split()[0]} -> {after}"
         ways = seconds[card, title]
-        assert times == f"{ways['cudnn']:.3g} -> {ways['chosen']:.3g} ms"
+        assert written_times == f"{ways['cudnn']:.3g} -> {ways['chosen']:.3g} ms"
 
 
 def test_the_predicted_times_of_tap_first_are_those_of_dispatch() -> None:

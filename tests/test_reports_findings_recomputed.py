@@ -242,7 +242,7 @@ def growth_again(rows: Rows) -> list[str]:
         ("One more level", lambda at: (at[0], at[1] + 1, at[2], at[3]), "variant, width and skip"),
         ("Twice the width", lambda at: (at[0], at[1], at[2] * 2, at[3]), "variant, depth and skip"),
     ):
-        found = []
+        found: list[Any] = []
         for cost in COSTS:
             cells = rows.cells(cost, aliases=False)
             pairs = {at: {"over": cells[move(at)], "under": cells[at]} for at in cells if move(at) in cells}
