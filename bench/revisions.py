@@ -154,9 +154,12 @@ def checked_out(commit: str, root: Path | None = None) -> Iterator[Revision]:
 @contextlib.contextmanager
 def _held(scratch: Path) -> Iterator[None]:
     """Hold the lock that tells others, until this process ends in whatever way, that a folder is in use."""
-    with (scratch / LOCK).open("w") as lock:
+    lock = os.open(scratch / LOCK, os.O_RDWR | os.O_CREAT)
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)
 
 
 def _remove(root: Path, tree: Path) -> None:
@@ -183,8 +186,12 @@ def _remove_abandoned(root: Path) -> None:
 
 
 def _link(tree: Path, links: Path, commit: str) -> None:
-    """Link the folders under the name by which they are imported."""
+    """Link the folders under the name by which they are imported.
+
+    In a package, not a folder alone: an installed package of the name would be taken before a folder.
+    """
     links.mkdir(parents=True)
+    (links / "__init__.py").touch()
     for folder in FOLDERS:
         if not (tree / folder).is_dir():
             message = f"revision {commit[:12]} has no folder {folder}: it cannot be run by this version"

@@ -35,15 +35,14 @@ from skipcost.kernels.launch import Launch, on_triton, run, span
 from skipcost.kernels.tap_axis import Axis, Integers, Reals
 from skipcost.kernels.tap_blocks import precise_type
 from skipcost.kernels.tap_parts import DEPTH, TAP_BYTES, band_depth, corners, tile_pixels
-from skipcost.kernels.tiles import MATRIX_MIN, up_to
+from skipcost.kernels.tiles import up_to
 
 LIMIT = 2**31 - 1  # the largest 32-bit number
-# Read off binaries of Triton 3.7.1: 16 x 64 outputs take 40 registers on 8 warps; on 4 they take up to 80, and spill on
-# sm_120. With 64 channels larger tiles, and addresses of 64 bits, take up to 150 or spill on sm_80 or sm_100; with 32,
-# on 4 warps, they take 40 to 96 and spill nowhere. A loop that fetches ahead (3 stages) takes up to 254, and 55 KB of
-# shared memory.
+# Read off binaries of Triton 3.7.1: tiles of 32 channels take 40 to 96 registers and spill on no target. With 64 they
+# take up to 150, or spill: on sm_80 or sm_100 with more pixels or 64-bit addresses, on sm_120 with the fewest. A loop
+# that fetches ahead (3 stages) takes up to 254, and 55 KB of shared memory.
+TILE_CHANNELS = 32
 STAGES = 1
-WIDE_TILE = 64  # channels
 
 Tables = tuple[Tensor, Tensor]
 Axes = tuple[Axis, Axis]
@@ -108,7 +107,7 @@ def launches(
     height, width = out.shape[2:]
     pixels = tile_pixels(axes[1])
     wide = max(span(taps), span(out)) > LIMIT
-    tile_channels = up_to(out_channels, WIDE_TILE // 2 if wide or pixels > MATRIX_MIN else WIDE_TILE)
+    tile_channels = up_to(out_channels, TILE_CHANNELS)
     row_pixels, row_weights = _row_tables(axes[0], taps.dtype, taps.device)
     column_pixels, column_weights = _column_tables(axes[1], pixels, taps.dtype, taps.device)
     arguments = {
@@ -139,8 +138,7 @@ def launches(
         "tile_depth": DEPTH,
     }
     grid = (batch * height * len(column_pixels) * -(-out_channels // tile_channels),)
-    warps = 8 if tile_channels == WIDE_TILE else 4
-    return [Launch("tap_upsample_add.tap_upsample_add", grid, arguments, constants, warps=warps, stages=STAGES)]
+    return [Launch("tap_upsample_add.tap_upsample_add", grid, arguments, constants, stages=STAGES)]
 
 
 @lru_cache(maxsize=512)  # the same few in every step

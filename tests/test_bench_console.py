@@ -130,7 +130,14 @@ def test_every_verdict_is_told_with_its_whole_name(monkeypatch: pytest.MonkeyPat
 
 def _preview(text: str) -> dict[str, Any]:
     case = {"name": text, "refused": text, "will_not_fit": False, "note": text, "aliases": [text], "predicted_bytes": 3}
-    return {"cases": [case], "planned": 1, "left_out": {text: text}, "memory_limit_bytes": None, "time_s": 1.0}
+    return {
+        "cases": [case],
+        "planned": 1,
+        "left_out": {text: text},
+        "memory_limit_bytes": None,
+        "time_s": 1.0,
+        "slow": [],
+    }
 
 
 def _doctor(text: str) -> dict[str, Any]:
@@ -141,7 +148,7 @@ def _doctor(text: str) -> dict[str, Any]:
 def _court(text: str) -> dict[str, Any]:
     heard = {"counter": text, "version": "", "macs": None, "conversion": text, "note": text}
     exact = {"macs": 1, "kinds": {text: 1}}
-    return {"network": text, "size": [8, 8], "batch": 1, "arithmetic": exact, "counters": [heard]}
+    return {"network": text, "size": [8, 8], "batch": 1, "arithmetic": exact, "counters": [heard], "aliases": {}}
 
 
 @pytest.mark.parametrize("text", ODD)

@@ -18,6 +18,7 @@ from skipcost.bench.ab import Journal
 from skipcost.bench.baseline import baseline_of
 from skipcost.bench.cases import Case
 from skipcost.bench.console import ERR
+from skipcost.bench.environment import version_of
 from skipcost.bench.errors import BenchError, StoreError
 from skipcost.bench.records import Result
 from skipcost.bench.store import create_store, open_store
@@ -95,7 +96,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("skipcost.bench.gate_command.code_hash", lambda: "code")
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
     with create_store(Path("s.sqlite")) as store:
-        run = store.add_run("2026-01-01T00:00:00+00:00", "ci", 0, {"fingerprint": "here", "code": "code"})
+        versions = {name: version_of(name) for name in ("torch", "fvcore")}
+        facts = {"fingerprint": "here", "code": "code", "versions": versions}
+        run = store.add_run("2026-01-01T00:00:00+00:00", "ci", 0, facts)
         store.add_case(case := Case(spec=ModelSpec(depth=1, width=8), height=32, width=32), [])
         store.add_result(run, case.case_id, Result("params", samples=(100,)))
     with open_store(Path("s.sqlite")) as opened:

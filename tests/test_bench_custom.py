@@ -355,7 +355,7 @@ def test_a_model_that_looks_at_values_is_counted_on_the_cpu(mode: str) -> None:
         assert found[name].samples == expected[name].samples
     for result in found.values():
         assert "counted in a run on the CPU with random data, because it cannot be traced without" in result.note
-    assert predicted_peaks(peeking)[2]["note"] == found["operators"].note
+    assert "counted in a run on the CPU with random data" in predicted_peaks(peeking)[2]["note"]
     assert "note" not in predicted_peaks(plain)[2]
 
 

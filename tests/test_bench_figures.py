@@ -6,8 +6,8 @@ import io
 from typing import Any
 
 import pytest
-from rich.console import Console
 
+from skipcost.bench.console import Screen
 from skipcost.bench.figures import apart
 from skipcost.bench.fit_limits import LIMITS
 from skipcost.bench.fit_table import cells
@@ -57,8 +57,8 @@ def test_a_figure_that_breaks_its_limit_is_seen_to() -> None:
 def test_a_peak_that_will_not_fit_is_seen_to() -> None:
     """`plan` names the limit below the table."""
     case = {"name": "unet", "aliases": [], "refused": "", "note": "", "predicted_bytes": PEAK, "will_not_fit": True}
-    facts = {"cases": [case], "planned": 1, "left_out": {}, "memory_limit_bytes": LIMIT, "time_s": 1.0}
-    console = Console(file=io.StringIO(), width=120)
+    facts = {"cases": [case], "planned": 1, "left_out": {}, "memory_limit_bytes": LIMIT, "time_s": 1.0, "slow": []}
+    console = Screen(file=io.StringIO(), width=120)
 
     print_preview(facts, console)
 
