@@ -35,6 +35,8 @@ import sys, pytest, skipcost.kernels
 assert skipcost.kernels.__file__.startswith(sys.argv[1]), skipcost.kernels.__file__
 sys.exit(pytest.main(sys.argv[2:]))
 """
+# Of the package, the copy has the kernels; everything else is where it always is.
+PACKAGE = "import pkgutil\n\n__path__ = pkgutil.extend_path(__path__, __name__)\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +84,21 @@ def try_out(told: Sequence[str], mutant: Mutant | None) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "skipcost" / "kernels"
         shutil.copytree(KERNELS, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        (copy.parent / "__init__.py").write_text(PACKAGE)
         if mutant:
             (copy / mutant.file).write_text(mutant.sow((copy / mutant.file).read_text()))
-        options = ["-x", "-q", "-o", "python_functions=check_*", "-p", "no:cacheprovider", "--tb=short"]
-        command = [sys.executable, "-c", PROGRAM, folder, *options, *told]
+        options = [
+            "-x",
+            "-q",
+            "-W",
+            "ignore::pytest.PytestAssertRewriteWarning",
+            "-o",
+            "python_functions=check_*",
+            "-p",
+            "no:cacheprovider",
+            "--tb=short",
+        ]
+        command = [sys.executable, "-P", "-c", PROGRAM, folder, *options, *told]
         environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
         try:
             done = subprocess.run(

@@ -56,6 +56,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     root = tmp_path_factory.mktemp("suite") / "repository"
     links = root.parent / "links" / "skipcost"
     links.mkdir(parents=True)
+    (links / "__init__.py").touch()
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
         (links / folder).symlink_to(root / folder, target_is_directory=True)
