@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
+import pkgutil
 import platform
 import re
 import runpy
@@ -154,6 +155,19 @@ def test_packages_are_installed_under_the_projects_name(package: str) -> None:
 
     assert module.__doc__
     assert (Path(module.__path__[0]) / "py.typed").exists()
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_module_is_there_and_can_be_imported(package: str) -> None:
+    """In a wheel, too: what its settings forget to list is found by the first import that needs it."""
+    found = importlib.import_module(f"skipcost.{package}")
+    names = [each.name for each in pkgutil.iter_modules(found.__path__) if each.name != "__main__"]
+
+    for name in names:
+        if not name.endswith("_triton"):  # triton is an extra
+            importlib.import_module(f"skipcost.{package}.{name}")
+
+    assert len(names) > 5
 
 
 def test_generic_names_are_left_to_others() -> None:
