@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 SQLITE = b"SQLite format 3\0"  # how such a file begins; a store is one
+OURS = re.compile(rb'\s*\{\s*"format": "(skipcost [a-z ]+)"')  # how files begin that people review and commit
 BESIDE = ("-wal", "-shm", "-journal")  # what SQLite keeps beside a file while it is written
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -82,6 +84,19 @@ def _is_sqlite(path: Path) -> bool:
         return file.read(len(SQLITE)) == SQLITE
 
 
+def _kind_of(path: Path) -> str:
+    """Which of the suite's own formats a file has; empty where it has none, or is not there."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return _kind(file.read(100))
+
+
+def _kind(data: bytes) -> str:
+    found = OURS.match(data)
+    return found[1].decode() if found else ""
+
+
 def _check_access(target: Path, *, exists: bool) -> None:
     """Raise PermissionError now rather than after hours of measuring."""
     folder = next(each for each in target.parents if each.exists())
@@ -105,10 +120,13 @@ def write_file(
 ) -> None:
     """Write a file whole, or leave what is there and raise OutputError as `check_output` does.
 
-    Its folder is made; a text becomes UTF-8. kept: what is not lost where it fails, for the sentence.
+    Its folder is made; a text becomes UTF-8. A baseline or calibration is replaced by another one alone. kept: what is
+    not lost where it fails, for the sentence.
     """
     target = check_output(path, taken, option)
     data = content if isinstance(content, bytes) else content.encode("utf-8", "replace")
+    if (known := _kind_of(target)) and known != _kind(data):
+        raise _refusal(path, f"is a {known}, which nothing else replaces", option)
     temporary = target.with_name(f".{secrets.token_hex(6)}.part")
     with _told(path, option, kept):
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -221,3 +221,20 @@ def test_tiles_and_their_timings_are_two_files(tmp_path: Path) -> None:
 
     with pytest.raises(OutputError, match="is what this command reads or writes"):
         tune.main(["-o", str(path), "--journal", str(path)], device="cpu")
+
+
+def test_a_baseline_is_replaced_by_a_baseline_alone(tmp_path: Path) -> None:
+    """A file that people reviewed is not lost to a report; one of its own kind is how it is brought up to date."""
+    path, kept = tmp_path / "b.jsonl", '{"format": "skipcost baseline", "schema": 1}\n'
+    path.write_text(kept)
+
+    for other in ("<html>", '{\n "format": "skipcost calibration"}', "[]"):
+        with pytest.raises(
+            OutputError, match="is a skipcost baseline, which nothing else replaces; nothing was written"
+        ):
+            write_file(path, other)
+    before = path.read_text()
+    write_file(path, kept + '{"case": "x"}\n')
+
+    assert before == kept
+    assert path.read_text() == kept + '{"case": "x"}\n'
