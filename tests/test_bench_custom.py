@@ -475,6 +475,7 @@ def test_a_module_in_an_archive_is_known_by_the_archive(
             archive.writestr("ownzipped/nets.py", text)
         monkeypatch.syspath_prepend(str(tmp_path / name))
         codes.append(code_of("ownzipped.nets:net"))
+    sys.path_importer_cache.pop(str(tmp_path / name), None)  # else Python opens it again with every import to come
 
     assert "" not in codes
     assert codes[0] != codes[1]

@@ -121,12 +121,12 @@ def test_a_tile_holds_the_outputs_of_eight_columns(factor: int, pixels: int) -> 
 
     assert launch.constants["tile_pixels"] == pixels
     assert launch.arguments["band"] == {1: 64, 3: 48, 32: 16}.get(factor, 32)
-    assert launch.grid == (64 * factor * 64 * factor // pixels * (1 if pixels == 16 else 2),)
+    assert launch.grid == (64 * factor * 64 * factor // pixels * 2,)  # of 32 channels each
 
 
 def test_several_blocks_of_channels_share_the_grid() -> None:
-    """100 channels are two blocks of 64, or four of 32 where a tile has more pixels or addresses take 64 bits."""
-    assert _launch(2, 64, outputs=100).grid == (128 * 8 * 2,)
+    """100 channels are four blocks of 32, however many pixels a tile has and whatever addresses take."""
+    assert _launch(2, 64, outputs=100).grid == (128 * 8 * 4,)
     assert _launch(4, 64, outputs=100).grid == (256 * 8 * 4,)
     assert _launch(2, 256, batch=26, outputs=100).grid == (26 * 512 * 32 * 4,)
 
