@@ -98,6 +98,15 @@ def _makes_no_statistics(func: Any, args: tuple[Any, ...]) -> bool:
     return func is torch.ops.aten.native_batch_norm.default and not args[5]
 
 
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The dense tensors that a sparse one is made of: it has no storage of its own."""
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()  # noqa: SLF001 - those of one that is not coalesced, too
+    rows = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+    outer = tensor.crow_indices() if rows else tensor.ccol_indices()
+    return outer, tensor.col_indices() if rows else tensor.row_indices(), tensor.values()
+
+
 class LiveBytes(TorchDispatchMode):
     """Count the bytes of all storages alive; `peak` is the most there ever were since it was last set.
 
@@ -113,6 +122,10 @@ class LiveBytes(TorchDispatchMode):
             self._follow(tensor)
 
     def _follow(self, tensor: torch.Tensor) -> None:
+        if tensor.layout != torch.strided and not tensor.is_mkldnn:
+            for each in _parts(tensor):
+                self._follow(each)
+            return
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()  # noqa: SLF001 - the storage's identity; its Python object may be remade
         if key in self._known:

@@ -18,6 +18,7 @@ from torch.nn import functional as F  # noqa: N812 - as PyTorch's own documentat
 from torch.utils.checkpoint import checkpoint
 
 from skipcost.bench import memory
+from skipcost.bench.budget import cost_of
 from skipcost.bench.cases import CHOICES, Case
 from skipcost.bench.counting import traced_peaks
 from skipcost.bench.custom import Factory
@@ -282,3 +283,25 @@ def test_an_operator_is_taken_apart_where_the_device_does(name: str, apart: set[
     func = getattr(torch.ops.aten, name).default
 
     assert {device for device in ("cpu", "cuda") if memory._is_composite(func, device)} == apart
+
+
+class Sparse(nn.Module):
+    """A product with a sparse matrix, behind a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("matrix", torch.eye(8).to_sparse())
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Any:
+        """Take (1, 1, 8, 8)."""
+        return torch.sparse.mm(self.matrix, self.conv(x).reshape(8, -1)).reshape(x.shape)
+
+
+def test_a_sparse_tensor_takes_what_its_parts_take() -> None:
+    """It has no storage of its own: of eight entries 128 bytes of indices and 32 of values are counted."""
+    matrix = torch.eye(8).to_sparse()
+
+    assert memory.LiveBytes([matrix]).live == 2 * 8 * 8 + 8 * 4
+    assert memory.LiveBytes([matrix, matrix]).live == 160
+    assert cost_of(Sparse(), [torch.zeros(1, 1, 8, 8)]).totals["peak_bytes"] >= 160 + 3 * 64 * 4
