@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import skipcost.bench
-import skipcost.kernels
-import skipcost.unet_models
 from skipcost.bench.gpu import describe_gpus
+from skipcost.kernels import journal
 
 PACKAGES = (
     "skipcost", "torch", "triton", "fvcore", "numpy", "nvidia-ml-py",
@@ -45,8 +44,6 @@ FLAGS = (  # environment variables that change a number: what is multiplied how,
     # Python, and what this suite measured itself
     "PYTHONMALLOC", "PYTHONOPTIMIZE", "SKIPCOST_KERNELS",
 )  # fmt: skip
-
-CODE = ("*.py", "devices.toml", "configs/*.json")  # in any folder of the packages
 
 
 def describe() -> dict[str, Any]:
@@ -123,13 +120,8 @@ def version_of(package: str) -> str:
 
 
 def code_hash() -> str:
-    """Hash of the suite's code and tables that make numbers: a change is another environment, committed or not."""
-    digest = hashlib.sha256()
-    for package in (skipcost.unet_models, skipcost.kernels, skipcost.bench):
-        folder = Path(package.__path__[0])
-        for path in sorted(path for pattern in CODE for path in folder.rglob(pattern)):
-            digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
+    """Hash of the suite's code and tables that make numbers, this package's among them."""
+    return journal.code_hash(skipcost.bench)
 
 
 def _git() -> dict[str, Any]:

@@ -19,6 +19,7 @@ import datetime as dt
 import hashlib
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import skipcost.kernels
@@ -27,6 +28,7 @@ from skipcost.kernels.outputs import append_file, write_file
 from skipcost.kernels.winners import no_row, read_rows
 
 Row = dict[str, Any]
+CODE = ("*.py", "devices.toml", "configs/*.json")  # of a package: what makes numbers
 KEYS = ("network", "case", "call", "precision", "implementation")
 
 
@@ -97,10 +99,14 @@ def mend(path: Path) -> None:
         write_file(path, whole + newline)
 
 
-def code_hash() -> str:
-    """Hash of the code that makes the numbers: what was measured with other code is measured again."""
+def code_hash(*more: ModuleType) -> str:
+    """Hash the code and tables of unet_models, kernels and `more` that make numbers, in any folder of theirs.
+
+    What was measured with others is measured again, whether or not a change of them is committed.
+    """
     digest = hashlib.sha256()
-    for package in (skipcost.unet_models, skipcost.kernels):
-        for path in sorted(Path(package.__path__[0]).glob("*.py")):
-            digest.update(path.name.encode() + path.read_bytes())
+    for package in (skipcost.unet_models, skipcost.kernels, *more):
+        folder = Path(package.__path__[0])
+        for path in sorted(path for pattern in CODE for path in folder.rglob(pattern)):
+            digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
