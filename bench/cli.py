@@ -55,7 +55,7 @@ from skipcost.bench.plan import Plan, PlannedCase, load_plan
 from skipcost.bench.preview import preview, print_preview, slow_precisions
 from skipcost.bench.records import FAILED, OUTCOMES, Result
 from skipcost.bench.store import create_store, open_store
-from skipcost.bench.tables import newest_environment, reasons_of, results_asked, results_by_case
+from skipcost.bench.tables import newest_environment, notes_of, reasons_of, results_asked, results_by_case
 from skipcost.bench.units import parse_size
 from skipcost.kernels.console import steady_streams
 from skipcost.kernels.errors import PIPE_CLOSED, Stopped, flushed, stoppable
@@ -167,12 +167,16 @@ def sweep(
 def _tell_failures(results: Iterable[tuple[str, Result]], most: int | None = None, rest: str = "") -> None:
     """Say on stderr why there are rows without a number, each reason once, and how to try them again."""
     reasons = reasons_of(results)
-    for reason in reasons[:most]:
-        ERR.print(f"failed: {reason}")
-    if more := len(reasons[most:]) if most else 0:
-        ERR.print(f"and for {more} more reasons: {rest}")
+    _tell("failed", reasons, most, rest)
     if reasons:
         ERR.print("`skipcost sweep` with --retry tries what failed again")
+
+
+def _tell(word: str, reasons: list[str], most: int | None, rest: str) -> None:
+    for reason in reasons[:most]:
+        ERR.print(f"{word}: {reason}")
+    if more := len(reasons[most:]) if most else 0:
+        ERR.print(f"{word} for {more} more reasons: {rest}")
 
 
 @app.command()
@@ -185,7 +189,7 @@ def show(
     ] = Format.TABLE,
     every: Annotated[bool, typer.Option("--all", help="models of your own as they were before an edit, too")] = False,  # noqa: FBT002
 ) -> None:
-    """Print what a store holds: one row per case, a column per metric; the reasons of failures go to stderr."""
+    """Print what a store holds: one row per case, a column per metric; notes and failures go to stderr."""
     with open_store(store) as opened:
         frame = showing.select(opened, where, sort, every=every)
         left_out = "" if every else showing.former_states(opened)
@@ -195,7 +199,9 @@ def show(
     if left_out:
         ERR.print(left_out)
     if form is Format.TABLE:
-        _tell_failures((labels[case_id], each) for case_id in frame.index for each in table[case_id].values())
+        shown = [(labels[case_id], each) for case_id in frame.index for each in table[case_id].values()]
+        _tell("noted", notes_of(shown), MOST_REASONS, "the report marks each number")
+        _tell_failures(shown)
 
 
 @app.command()

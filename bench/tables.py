@@ -62,15 +62,29 @@ def results_asked(plan: Plan, store: Store, fingerprint: str) -> list[tuple[str,
 
 def reasons_of(results: Iterable[tuple[str, Result]]) -> list[str]:
     """A line for each reason why results are not ok, the most frequent first: how many, of which networks, and why."""
+    failed = ((label, each.outcome, each.note or "no reason is known") for label, each in results if not _is_ok(each))
+    return _each_once(failed)
+
+
+def notes_of(results: Iterable[tuple[str, Result]]) -> list[str]:
+    """The same of what is to be known of numbers that there are: of which metric, of which networks, and what."""
+    return _each_once((label, each.metric, each.note) for label, each in results if _is_ok(each) and each.note)
+
+
+def _is_ok(result: Result) -> bool:
+    return result.outcome == "ok"
+
+
+def _each_once(said: Iterable[tuple[str, str, str]]) -> list[str]:
+    """Lines of (label, word, text): each word with a text once, with how many and the first labels."""
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for label, result in results:
-        if result.outcome != "ok":
-            found[result.outcome, result.note].append(label)
+    for label, word, text in said:
+        found[word, text].append(label)
     lines = []
-    for (outcome, note), labels in sorted(found.items(), key=lambda item: -len(item[1])):
+    for (word, text), labels in sorted(found.items(), key=lambda item: -len(item[1])):
         names = list(dict.fromkeys(labels))
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        lines.append(f"{len(labels)} {outcome} ({', '.join(names[:NAMED])}{more}): {note or 'no reason is known'}")
+        lines.append(f"{len(labels)} {word} ({', '.join(names[:NAMED])}{more}): {text}")
     return lines
 
 

@@ -16,7 +16,7 @@ from skipcost.bench.cases import Case
 from skipcost.bench.driver import Server
 from skipcost.bench.records import Result
 from skipcost.bench.store import create_store
-from skipcost.bench.tables import reasons_of
+from skipcost.bench.tables import notes_of, reasons_of
 from skipcost.unet_models import ModelSpec
 
 GONE = Result("params", "crash", note="gone")
@@ -49,6 +49,16 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
 def test_each_reason_is_told_once(results: list[tuple[str, Result]], lines: list[str]) -> None:
     """With how many rows have it and the first networks, the most frequent first."""
     assert reasons_of(results) == lines
+
+
+def test_what_is_to_be_known_of_a_number_is_told_by_its_metric() -> None:
+    """With its networks, each text once; a number without a note and a failure are not among them."""
+    doubt, plain = Result("latency_s", samples=(1.0,), note="busy"), Result("params", samples=(1,))
+    idle = Result("params", samples=(9,), note="4 of 9 parameters are in layers that never ran: aux")
+
+    lines = notes_of([("a", doubt), ("b", doubt), ("b", idle), ("c", plain), ("c", GONE)])
+
+    assert lines == ["2 latency_s (a, b): busy", f"1 params (b): {idle.note}"]
 
 
 def test_show_tells_why_there_is_no_number(
