@@ -191,18 +191,6 @@ def ab(session: nox.Session) -> None:
 
 
 @nox.session
-def instructions(session: nox.Session) -> None:
-    """Count instructions: see that a known change shows, or `nox -s instructions -- --against origin/main`."""
-    if shutil.which("valgrind") is None:
-        session.skip("valgrind is not installed: apt-get install valgrind")
-    _install(session, "test")
-    if session.posargs:
-        session.run(_tool("skipcost"), "instructions", *session.posargs, external=True)
-    else:
-        session.run(_tool("python"), "-m", "pytest", "tests/optional/test_callgrind.py", external=True)
-
-
-@nox.session
 def resources(session: nox.Session) -> None:
     """Compile every kernel for further GPUs and gate what it needs; sm_90 and gfx942 are in every run of the tests."""
     _install(session)

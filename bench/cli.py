@@ -24,7 +24,6 @@ from skipcost.bench import (
     calibrate_command,
     counters_command,
     gate_command,
-    instructions_command,
     rewritings_command,
 )
 from skipcost.bench import doctor as doctoring
@@ -249,7 +248,6 @@ def kernels(context: typer.Context) -> None:
 app.command()(gate_command.baseline)
 app.command()(gate_command.gate)
 app.command()(ab_command.ab)
-app.command()(instructions_command.instructions)
 app.command()(accuracy_command.accuracy)
 app.command("calibrate")(calibrate_command.calibrate_command)
 app.command()(counters_command.counters)

@@ -23,7 +23,7 @@ def report(
         Path | None, typer.Option(help="a CSV of label,score[,seed]: quality measured elsewhere, laid over the costs")
     ] = None,
     verdicts: Annotated[
-        list[Path] | None, typer.Option(help="what `--verdicts` of gate, ab or instructions wrote; may be repeated")
+        list[Path] | None, typer.Option(help="what `--verdicts` of gate or ab wrote; may be repeated")
     ] = None,
 ) -> None:
     """Write the report of a store's newest environment: one file that loads nothing from anywhere."""

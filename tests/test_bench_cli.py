@@ -36,7 +36,6 @@ COMMANDS = (
     "baseline",
     "gate",
     "ab",
-    "instructions",
     "accuracy",
     "calibrate",
     "report",

@@ -27,7 +27,7 @@ EXACT = (
     Verdict("unet <b>", "conv_macs", "improved", 2000, 1000, "x0_1 -1,000"),
     Verdict("other", "conv_macs", "missing", 2000, None, "the whole case"),
 )
-COUNTED = Verdict("forward", "instructions", "improved", 100, 90, "", 0.9, (0.89, 0.91))
+COUNTED = Verdict("forward", "operators", "improved", 100, 90, "", 0.9, (0.89, 0.91))
 TIMED = (
     Verdict("unet training", "latency_s", "regressed", 0.1, 0.12, "by profiles", 1.2, (1.15, 1.25)),
     Verdict("unet inference", "latency_s", "inconclusive", 0.1, 0.15, "noise", 1.5, (0.9, 2.4)),
