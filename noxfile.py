@@ -37,8 +37,10 @@ PUBLIC_UNETS = (  # what `rewrite` is tried on; each beside torch, none installs
     "unet-torch==0.0.2",
 )
 ON_THE_WHEEL = (  # what a wheel may lack: modules, tables, templates, the plug-in; not what a kernel computes
-    *("test_project", "test_unet_models_*", "test_reports_*", "test_bench_[bcefpr]*"),
-    *(f"test_kernels_{each}" for each in ("backends", "baseline", "devices", "dispatch", "tune")),
+    *("test_project.py", "test_unet_models", "test_reports", "test_bench/*.py"),
+    *(f"test_bench/{room}" for room in ("cases", "store", "sweep", "fit", "predictions", "commands")),
+    *("test_bench/kernels/test_tune.py", "test_kernels/*.py", "test_kernels/dispatch"),
+    "test_kernels/verify/test_baseline.py",
 )
 PARALLEL = ("-n", "2", "--dist", "loadfile")  # tests take one core; a file's fixtures are made once
 NARROW = (  # instruction sets that another machine may be without: ATen's own kernels, then oneDNN's
@@ -75,6 +77,14 @@ def _beside(session: nox.Session, name: str, *what: str) -> str:
         command = (_tool("python"), "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps")
         session.run(*command, "--target", str(folder), *what, external=True)
     return str(folder)
+
+
+def _matching(session: nox.Session, folder: Path, pattern: str) -> list[Path]:
+    """Return what a pattern names; one that names nothing would pass without a test."""
+    found = sorted(folder.glob(pattern))
+    if not found:
+        session.error(f"{pattern} names nothing in {folder}")
+    return found
 
 
 @nox.session
@@ -131,7 +141,7 @@ def isa(session: nox.Session) -> None:
     if platform.machine() not in {"x86_64", "AMD64"}:
         session.skip(f"these instruction sets are those of x86-64, this is {platform.machine()}")
     _install(session, "test")
-    marked = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.numeric" in path.read_text()]
+    marked = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.numeric" in path.read_text()]
     for narrow in NARROW:
         options = (*PARALLEL, "-m", "numeric", *(session.posargs or map(str, marked)))
         session.run(_tool("python"), "-m", "pytest", *options, env=narrow, external=True)
@@ -167,7 +177,7 @@ def package(session: nox.Session) -> None:
     shutil.copy(ROOT / "pyproject.toml", away)  # pytest's settings; the folders that it names stay behind
     with session.chdir(away):
         session.run(_tool("python", clean), "-c", beside, external=True)
-        chosen = sorted(str(path) for name in ON_THE_WHEEL for path in Path("tests").glob(f"{name}.py"))
+        chosen = [str(path) for pattern in ON_THE_WHEEL for path in _matching(session, Path("tests"), pattern)]
         options = (*PARALLEL, "-m", "not sources and not slow", *chosen)
         session.run(_tool("python", clean), "-m", "pytest", *options, external=True)
 
@@ -202,7 +212,7 @@ def resources(session: nox.Session) -> None:
 def mutants(session: nox.Session) -> None:
     """Seed faults into the kernels, one at a time, and see the interpreter's checks fail; minutes a kernel."""
     _install(session, "test")
-    session.run(_tool("python"), "tests/mutants.py", *session.posargs, external=True)
+    session.run(_tool("python"), "tests/helpers/mutants.py", *session.posargs, external=True)
 
 
 @nox.session
@@ -214,8 +224,7 @@ def tritons(session: nox.Session) -> None:
     _install(session, "test")
     for version, others in TRITONS.items():
         folder = _beside(session, f"triton-{version}", f"triton=={version}", *others)
-        kernels = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_kernels_*.py"))]
-        tests = session.posargs or kernels
+        tests = session.posargs or ("tests/test_kernels", "tests/test_bench/kernels")
         session.run(_tool("python"), "-m", "pytest", *PARALLEL, *tests, env={"PYTHONPATH": folder}, external=True)
 
 

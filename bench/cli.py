@@ -18,19 +18,19 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from skipcost.bench import (
-    ab_command,
-    accuracy_command,
-    calibrate_command,
-    counters_command,
-    gate_command,
-    rewritings_command,
-)
-from skipcost.bench import doctor as doctoring
-from skipcost.bench import explain as explaining
-from skipcost.bench import fit as fitting
-from skipcost.bench import show as showing
-from skipcost.bench.cases import CHOICES
+from skipcost.bench.cases.case import CHOICES
+from skipcost.bench.cases.record import FAILED, OUTCOMES, Result
+from skipcost.bench.commands import ab as ab_command
+from skipcost.bench.commands import accuracy as accuracy_command
+from skipcost.bench.commands import calibrate as calibrate_command
+from skipcost.bench.commands import counters as counters_command
+from skipcost.bench.commands import doctor as doctoring
+from skipcost.bench.commands import explain as explaining
+from skipcost.bench.commands import fit as fitting
+from skipcost.bench.commands import gate as gate_command
+from skipcost.bench.commands import rewritings as rewritings_command
+from skipcost.bench.commands import show as showing
+from skipcost.bench.commands.plan import preview, print_preview, slow_precisions
 from skipcost.bench.console import (
     BATCH,
     DB,
@@ -46,17 +46,15 @@ from skipcost.bench.console import (
     progress_bar,
     settings_of,
 )
-from skipcost.bench.driver import Server, pending, recognised
-from skipcost.bench.driver import sweep as run_sweep
-from skipcost.bench.environment import cpus
 from skipcost.bench.errors import BenchError
-from skipcost.bench.plan import Plan, PlannedCase, load_plan
-from skipcost.bench.preview import preview, print_preview, slow_precisions
-from skipcost.bench.records import FAILED, OUTCOMES, Result
-from skipcost.bench.store import create_store, open_store
-from skipcost.bench.tables import newest_environment, notes_of, reasons_of, results_asked, results_by_case
+from skipcost.bench.measure.environment import cpus
+from skipcost.bench.store.store import create_store, open_store
+from skipcost.bench.store.tables import newest_environment, notes_of, reasons_of, results_by_case
+from skipcost.bench.streams import steady_streams
+from skipcost.bench.sweep.driver import Server, pending, recognised, results_asked
+from skipcost.bench.sweep.driver import sweep as run_sweep
+from skipcost.bench.sweep.plan import Plan, PlannedCase, load_plan
 from skipcost.bench.units import parse_size
-from skipcost.kernels.console import steady_streams
 from skipcost.kernels.errors import PIPE_CLOSED, Stopped, flushed, stoppable
 from skipcost.unet_models import ModelSpec
 from skipcost.unet_models.spec import suggest
@@ -242,7 +240,7 @@ def report(context: typer.Context) -> None:
 def kernels(context: typer.Context) -> None:
     """Check, time, tune and explain the fused kernels: `skipcost kernels --help` lists the commands."""
     sys.argv = ["skipcost kernels", *context.args]
-    runpy.run_module("skipcost.kernels", run_name="__main__", alter_sys=False)
+    runpy.run_module("skipcost.bench.kernels", run_name="__main__", alter_sys=False)
 
 
 app.command()(gate_command.baseline)

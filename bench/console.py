@@ -23,10 +23,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from skipcost.bench.cases import MAX_BATCH
 from skipcost.bench.errors import BenchError
+from skipcost.bench.streams import visible
+from skipcost.bench.units import MAX_BATCH
 from skipcost.kernels import outputs
-from skipcost.kernels.console import visible
 
 EVERY_S = 30.0  # between lines that say how far a command is, where no bar can be seen
 PIPED_WIDTH = 200  # columns for a pipe or a file; a terminal has its own

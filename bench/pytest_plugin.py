@@ -22,7 +22,7 @@ def assert_cost() -> Callable[..., None]:
     `mode` is "inference" or "training". Fails with a sentence for each budget that is passed, which names the layer
     that costs most; ValueError where no budget is given or one is no number.
     """
-    from skipcost.bench import budget as costs  # noqa: PLC0415 - imports torch, which not every user's run needs
+    from skipcost.bench.measure import budget as costs  # noqa: PLC0415 - imports torch, which not every user's run needs
 
     def check(model: nn.Module, *inputs: Any, mode: str = "inference", **budgets: int | str) -> None:
         __tracebackhide__ = True

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from skipcost.bench.errors import BenchError
 
 MAX_SIDE = 65536  # pixels, of a case's image
+MAX_BATCH, MAX_THREADS = 65536, 1024  # of a case
 MOST = 2**63 - 1  # bytes, and whatever else is counted: what 64 bits hold
 MOST_SECONDS = 1e6  # some twelve days
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -1,7 +1,7 @@
 """The fused kernels, each beside the op it replaces, and `BACKENDS`, the table of ways to run a network.
 
 Importing this package needs neither torch nor triton nor a GPU. An op is imported from its own module, as in
-`from skipcost.kernels.crop_concat import crop_concat`: as an attribute of the package that name is the module.
+`from skipcost.kernels.ops.crop_concat import crop_concat`: as an attribute of the package that name is the module.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from skipcost.kernels.backends import BACKENDS, Backend
-    from skipcost.kernels.fusion import Change, fuse
-    from skipcost.kernels.rewriting import rewrite
-    from skipcost.kernels.table import KERNELS, Kernel
+    from skipcost.kernels.rewrite.fusion import Change, fuse
+    from skipcost.kernels.rewrite.rewriting import rewrite
+    from skipcost.kernels.verify.table import KERNELS, Kernel
 
 __all__ = ["BACKENDS", "KERNELS", "Backend", "Change", "Kernel", "fuse", "rewrite"]
 
 _NEED_TORCH = {
     "BACKENDS": "backends",
     "Backend": "backends",
-    "Change": "fusion",
-    "KERNELS": "table",
-    "Kernel": "table",
-    "fuse": "fusion",
-    "rewrite": "rewriting",
+    "Change": "rewrite.fusion",
+    "KERNELS": "verify.table",
+    "Kernel": "verify.table",
+    "fuse": "rewrite.fusion",
+    "rewrite": "rewrite.rewriting",
 }
 
 

@@ -48,7 +48,7 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from skipcost.kernels.max_pool import pool
+from skipcost.kernels.ops.max_pool import pool
 from skipcost.unet_models.ops import ConvNormAct, Ops
 
 

@@ -13,12 +13,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from skipcost.kernels import winners
-from skipcost.kernels.calls import Call
 from skipcost.kernels.devices import Device
-from skipcost.kernels.dispatch import Choice
-from skipcost.kernels.fused import PRECISIONS, FusedOps, card_of
+from skipcost.kernels.dispatch import rows as winners
+from skipcost.kernels.dispatch.call import Call
+from skipcost.kernels.dispatch.choose import Choice
 from skipcost.kernels.precision import tf32_allowed
+from skipcost.kernels.rewrite.fused import PRECISIONS, FusedOps, card_of
 from skipcost.unet_models.network import SkipNet
 from skipcost.unet_models.ops import REFERENCE, Ops
 from skipcost.unet_models.spec import ModelSpec

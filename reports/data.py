@@ -12,14 +12,14 @@ from typing import Any
 
 import pandas as pd
 
-from skipcost.bench.cases import CASE_KEYS, CHOICES, FACTORY_KEYS, FLAT_NAMES, SPEC_KEYS, Case
-from skipcost.bench.custom import Factory
+from skipcost.bench.cases.case import CASE_KEYS, CHOICES, FACTORY_KEYS, FLAT_NAMES, SPEC_KEYS, Case
+from skipcost.bench.cases.factory import Factory
+from skipcost.bench.cases.record import Result
+from skipcost.bench.compare.verdicts import Verdict, read_json
 from skipcost.bench.errors import StoreError
-from skipcost.bench.metrics import METRICS
-from skipcost.bench.records import Result
-from skipcost.bench.store import Run, open_store
-from skipcost.bench.tables import COLUMNS, newest_environment, results_by_case, wide_table
-from skipcost.bench.verdicts import Verdict, read_json
+from skipcost.bench.measure.metrics import METRICS
+from skipcost.bench.store.store import Run, open_store
+from skipcost.bench.store.tables import COLUMNS, newest_environment, results_by_case, wide_table
 from skipcost.reports.quality import Quality, read_quality
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 

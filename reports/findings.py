@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from skipcost.bench import figures
-from skipcost.bench.metrics import METRICS
+from skipcost.bench.measure.metrics import METRICS
 from skipcost.reports.compare import (
     LEAST,
     Matched,

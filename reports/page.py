@@ -15,8 +15,8 @@ from markupsafe import Markup
 from skipcost.bench.console import check_outputs, write_file
 from skipcost.reports.compare import times
 from skipcost.reports.data import Data, load
-from skipcost.reports.provenance import header_context
 from skipcost.reports.sections import SECTIONS
+from skipcost.reports.sections.provenance import header_context
 from skipcost.reports.sentences import Number
 
 

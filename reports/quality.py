@@ -9,7 +9,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from skipcost.bench.quality import canonical, read_scores
+from skipcost.bench.store.scores import canonical, read_scores
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from skipcost.bench.cases import CASE_KEYS
-from skipcost.kernels.tap_choice import executed_macs
+from skipcost.bench.cases.case import CASE_KEYS
+from skipcost.kernels.dispatch.low_resolution import executed_macs
 from skipcost.reports.compare import LEAST, Matched, Spread, pairs_of, range_words, times, together
 from skipcost.reports.data import REFERENCE_SKIP, Cost, Data, records
 from skipcost.reports.sentences import Finding, Number, Part, plural

@@ -36,8 +36,8 @@ def all_low(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Foretell tap-first wherever it can be: networks small enough for tests would mostly be left as they are."""
     from dataclasses import replace  # noqa: PLC0415 - with what follows, numpy
 
-    from skipcost.bench import liveness  # noqa: PLC0415
-    from skipcost.kernels.tap_choice import choose  # noqa: PLC0415
+    from skipcost.bench.memory import liveness  # noqa: PLC0415
+    from skipcost.kernels.dispatch.low_resolution import choose  # noqa: PLC0415
 
     monkeypatch.setattr(liveness, "choose", lambda *call, **given: replace(choose(*call, **given), taken=True))
     liveness._taken.cache_clear()

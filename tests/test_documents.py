@@ -18,16 +18,17 @@ from torch import nn
 from typer.testing import CliRunner
 
 from skipcost.bench import cli, figures
-from skipcost.bench.cases import Case
+from skipcost.bench.cases.case import Case
+from skipcost.bench.cases.places import explain
+from skipcost.bench.commands.explain import print_explanation
 from skipcost.bench.console import Screen
-from skipcost.bench.explain import explain, print_explanation
-from skipcost.bench.liveness import peak_bytes
-from skipcost.bench.plan import load_plan
-from skipcost.kernels import dispatch
-from skipcost.kernels.calls import Call
+from skipcost.bench.kernels.explain import explain as explain_kernels
+from skipcost.bench.memory.liveness import peak_bytes
+from skipcost.bench.sweep.plan import load_plan
 from skipcost.kernels.devices import device_named
-from skipcost.kernels.explain import explain as explain_kernels
-from skipcost.kernels.tap_choice import executed_macs
+from skipcost.kernels.dispatch import choose as dispatch
+from skipcost.kernels.dispatch.call import Call
+from skipcost.kernels.dispatch.low_resolution import executed_macs
 from skipcost.unet_models import VARIANTS, ModelSpec
 
 ROOT = Path(__file__).parent.parent

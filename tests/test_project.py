@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from skipcost.bench import cli
-from skipcost.bench.metrics import METRICS
+from skipcost.bench.measure.metrics import METRICS
 from skipcost.unet_models import SKIPS, VARIANTS
 
 ROOT = Path(__file__).parent.parent

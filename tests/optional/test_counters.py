@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 
-from skipcost.bench.arithmetic import TRANSPOSED
-from skipcost.bench.cases import Case
-from skipcost.bench.counters import COUNTERS, court
+from skipcost.bench.cases.case import Case
+from skipcost.bench.measure.arithmetic import TRANSPOSED
+from skipcost.bench.measure.counters import COUNTERS, court
 from skipcost.unet_models import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")

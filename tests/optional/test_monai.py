@@ -8,13 +8,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from skipcost.bench.cases import Case
-from skipcost.bench.counting import fvcore_count, predicted_peaks
-from skipcost.bench.custom import make
-from skipcost.bench.metrics import METRICS
-from skipcost.bench.plan import load_plan
-from skipcost.bench.subject import make_subject
-from skipcost.bench.tracing import count_convolutions, count_params
+from skipcost.bench.cases.case import Case
+from skipcost.bench.cases.factory import make
+from skipcost.bench.measure.counting import fvcore_count, predicted_peaks
+from skipcost.bench.measure.metrics import METRICS
+from skipcost.bench.measure.subject import make_subject
+from skipcost.bench.measure.tracing import count_convolutions, count_params
+from skipcost.bench.sweep.plan import load_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OWN = [each.case for each in load_plan("monai", {"size": ["64"]}, "cpu", 1).cases if each.case.factory]

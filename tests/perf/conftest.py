@@ -9,7 +9,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from skipcost.kernels.timing import Budget, _warm_up, cpu_clock, no_gc
+from skipcost.bench.measure.timing import Budget, _warm_up, cpu_clock, no_gc
 
 SECONDS = 0.5  # of rounds
 BUDGET = Budget(seconds=SECONDS, warmup_seconds=2.0)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from skipcost.kernels.timing import no_gc
+from skipcost.bench.measure.timing import no_gc
 
 Calls = Mapping[str, Callable[[], object]]
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from skipcost.bench.allocator import replay
-from skipcost.bench.cases import Case, usual_values
-from skipcost.bench.gpu_memory import predict
-from skipcost.bench.liveness import timeline
+from skipcost.bench.cases.case import Case, usual_values
+from skipcost.bench.memory.allocator import replay
+from skipcost.bench.memory.liveness import timeline
+from skipcost.bench.memory.on_gpu import predict
 from skipcost.kernels.devices import devices
 from skipcost.unet_models import VARIANTS, ModelSpec
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from skipcost.kernels.calls import MERGING, MODES, Call
-from skipcost.kernels.table import KERNELS, operands
+from skipcost.kernels.dispatch.call import MERGING, MODES, Call
+from skipcost.kernels.verify.table import KERNELS, operands
 
 SOURCE = (16, 64, 64)  # (C, H, W)
 

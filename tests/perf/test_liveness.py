@@ -12,8 +12,8 @@ from collections.abc import Callable
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from skipcost.bench.cases import CHOICES, Case
-from skipcost.bench.liveness import envelope, peak_bytes
+from skipcost.bench.cases.case import CHOICES, Case
+from skipcost.bench.memory.liveness import envelope, peak_bytes
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 
 WIDTHS = range(8, 136, 8)

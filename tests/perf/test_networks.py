@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from skipcost.bench.cases import CHOICES, Case
-from skipcost.bench.metrics import METRICS
-from skipcost.bench.subject import make_subject
-from skipcost.kernels.timing import Budget
+from skipcost.bench.cases.case import CHOICES, Case
+from skipcost.bench.measure.metrics import METRICS
+from skipcost.bench.measure.subject import make_subject
+from skipcost.bench.measure.timing import Budget
 from skipcost.unet_models import VARIANTS, ModelSpec
 
 COUNTED = ("params", "conv_macs", "activations", "peak_memory_predicted_bytes")

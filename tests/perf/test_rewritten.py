@@ -19,11 +19,11 @@ from interleaved import take_turns  # type: ignore[import-not-found]  # beside t
 from torch import Tensor
 from torch.nn import functional
 
-from skipcost.bench.cases import CHOICES, Case
-from skipcost.bench.counting import predicted_peaks
-from skipcost.bench.subject import make_subject
-from skipcost.kernels.tap_choice import executed_macs
-from skipcost.kernels.tap_first import tap_first
+from skipcost.bench.cases.case import CHOICES, Case
+from skipcost.bench.measure.counting import predicted_peaks
+from skipcost.bench.measure.subject import make_subject
+from skipcost.kernels.dispatch.low_resolution import executed_macs
+from skipcost.kernels.low_resolution.tap_first import tap_first
 from skipcost.unet_models import ModelSpec
 
 ROUNDS = {256: 5, 512: 3}

@@ -6,9 +6,9 @@ import itertools
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from skipcost.bench.calibration import features
-from skipcost.bench.cases import CHOICES, Case
-from skipcost.bench.roofline import bound
+from skipcost.bench.cases.case import CHOICES, Case
+from skipcost.bench.predictions.calibration import features
+from skipcost.bench.time.roofline import bound
 from skipcost.kernels.devices import device_named
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 

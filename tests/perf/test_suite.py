@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from skipcost.bench.cases import Case
-from skipcost.bench.driver import Request, Server
+from skipcost.bench.cases.case import Case
+from skipcost.bench.sweep.driver import Request, Server
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 
 SPECS = [

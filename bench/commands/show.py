@@ -1,0 +1,91 @@
+"""`skipcost show`: filter, sort and write the wide table."""
+
+from __future__ import annotations
+
+import sys
+
+import pandas as pd
+
+from skipcost.bench import figures
+from skipcost.bench.cases.case import CASE_KEYS
+from skipcost.bench.console import Column, Screen
+from skipcost.bench.errors import BenchError
+from skipcost.bench.measure.metrics import METRICS
+from skipcost.bench.store.store import Store
+from skipcost.bench.store.tables import newest_environment, newest_states, results_by_case, wide_table
+from skipcost.bench.store.where import rows_where
+from skipcost.unet_models.spec import suggest
+
+KEPT = ("params", "conv_macs", "latency_s")  # metrics that a narrow table leaves out last
+
+
+def select(store: Store, where: str | None, sort: str | None, *, every: bool = False) -> pd.DataFrame:
+    """The wide table of the newest environment, filtered and sorted; BenchError for a column that is not there.
+
+    every: former states of users' own models, too.
+    """
+    frame = wide_table(store, newest_environment(store).fingerprint, store.cases() if every else None)
+    if where is not None:
+        frame = rows_where(frame, where)
+    if sort:
+        if sort not in frame.columns:
+            raise BenchError(suggest("column", sort, frame.columns))
+        frame = frame.sort_values(sort, kind="stable")
+    return frame
+
+
+def former_states(store: Store) -> str:
+    """Say how many states of users' own models are left out; empty where there are none."""
+    fingerprint = newest_environment(store).fingerprint
+    left_out = len(set(results_by_case(store, fingerprint, store.cases())) - newest_states(store, fingerprint))
+    return f"{left_out} rows of models as they were before an edit are left out: --all shows them" if left_out else ""
+
+
+def write(frame: pd.DataFrame, form: str, console: Screen, labels: dict[str, str]) -> None:
+    """Write the table to stdout: for people, by its cases' labels, or with every column as CSV, JSON or Parquet."""
+    match form:
+        case "csv":
+            frame.to_csv(sys.stdout)
+        case "json":
+            frame.reset_index().to_json(sys.stdout, orient="records", indent=1)
+            print()  # noqa: T201 - the end of the last line of data
+        case "parquet":
+            try:
+                frame.to_parquet(sys.stdout.buffer)
+            except ImportError:
+                message = "Parquet needs pyarrow: pip install skipcost[parquet], or use --format csv"
+                raise BenchError(message) from None
+        case _:
+            _for_people(frame, labels, console)
+
+
+def _for_people(frame: pd.DataFrame, labels: dict[str, str], console: Screen) -> None:
+    """Only what differs between rows, and metrics that any row has, in readable units.
+
+    Where a model is there in several states, these are told apart by their code's hash and when they were asked for.
+    """
+    several = frame["code"].nunique() > frame["factory"].nunique()
+    fields = [name for name in CASE_KEYS if len(set(frame[name].dropna())) > 1] + ["code", "asked"] * several
+    metrics = [name for name in METRICS if frame[name].notna().any()]
+    rows = []
+    for case_id, row in frame.iterrows():
+        known = {name: None if pd.isna(row[name]) else row[name] for name in metrics}
+        values = [figures.text(value, METRICS[name].unit).replace(" ", "\u00a0") for name, value in known.items()]
+        said = ["-" if pd.isna(row[name]) else str(row[name]) for name in fields]
+        rows.append((labels[str(case_id)], *said, *values, _short(str(row["outcome"]))))
+    less = [name for name in metrics if name not in KEPT]
+    figured = [
+        Column(METRICS[name].title, right=True, drop=1 + less.index(name) if name in less else 0) for name in metrics
+    ]
+    columns = [*map(Column, ("network", *fields)), *figured, Column("outcome", prose=True)]
+    console.table(columns, rows, more="--format csv has every column")
+
+
+def _short(outcome: str) -> str:
+    """The outcome with its metrics counted where there are many; the other formats name them all."""
+    parts = []
+    for part in outcome.split("; "):
+        word, _, metrics = part.partition(": ")
+        several = metrics.count(",") + 1
+        parts.append(f"{word}: {several} metrics" if several > 2 else part)  # noqa: PLR2004 - two names fit a line
+    return "; ".join(parts)

@@ -1,0 +1,194 @@
+"""Two warm processes, one of each revision, taking turns at one case after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skipcost.bench.cases.case import Case
+from skipcost.bench.compare import turns
+from skipcost.bench.compare.revisions import Revision
+from skipcost.bench.errors import MachineError
+from skipcost.bench.measure.process import PYTHON
+
+TURN_S = 0.02  # of calls in a turn: long against the pipe's latency, short against what disturbs the machine
+LEAST_BLOCKS = 6
+PROFILED = 5  # calls
+NAMED, GOOD_PART = 2, 0.2  # operators and layers, and what share of a change they must have to be named
+SCRIPT = Path(turns.__file__)
+# glibc's malloc keeps what is freed. How much it gives back and faults in again is an accident of each process: UNet 3+
+# of width 8 at 96x96 took 650 to 1,900 page faults a call, and none like this.
+ALLOCATION = {
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TOP_PAD_": str(1 << 26),
+}
+
+
+class SideError(Exception):
+    """Sides that cannot run a case; the argument says why, by revision."""
+
+
+class Side:
+    """A process of one revision; `ask` is its protocol."""
+
+    def __init__(self, revision: Revision) -> None:
+        self.revision = revision
+        self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed with the process
+        self._process = subprocess.Popen(  # noqa: S603 - our own script
+            [*PYTHON, str(SCRIPT)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=revision.environment() | ALLOCATION,
+            start_new_session=True,  # Ctrl-C reaches the driver alone
+        )
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Send a request and return the answer; SideError where it is an error, MachineError where the process died."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            self._log.seek(0)
+            said = " ".join(self._log.read().split())[-400:]
+            message = f"the process of {self.revision.commit[:12]} died: {said or 'it said nothing'}"
+            raise MachineError(message)
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise SideError({self.revision.commit: reply["error"]})
+        return reply
+
+    def ticks(self) -> int:
+        """Clock ticks of processor time that the process has used."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._log.close()
+
+
+@contextlib.contextmanager
+def facing(base: Revision, now: Revision) -> Iterator[tuple[Side, Side]]:
+    """Two fresh processes."""
+    sides = [Side(base)]
+    try:
+        sides.append(Side(now))
+        yield sides[0], sides[1]
+    finally:
+        for side in sides:
+            side.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Bout:
+    """What one process pair measured of a case.
+
+    ratios: log of now / base per block; base_s, now_s: medians of all calls; others: share of the machine's processor
+    time that went to other processes; changes: operators and layers in which, by a profile, a good part of the change
+    is, with their seconds a call; took_s: seconds that all of it took, with what had to be started for it.
+    """
+
+    ratios: tuple[float, ...]
+    base_s: float
+    now_s: float
+    others: float = 0.0
+    changes: tuple[tuple[str, float], ...] = ()
+    took_s: float = 0.0
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Bout:
+        """Read what `dataclasses.asdict` and JSON made of one."""
+        changes = tuple((name, seconds) for name, seconds in values["changes"])
+        return cls(**{**values, "ratios": tuple(values["ratios"]), "changes": changes})
+
+
+def bout(
+    case: Case, sides: tuple[Side, Side], seconds: float, slowdown: float = 0.0, *, profiled: bool = False
+) -> Bout:
+    """Let both sides take turns at a case for about `seconds`, in blocks A B B A and B A A B by turns."""
+    call_s = _prepare(case, sides, slowdown)
+    calls = max(1, round(TURN_S / call_s))
+    blocks = max(LEAST_BLOCKS, round(seconds / (4 * calls * call_s)))
+    found: tuple[list[float], list[float]] = ([], [])
+    ratios = []
+    before = _busy(sides)
+    for number in range(blocks):
+        order = (0, 1, 1, 0) if number % 2 == 0 else (1, 0, 0, 1)
+        logs = [0.0, 0.0]
+        for at in order:
+            times = sides[at].ask(calls=calls)["seconds"]
+            found[at].extend(times)
+            logs[at] += math.log(statistics.median(times)) / 2
+        ratios.append(logs[1] - logs[0])
+    others = _others_share(before, _busy(sides))
+    base_s, now_s = (statistics.median(each) for each in found)
+    changes = _profile(sides, now_s - base_s) if profiled else ()
+    return Bout(tuple(ratios), base_s, now_s, others, changes)
+
+
+def _profile(sides: tuple[Side, Side], change_s: float) -> tuple[tuple[str, float], ...]:
+    """Profile both sides; return the operators and layers that have a good part of a call's change, and go its way."""
+    base, now = (side.ask(profile=PROFILED)["profile"] for side in sides)
+    named = []
+    for kind, place in (("operators", ""), ("layers", "in ")):
+        names = {**base[kind], **now[kind]}
+        change = {place + name: now[kind].get(name, 0.0) - base[kind].get(name, 0.0) for name in names}
+        largest = sorted(change.items(), key=lambda item: -abs(item[1]))[:NAMED]
+        named += [item for item in largest if item[1] * change_s >= GOOD_PART * change_s**2]
+    return tuple(named)
+
+
+def _prepare(case: Case, sides: tuple[Side, Side], slowdown: float) -> float:
+    """Have both sides build the case and warm it up; return the slower one's seconds a call."""
+    definition, failures = json.loads(case.to_json()), {}
+    seconds: list[float] = []
+    for side, share in zip(sides, (0.0, slowdown), strict=True):
+        try:
+            seconds.append(side.ask(case=definition, slowdown=share)["call_s"])
+        except SideError as error:
+            failures.update(error.args[0])
+    if failures:
+        raise SideError(failures)
+    return max(seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """Clock ticks so far: of all processors, idle or not; of them busy; and of those, the two sides'."""
+
+    all: int
+    busy: int
+    ours: int
+
+
+def _busy(sides: tuple[Side, Side]) -> Busy:
+    """Read the system's counters; all zero where it has none."""
+    try:
+        ticks = [int(number) for number in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        ours = sum(side.ticks() for side in sides)
+    except OSError:
+        return Busy(0, 0, 0)
+    idle = ticks[3] + ticks[4]  # waiting for a disk is idle
+    return Busy(sum(ticks), sum(ticks) - idle, ours)
+
+
+def _others_share(before: Busy, after: Busy) -> float:
+    """Share of the machine's processor time that went to other processes."""
+    whole = after.all - before.all
+    return max(0, after.busy - before.busy - (after.ours - before.ours)) / whole if whole else 0.0

@@ -1,0 +1,176 @@
+"""Where `skipcost fit` takes its figures from on a device: memory by arithmetic, a time if somebody calibrated one.
+
+A `Target` is the device that networks are to fit. Nothing is run here; `fit_measure` times networks where asked to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from skipcost.bench.cases.case import Case, usual_values
+from skipcost.bench.errors import BenchError
+from skipcost.bench.fit.limits import Gauge, counted
+from skipcost.bench.measure.environment import cpu_name
+from skipcost.bench.measure.gpu import describe_gpus
+from skipcost.bench.memory.liveness import Envelope, envelope, peak_bytes
+from skipcost.bench.memory.on_gpu import predict
+from skipcost.bench.memory.workspaces import Interval, context
+from skipcost.bench.predictions.calibration import Calibration, load_calibration, setting_of
+from skipcost.kernels.devices import Device, device_named
+
+LIVE = (
+    "predicted: peak of live tensor bytes, the larger of first and steady step, exact for PyTorch's eager mode; what "
+    "the allocator and libraries take beyond them is not in it"
+)
+PROCESS = (
+    "predicted: likely (upper end) of what the process takes, of which the upper end is checked: live tensors, the "
+    "allocator's rounding and segments, the workspaces that cuDNN may try or tap-first needs, the CUDA context"
+)
+CALIBRATED = (
+    "predicted: middle (upper end) of a step, of which the upper end is checked; {device} calibrated from {store}"
+)
+REMEMBERED = 1024  # predictions: a replay takes some ten milliseconds, and a row asks for each of its own several times
+COUNTED = "counted (exact)"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The device to fit: a GPU of the table, or None for a CPU; `here` says that it is this machine's own."""
+
+    device: Device | None
+    here: bool
+
+    @property
+    def kind(self) -> str:
+        """A case's device."""
+        return "cuda" if self.device else "cpu"
+
+    @property
+    def title(self) -> str:
+        """The device in words."""
+        return self.device.name if self.device else "a CPU"
+
+
+def target_named(text: str | None, gpus: Callable[[], list[dict[str, object]]] = describe_gpus) -> Target:
+    """Find the device: cpu, a GPU's name in `devices.toml`, or, without a text, this machine's GPU, else its CPU."""
+    own = [str(gpu["name"]) for gpu in gpus()]
+    if text is None:
+        return _own_target(own)
+    if text.casefold() == "cpu":
+        return Target(None, here=True)
+    try:
+        device = device_named(text)
+    except ValueError as error:
+        message = f"{error}, cpu"
+        raise BenchError(message) from None
+    return Target(device, here=bool(own) and own[0] in device.driver_names)
+
+
+def _own_target(own: list[str]) -> Target:
+    """This machine's first GPU, else its CPU."""
+    if not own:
+        return Target(None, here=True)
+    try:
+        return Target(device_named(own[0]), here=True)
+    except ValueError:
+        message = f"this machine's GPU, {own[0]!r}, is not in the table of devices: name one with --device, or cpu"
+        raise BenchError(message) from None
+
+
+def precision_on(target: Target, mode: str, asked: str | None) -> str:
+    """The precision asked for, else the usual one on the device; BenchError where it has no units for what is asked.
+
+    Cards before Ampere multiply fp16 but not bf16: there the usual precision is the one of them that exists.
+    """
+    usual: str = usual_values(target.kind, mode, 1)["precision"]
+    if target.device and "bf16" not in target.device.flop_per_s:
+        usual = usual.replace("bf16", "fp16")
+    if target.device:
+        try:
+            target.device.rate(asked or usual)
+        except ValueError as error:
+            message = f"--precision {asked or usual} cannot run: {error}"
+            raise BenchError(message) from None
+    return asked or usual
+
+
+@dataclass(frozen=True, slots=True)
+class Raised:
+    """Peak bytes that lie a constant above those of live tensors."""
+
+    live: Envelope
+    by: int
+
+    def peak(self, batch: int) -> int:
+        """Bytes at a batch."""
+        return self.live.peak(batch) + self.by
+
+    def largest_batch(self, limit_bytes: int) -> int:
+        """The largest batch whose peak is within the limit; 0 where not even one image is."""
+        return self.live.largest_batch(limit_bytes - self.by)
+
+
+def predicted_gauge(target: Target, like: Case) -> Gauge:
+    """The figures that need no run: on a CPU memory is live bytes, on a GPU the upper end of what a process takes.
+
+    Latency is among them where the target is calibrated for the setting of `like`.
+    """
+    gauge = _gpu_gauge(target.device) if target.device else live_gauge()
+    calibration = load_calibration(target.device.name if target.device else cpu_name())
+    if calibration is None or all(model.setting != setting_of(like) for model in calibration.models):
+        return gauge
+    memory = gauge.measures["memory"]
+    return replace(
+        gauge,
+        measures=counted() | {"latency": lambda case: _seconds(calibration, case)[2], "memory": memory},
+        middle={**gauge.middle, "latency": lambda case: _seconds(calibration, case)[1]},
+        origins={**gauge.origins, "latency": CALIBRATED.format(device=calibration.device, store=calibration.store)},
+        even=False,
+        remark=lambda case: _why_unknown(calibration, case),
+    )
+
+
+def live_gauge() -> Gauge:
+    """Counted figures, and bytes of live tensors, which are exact on any device."""
+    return Gauge(
+        measures=counted() | {"memory": lambda case: max(peak_bytes(case))},
+        origins={"params": COUNTED, "macs": COUNTED, "memory": LIVE},
+        floor=envelope,
+    )
+
+
+def _gpu_gauge(device: Device) -> Gauge:
+    taken = lru_cache(REMEMBERED)(lambda case: process_bytes(case, device))
+    return Gauge(
+        measures=counted() | {"memory": lambda case: taken(case).high},
+        middle={"memory": lambda case: taken(case).likely},
+        origins={"params": COUNTED, "macs": COUNTED, "memory": PROCESS},
+        floor=lambda case: Raised(envelope(case), context().low),
+        even=False,
+    )
+
+
+def _seconds(calibration: Calibration, case: Case) -> tuple[float, float, float]:
+    """Low, middle and high seconds; infinite where the calibration says nothing of such a case."""
+    try:
+        return calibration.interval(case)
+    except ValueError:
+        return math.inf, math.inf, math.inf
+
+
+def _why_unknown(calibration: Calibration, case: Case) -> str:
+    try:
+        calibration.interval(case)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def process_bytes(case: Case, device: Device) -> Interval:
+    """What a process holds at its fullest, in the first step or a later one: the allocator's segments, the context."""
+    predicted = predict(case, device)
+    fullest = predicted.first.reserved | predicted.steady.reserved
+    return fullest + context()

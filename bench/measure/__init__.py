@@ -1,0 +1,1 @@
+"""What runs: a case in a process of its own, built once and handed to each metric."""

@@ -1,0 +1,321 @@
+"""Peak live bytes of a case by arithmetic: no tensor, no torch.
+
+A case's structure (which steps its network runs, in which setting) gives a program, kept for all cases that share it;
+its numbers (elements of maps, weights) turn that into bytes: every storage has `fixed + batch * per_image` of them.
+What is counted is what operators return to the program; workspaces inside them, an allocator's rounding and a GPU's
+context are not. backend=eager and backend=rewritten.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skipcost.bench.cases.case import Case
+from skipcost.bench.memory import step
+from skipcost.bench.memory.forward import FLOAT, HALF, Setting
+from skipcost.bench.memory.low_resolution import Rule
+from skipcost.bench.memory.schedule import Schedule, schedule
+from skipcost.bench.memory.tape import KINDS
+from skipcost.kernels.dispatch.low_resolution import COMPOSED, choose, choose_composed, precision_kind
+from skipcost.kernels.low_resolution import costs as tap_costs
+from skipcost.kernels.low_resolution.axis import Axis
+
+__all__ = [
+    "KINDS",
+    "Envelope",
+    "LowCall",
+    "Storage",
+    "Timeline",
+    "Track",
+    "at_peak",
+    "envelope",
+    "low_calls",
+    "peak_bytes",
+    "timeline",
+    "tracks",
+]
+
+Whole = NDArray[np.int64]
+BACKENDS = ("eager", "rewritten")
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """One block of memory: what is in it and how many bytes it has; `kind` is one of KINDS."""
+
+    name: str
+    kind: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """What is alive when. In `events`, i + 1 makes storage i and -(i + 1) ends it.
+
+    `moments`: from which event on what runs. `steady_from` is the first event of the step that repeats: at inference
+    the first after what is there before, in training, and where weights are composed, the first of the second step.
+    """
+
+    storages: tuple[Storage, ...]
+    events: tuple[int, ...]
+    moments: tuple[tuple[int, str], ...]
+    steady_from: int
+
+
+class Track(NamedTuple):
+    """One storage over the events of a timeline: alive from after `start` to before `end`, as positions among them."""
+
+    name: str
+    kind: str
+    bytes: int
+    start: int
+    end: int
+
+
+class LowCall(NamedTuple):
+    """A call of tap-first: its axes, its channels (in, out), and what stands beside it.
+
+    joined: it is added to a convolution over other maps; sliced: that one reads a crop of a single map.
+    """
+
+    rows: Axis
+    columns: Axis
+    channels: tuple[int, int]
+    joined: bool
+    sliced: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """The peak as a function of the batch: the largest of `fixed + batch * per_image` over `lines`."""
+
+    lines: tuple[tuple[int, int], ...]
+
+    def peak(self, batch: int) -> int:
+        """Bytes with `batch` images."""
+        return max(fixed + batch * each for fixed, each in self.lines)
+
+    def largest_batch(self, limit_bytes: int) -> int:
+        """The most images whose peak is within the limit; 0 where not even one is."""
+        if any(fixed > limit_bytes for fixed, _ in self.lines):
+            return 0
+        return min((limit_bytes - fixed) // each for fixed, each in self.lines if each)
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """A program as arrays: for each storage where its number stands, for each event which storage and its sign."""
+
+    program: step.Program
+    row: Whole
+    column: Whole
+    item: Whole
+    per_image: NDArray[np.bool_]
+    storage: Whole
+    sign: Whole
+
+    def bytes(self, numbers: Whole) -> tuple[Whole, Whole]:
+        """Fixed bytes, and bytes an image, of each storage."""
+        each = numbers[self.row, self.column] * self.item
+        return np.where(self.per_image, 0, each), np.where(self.per_image, each, 0)
+
+    def live(self, numbers: Whole) -> tuple[Whole, Whole]:
+        """Fixed bytes, and bytes an image, alive after each event."""
+        fixed, per_image = self.bytes(numbers)
+        return np.cumsum(fixed[self.storage] * self.sign), np.cumsum(per_image[self.storage] * self.sign)
+
+
+@lru_cache(maxsize=512)
+def _compiled(structure: step.Structure, *, traced: bool) -> _Compiled:
+    program = step.write(structure, traced=traced)
+    rows, columns, items, per_image = zip(*program.sizes, strict=True)
+    events = np.array(program.events, dtype=np.int64)
+    row, column, item = (np.array(each, dtype=np.int64) for each in (rows, columns, items))
+    scaled = np.array(per_image, dtype=bool)
+    return _Compiled(program, row, column, item, scaled, np.abs(events) - 1, np.sign(events))
+
+
+def _setting(case: Case) -> Setting:
+    autocast = case.precision.startswith("amp")
+    training = case.mode == "training"
+    return Setting(
+        training=training,
+        item=HALF if case.precision in {"bf16", "fp16"} else FLOAT,
+        autocast=autocast,
+        device=case.device,
+        loss=case.loss,
+        optimizer=case.optimizer,
+        scaled=training and case.precision == "amp-fp16",
+        channels_last=case.layout == "channels_last",
+        one_image=case.batch == 1,
+    )
+
+
+def _resolve(case: Case, *, traced: bool) -> tuple[_Compiled, Whole]:
+    """The program of a case and its numbers."""
+    reason = why_not(case)
+    if reason:
+        raise ValueError(reason)
+    planned = _planned(case, _rule(case))
+    one_class = case.suite_spec.classes == 1
+    structure = step.Structure(planned.calls, planned.logits, planned.class_logits, one_class, _setting(case))
+    return _compiled(structure, traced=traced), np.array(planned.numbers, dtype=np.int64)
+
+
+def _rule(case: Case) -> Rule:
+    """What is rewritten of a case. Tap-first is chosen by terms that all grow with the batch, so it does not matter."""
+    kind, device = precision_kind(case.precision), case.device
+    composes = partial(_composed, case.batch, kind, device, case.mode)
+    training, precise = case.mode == "training", case.precision in ("fp32", "tf32")
+    return Rule(partial(_taken, kind, device), composes, gradients=training, folds=precise and not training)
+
+
+@lru_cache(maxsize=4096)
+def _taken(kind: str, device: str, rows: Axis, columns: Axis, channels: tuple[int, int]) -> bool:
+    return choose(rows, columns, channels, kind=kind, device=device).taken
+
+
+def _composed(
+    batch: int, kind: str, device: str, mode: str, size: tuple[int, int], channels: tuple[int, int, int], padding: int
+) -> bool:  # fmt: skip
+    return choose_composed(size, channels, padding, batch, kind=kind, device=device, mode=mode).taken
+
+
+def _planned(case: Case, rule: Rule) -> Schedule:
+    rewritten = rule if case.backend == "rewritten" else None
+    return schedule(case.graph(), case.height, case.width, training=case.mode == "training", rule=rewritten)
+
+
+def low_calls(case: Case) -> dict[str, LowCall]:
+    """Every call of tap-first in a forward pass, by the moment that it belongs to; none where nothing is rewritten."""
+    taken: list[tuple[Axis, Axis, tuple[int, int]]] = []
+
+    def listed(rows: Axis, columns: Axis, channels: tuple[int, int]) -> bool:
+        takes = _taken(precision_kind(case.precision), case.device, rows, columns, channels)
+        taken.extend([(rows, columns, channels)] * takes)
+        return takes
+
+    calls = _planned(case, _rule(case)._replace(takes=listed)).calls
+    reads = {call.where: calls[call.reads[0]].op for call in calls if call.op == "convolve"}
+    moments = [call.where for call in calls if call.op.startswith("tap_first")]
+    return {
+        where: LowCall(*call, joined=where in reads, sliced=reads.get(where) == "slice")
+        for where, call in zip(moments, taken, strict=True)
+    }
+
+
+def workspace_bytes(case: Case) -> int:
+    """Bound what a call at low resolution has alive inside of it beyond live bytes, on a CPU; 0 where there is none."""
+    value = HALF if precision_kind(case.precision) == "16 bits" else FLOAT
+    ways = (False, True) if case.mode == "training" else (False,)
+    calls = [(call.rows, call.columns, call.channels) for call in low_calls(case).values()]
+    sizes = (tap_costs.workspace_bytes(*call, value, backward=backward) for call in calls for backward in ways)
+    return max(sizes, default=0)
+
+
+def why_not(case: Case) -> str:
+    """Say why there is no arithmetic for a case; empty where there is. UnsupportedError for a user's own model."""
+    if case.backend not in BACKENDS:
+        return (
+            f"backend={case.backend} cannot be predicted by arithmetic, which follows PyTorch's operators one by one; "
+            f"use backend={' or '.join(BACKENDS)}"
+        )
+    return ""
+
+
+def why_no_envelope(case: Case) -> str:
+    """Say why there is no peak as a function of the batch; empty where there is."""
+    may = case.backend == "rewritten" and case.mode == "inference" and case.device in {where for where, _ in COMPOSED}
+    return why_not(case) or (may and any(edge.up for edge in case.graph().edges)) * (
+        "at inference the batch decides which transposed convolutions backend=rewritten composes, so that no line over "
+        "batches has the peak; use upsample=bilinear or nearest, or backend=eager"
+    )
+
+
+def peak_bytes(case: Case, *, traced: bool = False) -> tuple[int, int]:
+    """Peak of live bytes in the first step and in a steady one; `traced`: as a dispatch mode sees the step."""
+    compiled, numbers = _resolve(case, traced=traced)
+    fixed, per_image = compiled.live(numbers)
+    live = fixed + case.batch * per_image
+    return _peaks(live, compiled.program)
+
+
+def timeline(case: Case, *, traced: bool = False) -> Timeline:
+    """Every storage of a case, when it is made and when it ends; `traced`: as a dispatch mode sees the step."""
+    compiled, numbers = _resolve(case, traced=traced)
+    fixed, per_image = compiled.bytes(numbers)
+    program, total = compiled.program, fixed + case.batch * per_image
+    storages = tuple(map(Storage, program.names, program.kinds, total.tolist()))
+    return Timeline(storages, program.events, program.moments, program.steady_from)
+
+
+def peaks_of(line: Timeline) -> tuple[int, int]:
+    """Peak of live bytes in the first step and in the steady one; at inference they are the same."""
+    live = np.cumsum([line.storages[abs(event) - 1].bytes * (1 if event > 0 else -1) for event in line.events])
+    return _peaks(live, line)
+
+
+def _peaks(live: Whole, told: Timeline | step.Program) -> tuple[int, int]:
+    """Peaks of the first and the steady step; where there is one step alone they are the same."""
+    steady = int(live[told.steady_from - 1 :].max())
+    repeated = any(0 < start < told.steady_from for start, _ in told.moments)
+    return int(live[: told.steady_from].max()) if repeated else steady, steady
+
+
+def tracks(line: Timeline) -> tuple[Track, ...]:
+    """When each storage was alive, in the order of their making; what stays to the end ends after the last event."""
+    started: dict[int, int] = {}
+    ended: dict[int, int] = {}
+    for position, event in enumerate(line.events):
+        (started if event > 0 else ended)[abs(event) - 1] = position
+    return tuple(
+        Track(each.name, each.kind, each.bytes, started[index], ended.get(index, len(line.events)))
+        for index, each in enumerate(line.storages)
+    )
+
+
+def at_peak(line: Timeline) -> tuple[str, tuple[Storage, ...]]:
+    """What runs when the most is alive in the steady step, and all that is alive then, largest first."""
+    alive: set[int] = set()
+    live = most = peak = 0
+    then: set[int] = set()
+    for position, event in enumerate(line.events):
+        index = abs(event) - 1
+        live += line.storages[index].bytes if event > 0 else -line.storages[index].bytes
+        (alive.add if event > 0 else alive.discard)(index)
+        if position >= line.steady_from - 1 and live > most:
+            most, peak, then = live, position, set(alive)
+    moment = [what for start, what in line.moments if start <= peak][-1]
+    return moment, tuple(sorted((line.storages[index] for index in then), key=lambda each: -each.bytes))
+
+
+def envelope(case: Case) -> Envelope:
+    """The peak over all batches, of the first or a steady step, whichever is larger; `case.batch` does not matter."""
+    reason = why_no_envelope(case)
+    if reason:
+        raise ValueError(reason)
+    compiled, numbers = _resolve(replace(case, batch=2), traced=False)
+    fixed, per_image = compiled.live(numbers)
+    return Envelope(_upper(fixed, per_image))
+
+
+def _upper(fixed: Whole, per_image: Whole) -> tuple[tuple[int, int], ...]:
+    """The lines that are the highest at some batch of 1 or more, flattest first."""
+    batch, lines = 1, []
+    while True:
+        live = fixed + batch * per_image
+        top = int(live.max())
+        at = np.flatnonzero(live == top)
+        best = at[np.argmax(per_image[at])]
+        line = int(fixed[best]), int(per_image[best])
+        lines.append(line)
+        steeper = per_image > line[1]
+        if not steeper.any():
+            return tuple(lines)
+        gain, behind = per_image[steeper] - line[1], line[0] - fixed[steeper]
+        batch = int((behind // gain).min()) + 1

@@ -1,0 +1,1 @@
+"""What predictions are worth: fitted to measured rows, and held against what cards reported."""

@@ -1,0 +1,1 @@
+"""Results in one SQLite file, the tables that are read from it, and the scores that users bring."""

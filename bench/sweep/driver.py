@@ -1,0 +1,244 @@
+"""Run a plan: hand the fork server one case after the other and write each result to the store when it arrives."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import subprocess
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from typing import IO, Any, Self
+
+from skipcost.bench.cases.case import Case
+from skipcost.bench.cases.opened import Present
+from skipcost.bench.cases.record import Result
+from skipcost.bench.errors import MachineError
+from skipcost.bench.measure.process import PYTHON
+from skipcost.bench.store.store import Store
+from skipcost.bench.store.tables import results_by_case
+from skipcost.bench.sweep.plan import Plan, PlannedCase
+
+GRACE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a worker is asked to do; `json` is the server's protocol."""
+
+    case: Case
+    metrics: tuple[str, ...]
+    budget: dict[str, Any]
+    time_limit_s: float
+    memory_limit_bytes: int | None
+
+    def json(self) -> str:
+        """One line for the server."""
+        return json.dumps({**asdict(self), "case": json.loads(self.case.to_json())})
+
+
+class Server:
+    """The driver's end of the fork server; use in a `with` block. It is restarted if it dies under a case."""
+
+    def __init__(self) -> None:
+        self._process = self._start()
+        try:
+            self.environment = self._hello()
+        except BaseException:
+            self._process.kill()
+            self._stop()
+            raise
+
+    def _start(self) -> subprocess.Popen[str]:
+        # A session of its own: Ctrl-C at the terminal reaches the driver alone, which then ends the server in order.
+        return subprocess.Popen(  # noqa: S603 - our own module
+            [*PYTHON, "-m", "skipcost.bench.measure.server"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def _hello(self) -> dict[str, Any]:
+        line = self._replies.readline()
+        if not line:
+            command = " ".join(("python", *PYTHON[1:], "-m skipcost.bench.measure.server"))
+            message = f"the measuring process did not start: run `{command}` to see why"
+            raise MachineError(message)
+        environment: dict[str, Any] = json.loads(line)["environment"]
+        return environment
+
+    @property
+    def _replies(self) -> IO[str]:
+        assert self._process.stdout is not None
+        return self._process.stdout
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        """Close the server's input, at which it ends its case and leaves; kill it where it does not."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._replies.close()
+
+    def run(self, request: Request) -> Iterator[Result]:
+        """Yield a result for every metric of the request; what a fork did not live to measure is asked for again."""
+        left = list(request.metrics)
+        while left:
+            asked = Request(request.case, tuple(left), request.budget, request.time_limit_s, request.memory_limit_bytes)
+            ending = {"timed_out": False, "code": 0, "said": "the worker left without a result"}
+            for reply in self._ask(asked):
+                if not isinstance(reply, Result):
+                    ending = reply
+                elif reply.metric in left:
+                    left.remove(reply.metric)
+                    yield reply
+            if left:
+                yield _failure(left.pop(0), ending, request)
+
+    def _ask(self, request: Request) -> Iterator[Result | dict[str, Any]]:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(request.json() + "\n")
+            self._process.stdin.flush()
+        for line in self._replies:
+            reply = json.loads(line)
+            if "done" in reply:
+                yield reply["done"]
+                return
+            yield Result.from_json(line)
+        self._stop()
+        self._process = self._start()
+        self._hello()
+        yield {"timed_out": False, "code": -9, "said": "the measuring process itself was killed"}
+
+
+def _failure(metric: str, ending: dict[str, Any], request: Request) -> Result:
+    """The row of the metric during which a worker ended."""
+    if ending["timed_out"]:
+        note = f"{metric} was not done after {request.time_limit_s:g} s; raise [limits] case_seconds to give it longer"
+        return Result(metric, "timeout", note=note)
+    said = f": {ending['said']}" if ending["said"] else ""
+    if ending.get("two_answered"):
+        note = "two processes answered: the model forks while it is made or run, and both go on as if alone"
+        return Result(metric, "crash", note=f"{note}{said}")
+    if ending["code"] == -9:  # noqa: PLR2004 - SIGKILL
+        return Result(
+            metric,
+            "out_of_memory",
+            note=f"the process was killed from outside, as the system does when memory is short{said}",
+        )
+    return Result(metric, "crash", note=f"the process ended with status {ending['code']}{said}")
+
+
+def recognised(plan: Plan, store: Store) -> Plan:
+    """The plan with what its factories read, where the store knows a state of them that is the one here and now.
+
+    Elsewhere only making a model tells what it reads; until then the case has no rows.
+    """
+    present, states = Present(), store.states()
+    return replace(plan, cases=tuple(_recognised(planned, states, present) for planned in plan.cases))
+
+
+def results_asked(plan: Plan, store: Store, fingerprint: str) -> list[tuple[str, Result]]:
+    """Label and result of everything that a plan asks for and an environment has a row of, old and new."""
+    table = results_by_case(store, fingerprint, store.cases())
+    return [
+        (planned.case.spec.label, table[planned.case.case_id][name])
+        for planned in plan.cases
+        for name in planned.metrics
+        if name in table.get(planned.case.case_id, {})
+    ]
+
+
+def _recognised(planned: PlannedCase, states: dict[str, list[Case]], present: Present) -> PlannedCase:
+    if planned.case.factory is None or planned.case.factory.read:
+        return planned
+    seen = (each.factory for each in reversed(states.get(planned.case.work, [])))
+    known = next((each for each in seen if each and present.has(each)), None)
+    return replace(planned, case=planned.case.of_factory(read=known.read)) if known else planned
+
+
+def pending(plan: Plan, store: Store, fingerprint: str, again: Collection[str] = ()) -> list[PlannedCase]:
+    """The cases of a plan with the metrics that this environment has no row for yet; what has one is final.
+
+    again: outcomes of rows that are measured once more all the same.
+    """
+    done = {row for row, outcome in store.measured(fingerprint).items() if outcome not in again}
+    left = []
+    for planned in recognised(plan, store).cases:
+        case_id = planned.case.case_id
+        metrics = tuple(name for name in planned.metrics if (case_id, name) not in done)
+        if metrics:
+            left.append(PlannedCase(planned.case, metrics, planned.aliases))
+    return left
+
+
+def sweep(
+    plan: Plan,
+    store: Store,
+    server: Server,
+    seed: int,
+    tell: Callable[[PlannedCase, list[Result]], None],
+    again: Collection[str] = (),
+) -> None:
+    """Measure what is missing, in an order shuffled by `seed`; `tell` hears of each case when it is done.
+
+    A sweep of which nothing was missing is a run, too: what it asked for is what is read from then on.
+    """
+    environment, plan = server.environment, recognised(plan, store)
+    todo = pending(plan, store, environment["fingerprint"], again)
+    run_id = store.add_run(datetime.now(UTC).isoformat(timespec="seconds"), plan.name, seed, environment)
+    unread = {planned.case.case_id for planned in todo if planned.case.factory}
+    known = [planned for planned in plan.cases if planned.case.case_id not in unread]
+    for planned in known:
+        store.add_case(planned.case, list(planned.aliases))
+    store.add_asked(run_id, (planned.case.case_id for planned in known))
+    random.Random(seed).shuffle(todo)  # noqa: S311 - an order, not a secret
+    for planned in todo:
+        results = []
+        for case, result in _as_read(planned.case, server.run(request_for(plan, planned, environment))):
+            if case.factory:
+                store.add_case(case, list(planned.aliases))
+                store.add_asked(run_id, [case.case_id])
+            store.add_result(run_id, case.case_id, result, again=bool(again))
+            results.append(result)
+        tell(planned, results)
+
+
+def _as_read(case: Case, results: Iterable[Result]) -> Iterator[tuple[Case, Result]]:
+    """Each result with its case, to which belongs what the factory read (`worker` has it in the detail).
+
+    What failed before a worker came to tell waits for the next one's word.
+    """
+    waiting: list[Result] = []
+    for result in results:
+        waiting.append(result)
+        if "read" in result.detail:
+            read = result.detail["read"]
+            case = case.of_factory(read=json.dumps(read, sort_keys=True) if read else "")
+        if case.factory is None or "read" in result.detail:
+            yield from ((case, _without_read(each)) for each in waiting)
+            waiting = []
+    yield from ((case, each) for each in waiting)
+
+
+def _without_read(result: Result) -> Result:
+    return replace(result, detail={name: value for name, value in result.detail.items() if name != "read"})
+
+
+def request_for(plan: Plan, planned: PlannedCase, environment: dict[str, Any]) -> Request:
+    """Put a planned case under the plan's limits. On a GPU the host's memory is not limited: CUDA maps far more."""
+    memory = plan.limits.memory_bytes(environment["memory_bytes"]) if planned.case.device == "cpu" else None
+    return Request(planned.case, planned.metrics, asdict(plan.budget), plan.limits.case_seconds, memory)

@@ -1,0 +1,1 @@
+"""Which implementation runs a call: by measured rows, else by break-even. Needs no torch."""

@@ -1,0 +1,1 @@
+"""The fused operators: launch, checks, autograd and FLOP formula of each."""

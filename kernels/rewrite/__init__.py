@@ -1,0 +1,1 @@
+"""Networks and users' modules on other operators: fused, and at low resolution."""

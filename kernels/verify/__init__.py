@@ -1,0 +1,1 @@
+"""Whether kernels are right: exact oracles, canaries around buffers, ahead-of-time compilation, resources."""

@@ -1,0 +1,1 @@
+"""SVG by hand and by seaborn: networks, timelines, charts."""

@@ -1,0 +1,95 @@
+"""A fused model on the kernels themselves, in Triton's interpreter.
+
+The checks in this file run in a pytest of their own, see `kernel_checks.py`, and the test at the end reports each by
+its name. By hand, with the usual options of pytest:
+
+    TRITON_INTERPRET=1 pytest -o python_functions='check_*' tests/test_kernels/rewrite/test_fusion_interpreted.py
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kernel_checks import run_checks
+from torch import nn
+from user_models import PaddingUNet, ValidUNet, trained
+
+from skipcost.kernels.ops import launch
+from skipcost.kernels.rewrite.fusion import fuse
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that were launched, in order."""
+    names: list[str] = []
+    device_function = launch.device_function
+
+    def listed(name: str) -> Any:
+        names.append(name)
+        return device_function(name)
+
+    monkeypatch.setattr(launch, "device_function", listed)
+    return names
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A model, the size of an image, ops that do not run on kernels, and how often each kernel is launched."""
+
+    model: type[nn.Module]
+    size: tuple[int, int]
+    elsewhere: tuple[str, ...]
+    launches: dict[str, int]
+
+
+RUNS = {
+    # 4 does not divide 10, so one of the two up-sampled maps is padded, and for that made by PyTorch
+    "padded": Run(PaddingUNet, (10, 12), (), {"conv.conv_few": 1, "conv.conv": 9, "up_conv.up_conv": 1}),
+    "written in place": Run(
+        PaddingUNet,
+        (8, 12),
+        ("concat_conv_bn_relu",),
+        {"conv.conv_few": 1, "conv.conv": 9, "up_conv.up_conv": 2, "crop_concat.place": 2},
+    ),
+    # skips are cropped, and read as they are; convolutions of 1 and 4 channels have a kernel of their own
+    "cropped": Run(ValidUNet, (44, 44), (), {"conv.conv_few": 4, "conv.conv": 6, "up_conv.up_conv": 2}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def check_a_fused_model_runs_on_the_kernels(
+    name: str, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Every convolution with a norm or ReLU is one launch of ours, and the result is as exact as the original's."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # PyTorch on a CPU has no tf32 to compare with
+    run = RUNS[name]
+    model = trained(run.model())
+    x = torch.randn(1, next(model.parameters()).shape[1], *run.size)
+    fused, _ = fuse(model, choose=lambda call, _x: "cudnn" if call.op in run.elsewhere else "triton")
+
+    with torch.no_grad():
+        result, its, truth = fused(x), model(x), copy.deepcopy(model).double()(x.double())
+
+    assert {name: launched.count(name) for name in launched} == run.launches
+    floor = 4 * torch.finfo(torch.float32).eps * truth.abs().max()
+    assert (result - truth).abs().max() <= 2 * (its - truth).abs().max() + floor
+
+
+@pytest.fixture(scope="module")
+def complaints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What the checks of this file complain about, by check."""
+    return run_checks(Path(__file__), tmp_path_factory.mktemp("interpreter"))
+
+
+@pytest.mark.parametrize("check", [name for name in globals() if name.startswith("check_")])
+def test_in_the_interpreter(check: str, complaints: dict[str, list[str]]) -> None:
+    """The check ran with all its cases, none was skipped, none failed."""
+    texts = complaints[check]
+
+    if any(texts):
+        pytest.fail("\n\n".join(filter(None, texts)), pytrace=False)
