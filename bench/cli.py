@@ -19,17 +19,19 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from skipcost.bench.cases.case import CHOICES
+from skipcost.bench.cases.places import VALUE_BYTES
+from skipcost.bench.cases.places import explain as explain_places
 from skipcost.bench.cases.record import FAILED, OUTCOMES, Result
 from skipcost.bench.commands import ab as ab_command
 from skipcost.bench.commands import accuracy as accuracy_command
 from skipcost.bench.commands import calibrate as calibrate_command
 from skipcost.bench.commands import counters as counters_command
 from skipcost.bench.commands import doctor as doctoring
-from skipcost.bench.commands import explain as explaining
 from skipcost.bench.commands import fit as fitting
 from skipcost.bench.commands import gate as gate_command
 from skipcost.bench.commands import rewritings as rewritings_command
 from skipcost.bench.commands import show as showing
+from skipcost.bench.commands.explain import print_explanation
 from skipcost.bench.commands.plan import preview, print_preview, slow_precisions
 from skipcost.bench.console import (
     BATCH,
@@ -206,7 +208,7 @@ def explain(
     label: Annotated[str, typer.Argument(help="a network, e.g. unet3+/d4/w64/concat")],
     size: SIZE = "512",
     batch: BATCH = 1,
-    precision: Annotated[str, typer.Option(help=", ".join(explaining.VALUE_BYTES))] = "fp32",
+    precision: Annotated[str, typer.Option(help=", ".join(VALUE_BYTES))] = "fp32",
     mode: Annotated[str, typer.Option(help=", ".join(CHOICES["mode"]))] = "inference",
     as_json: JSON = False,  # noqa: FBT002 - a flag of the command line
 ) -> None:
@@ -215,10 +217,10 @@ def explain(
         if value not in CHOICES[name]:
             raise BenchError(suggest(name, value, CHOICES[name]))
     try:
-        facts = explaining.explain(ModelSpec.parse(label), parse_size(size), batch, precision, mode)
+        facts = explain_places(ModelSpec.parse(label), parse_size(size), batch, precision, mode)
     except ValueError as error:
         raise BenchError(str(error)) from None
-    OUT.print_json(data=facts) if as_json else explaining.print_explanation(facts, OUT)
+    OUT.print_json(data=facts) if as_json else print_explanation(facts, OUT)
 
 
 @app.command()
