@@ -1,4 +1,8 @@
-"""Comparisons of cells that differ in one thing alone: everything that is compared is compared in the same cells."""
+"""Comparisons of cells that differ in one thing alone: everything that is compared is compared in the same cells.
+
+Sentences are made of words and numbers with where they come from. A front of Pareto is drawn only for axes that pull
+against each other: two costs have no front.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,51 @@ from typing import Self
 import pandas as pd
 
 from skipcost.reports.data import AXES, Cost, Data
-from skipcost.reports.sentences import Number, Part, listed
 
 TIMES = "\u00d7"
 LEAST = 5  # cells: if nothing differed, five of five would favour one side once in 32 times, four of four once in 16
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A number in a sentence, marked as counted, predicted or measured; `span` is its range, where it has one."""
+
+    text: str
+    origin: str
+    span: str = ""
+
+
+Part = str | Number
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A sentence; `basis` says which rows it rests on."""
+
+    topic: str
+    parts: tuple[Part, ...]
+    basis: str
+
+    @property
+    def text(self) -> str:
+        """The sentence as plain text, the origin behind each number."""
+        words = [part if isinstance(part, str) else f"{part.text}{part.span} [{part.origin}]" for part in self.parts]
+        return f"{self.topic}: {''.join(words)} ({self.basis})"
+
+
+def listed(items: list[list[Part]]) -> list[Part]:
+    """Join with commas and a final "and"."""
+    parts: list[Part] = []
+    for at, item in enumerate(items):
+        if at:
+            parts.append(" and " if at == len(items) - 1 else ", ")
+        parts += item
+    return parts
+
+
+def plural(count: int, what: str = "matched cell") -> str:
+    """Count things in words."""
+    return f"{count} {what}{'s' if count != 1 else ''}"
 
 
 def times(value: float) -> str:
@@ -157,3 +202,17 @@ def range_words(group: list[Matched], top: str, bottom: str) -> list[Part]:
         doubt = f" ({crossing})" if spread.either_way else ""
         items.append([ratio(spread, each.cost.origin), f" the {each.cost.word}{doubt}"])
     return listed(items)
+
+
+def front(costs: Sequence[float], benefits: Sequence[float]) -> list[int]:
+    """Positions of the points that no other point beats, cheapest first.
+
+    A point beats another if it costs no more, gives no less, and is better in one of the two. Equal points do not
+    beat each other, so all of them are on the front or none is.
+    """
+    kept: list[int] = []
+    for at in sorted(range(len(costs)), key=lambda each: (costs[each], -benefits[each], each)):
+        last = kept[-1] if kept else None
+        if last is None or benefits[at] > benefits[last] or (costs[at], benefits[at]) == (costs[last], benefits[last]):
+            kept.append(at)
+    return kept

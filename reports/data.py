@@ -1,4 +1,8 @@
-"""What every section of the report reads: the newest environment's rows, one line per label, aliases spelt out."""
+"""What every section of the report reads: the newest environment's rows, one line per label, aliases spelt out.
+
+Scores that somebody measured elsewhere are a CSV of label, score and optionally seed, joined by label; the suite trains
+nothing and judges no score.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +22,9 @@ from skipcost.bench.cases.record import Result
 from skipcost.bench.compare.verdicts import Verdict, read_json
 from skipcost.bench.errors import StoreError
 from skipcost.bench.measure.metrics import METRICS
+from skipcost.bench.store.scores import canonical, read_scores
 from skipcost.bench.store.store import Run, open_store
 from skipcost.bench.store.tables import COLUMNS, newest_environment, results_by_case, wide_table
-from skipcost.reports.quality import Quality, read_quality
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 
 AXES = ("variant", "depth", "width", "skip")
@@ -272,3 +276,39 @@ def _setting(case: Case, spec: ModelSpec | Factory) -> str:
     if spec.head != "single" and case.mode == "inference":
         words.append(f"outputs={case.outputs}")
     return ", ".join(words)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The scores of one network over its seeds."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """Scores by canonical label, and the CSV's labels that the store does not know, as they were written."""
+
+    name: str
+    scores: dict[str, Score]
+    unknown: tuple[str, ...]
+
+
+def read_quality(path: Path, known: set[str]) -> Quality:
+    """Read the CSV and sort its labels into those in `known` and the rest; BenchError in one sentence if it is bad."""
+    samples: dict[str, list[float]] = {}
+    unknown: set[str] = set()
+    for label, score in read_scores(path):
+        name = canonical(label)
+        if name in known:
+            samples.setdefault(name, []).append(score)
+        else:
+            unknown.add(label)
+    scores = {
+        label: Score(statistics.fmean(values), min(values), max(values), len(values))
+        for label, values in sorted(samples.items())
+    }
+    return Quality(path.name, scores, tuple(sorted(unknown)))

@@ -13,11 +13,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from skipcost.bench.console import check_outputs, write_file
-from skipcost.reports.compare import times
+from skipcost.reports.compare import Number, times
 from skipcost.reports.data import Data, load
 from skipcost.reports.sections import SECTIONS
 from skipcost.reports.sections.provenance import header_context
-from skipcost.reports.sentences import Number
 
 
 def render(data: Data) -> str:

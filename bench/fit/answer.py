@@ -1,26 +1,36 @@
-"""The answers of `skipcost fit`, as JSON values: the networks that fit, and what fits beside an nnU-Net plan."""
+"""The answers of `skipcost fit`, as JSON values and as tables: what fits, and what fits beside an nnU-Net plan.
+
+Scores that somebody brings are rows of a CSV, joined by network, not by label.
+"""
 
 from __future__ import annotations
 
 import itertools
+import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from skipcost.bench.console import progress_bar
+from skipcost.bench import figures
+from skipcost.bench.cases.case import SPEC_KEYS, Case
+from skipcost.bench.console import Column, Screen, bold, progress_bar
 from skipcost.bench.errors import BenchError
-from skipcost.bench.fit.lattice import SEARCHED_DEPTH, lattice, read_axes
-from skipcost.bench.fit.limits import Limits
+from skipcost.bench.fit.lattice import AXES, SEARCHED_DEPTH, lattice, line_through, read_axes
+from skipcost.bench.fit.limits import LIMITS, Limit, Limits, Standing
 from skipcost.bench.fit.nnunet import CLASSES_UNKNOWN, Plan
 from skipcost.bench.fit.question import Question, check_limits
-from skipcost.bench.fit.scores import scored_candidates, too_much
 from skipcost.bench.fit.search import Candidate, Found, ranked, refusal
-from skipcost.bench.fit.table import case_facts, limit_facts, row_facts, standing_facts
 from skipcost.bench.measure.worker import refusal_of
+from skipcost.bench.store.scores import read_scores
 from skipcost.bench.sweep.plan import make_case
+from skipcost.unet_models import ModelSpec, SkipGraph
 
 BY_FIELD = "receptive field, then width (the widest network of each variant, skip scheme and depth)"
+ALL = "--json has it"
+DROPPED = {"sees": 2, LIMITS["params"].title: 1}  # where a terminal is narrow
+OUTSIDE, MORE_IMAGES, INSIDE = "the next wider", "one image more", "the widest that fits"
 
 
 def answer(question: Question, quality: Path | None, top: int) -> dict[str, Any]:
@@ -81,3 +91,208 @@ def answer_plan(question: Question, plan: Plan, top: int) -> dict[str, Any]:
     own = asdict(plan) | {"spec": spec.label, "differences": told}
     own |= {"receptive_field": case.graph().receptive_field()}
     return {"plan": own, "given": standing_facts(given)} | answer(asked, None, top)
+
+
+def case_facts(case: Case) -> dict[str, Any]:
+    """What all rows of an answer share: size, mode and what else changes a number."""
+    shared = ("height", "width", "mode", "precision", "layout", "optimizer", "loss", "outputs")
+    return {name: getattr(case, name) for name in shared}
+
+
+def standing_facts(standing: Standing) -> dict[str, Any]:
+    """A network with its figures, in base units, and the limits that it breaks."""
+    case = standing.case
+    facts: dict[str, Any] = {"label": case.spec.label, "backend": case.backend, "batch": case.batch}
+    facts |= {LIMITS[name].key: _known(value) for name, value in standing.figures.items()}
+    facts |= {f"{LIMITS[name].key}_middle": _known(value) for name, value in standing.middle.items()}
+    return facts | {"breaks": list(standing.broken), "remark": standing.remark}
+
+
+def _known(value: float) -> float | None:
+    """None for a figure that nobody can tell: JSON has no infinity."""
+    return None if math.isinf(value) else value
+
+
+def row_facts(found: Found) -> dict[str, Any]:
+    """A row of the answer with its border."""
+    return standing_facts(found.here) | {
+        "receptive_field": found.receptive_field,
+        "score": found.score,
+        "aliases": list(found.aliases),
+        "inside": standing_facts(found.inside),
+        "outside": standing_facts(found.outside) if found.outside else None,
+        "one_image_more": standing_facts(found.more_images) if found.more_images else None,
+    }
+
+
+def limit_facts(limits: Limits) -> dict[str, Any]:
+    """The limits, and where each figure comes from."""
+    return {
+        "limits": {LIMITS[name].key: value for name, value in limits.most.items()},
+        "origins": {LIMITS[name].key: limits.gauge.origins[name] for name in limits.gauge.measures},
+    }
+
+
+def print_header(facts: dict[str, Any], console: Screen) -> None:
+    """The question as it was understood, and where each figure comes from."""
+    case = facts["case"]
+    words = [f"{case['height']}x{case['width']}", case["mode"], case["precision"], case["layout"]]
+    words += [case["optimizer"], case["loss"]] if case["mode"] == "training" else []
+    console.print(bold(", ".join(words)), f"on {facts['device']}")
+    units = {limit.key: limit for limit in LIMITS.values()}
+    most = [f"{units[key].title} {units[key].text(value)}" for key, value in facts["limits"].items()]
+    if most:
+        console.print(f"at most: {', '.join(most)}")
+    for key, origin in facts["origins"].items():
+        console.print(f"  {units[key].title}: {origin}", style="dim")
+
+
+def print_plan(facts: dict[str, Any], console: Screen) -> None:
+    """An nnU-Net plan: the nearest network and what it costs, what differs, then what else fits in its memory."""
+    plan, given, columns = facts["plan"], facts["given"], columns_of(facts)
+    console.print(
+        bold(plan["name"]),
+        f", nnU-Net's {plan['configuration']} configuration: {plan['batch']} patches of "
+        f"{plan['height']}x{plan['width']}",
+        sep="",
+    )
+    named = fit_columns("nearest network", "batch", *[limit.title for limit in columns], "sees")
+    row = (*cells(given, columns, facts["limits"]), figures.text(plan["receptive_field"], "pixels"))
+    console.table(named, [row], more=ALL)
+    for text in plan["differences"]:
+        console.print(f"  differs: {text}", style="dim")
+    console.print()
+    console.print("What else fits in the same memory, at the same batch:")
+    print_rows(facts, console)
+
+
+def print_rows(facts: dict[str, Any], console: Screen) -> None:
+    """The ranked table: under each network, dim, what lies just outside and which limit that breaks."""
+    print_header(facts, console)
+    console.print(f"ranked by {facts['order']}; chosen from {facts['chosen_from']:,} networks")
+    columns = columns_of(facts)
+    named = fit_columns("", "network", "batch", *[limit.title for limit in columns], "sees", "score", "")
+    table: list[tuple[tuple[str, ...], str]] = []
+    for number, row in enumerate(facts["rows"], 1):
+        extra = [figures.text(row["receptive_field"], "pixels"), "-" if row["score"] is None else f"{row['score']:.4g}"]
+        also = f"also {', '.join(row['aliases'])}" if row["aliases"] else ""
+        table.append(((str(number), *cells(row, columns, facts["limits"]), *extra, _joined(also, row["remark"])), ""))
+        for title, other in _border(row):
+            remark = _joined(f"{title}{_breaks(other)}", other["remark"])
+            table.append((("", *cells(other, columns, facts["limits"]), "", "", remark), "dim"))
+        if row["outside"] is None:
+            table.append((("", "", "", *[""] * len(columns), "", "", "the widest to choose from"), "dim"))
+    scored = any(row["score"] is not None for row in facts["rows"])
+    shown = [at for at, column in enumerate(named) if scored or column.title != "score"]
+    rows = [[row[at] for at in shown] for row, _ in table]
+    console.table([named[at] for at in shown], rows, [style for _, style in table], ALL)
+    print_left_out(facts["left_out"], console)
+
+
+def columns_of(facts: dict[str, Any]) -> list[Limit]:
+    """The figures that an answer has."""
+    return [limit for limit in LIMITS.values() if limit.key in facts["origins"]]
+
+
+def cells(row: dict[str, Any], columns: Sequence[Limit], most: dict[str, float]) -> list[str]:
+    """Label, with a backend other than eager, batch, and each figure in words, a middle one before the checked one.
+
+    A figure that breaks its limit, of those in `most`, has as many digits as it takes to be seen to.
+    """
+    label = row["label"] if row["backend"] == "eager" else f"{row['label']}, {row['backend']}"
+    cells = [label, str(row["batch"])]
+    for limit in columns:
+        value, middle = row.get(limit.key, math.nan), row.get(f"{limit.key}_middle")
+        text = "unknown" if value is None else "not run" if math.isnan(value) else limit.text(value)
+        if value is not None and value > most.get(limit.key, math.inf):
+            text = limit.beside(value, most[limit.key])[0]
+        cells.append(text if middle is None else f"{limit.text(middle)} ({text})")
+    return cells
+
+
+def fit_columns(*names: str) -> list[Column]:
+    """Columns of an answer: texts left, figures right; the last one is for remarks."""
+    last, texts = len(names) - 1, ("network", "nearest network", "")
+    return [
+        Column(name, right=name not in texts, prose=at == last and name == "", drop=DROPPED.get(name, 0))
+        for at, name in enumerate(names)
+    ]
+
+
+def print_left_out(left_out: dict[str, str], console: Screen) -> None:
+    """What could not be, counted by its reason."""
+    reasons: dict[str, list[str]] = {}
+    for text, reason in left_out.items():
+        reasons.setdefault(reason, []).append(text)
+    for reason, texts in reasons.items():
+        more = f" and {len(texts) - 1} more" if len(texts) > 1 else ""
+        console.print(f"left out: {texts[0]}{more}: {reason}", style="dim")
+
+
+def _border(row: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    own = (row["label"], row["batch"])
+    inside = row["inside"]
+    rows = [] if inside["label"] == row["label"] else [(INSIDE, inside)]
+    if row["outside"]:
+        rows.append((OUTSIDE, row["outside"]))
+    if row["one_image_more"] and (row["one_image_more"]["label"], row["one_image_more"]["batch"]) != own:
+        rows.append((MORE_IMAGES, row["one_image_more"]))
+    return rows
+
+
+def _joined(*texts: str) -> str:
+    return "; ".join(text for text in texts if text)
+
+
+def _breaks(row: dict[str, Any]) -> str:
+    return f": breaks {', '.join(LIMITS[name].title for name in row['breaks'])}" if row["breaks"] else ""
+
+
+def scored_candidates(
+    path: Path, axes: dict[str, tuple[Any, ...]], fixed: dict[str, Any], batch: int | None
+) -> tuple[list[Candidate], dict[str, str]]:
+    """The scored networks that the axes allow, each with its mean over all rows, and what is left out, with reasons.
+
+    A network counts as one whatever label it has: scores of two labels of the same network are pooled. Axes that nobody
+    set restrict nothing here, so that a scored network may have any width. BenchError where no row is usable.
+    """
+    pooled: dict[SkipGraph, tuple[ModelSpec, list[float]]] = {}
+    left_out: dict[str, str] = {}
+    for label, score in read_scores(path):
+        try:
+            spec = ModelSpec.parse(label)
+        except ValueError as error:
+            left_out[label] = str(error)
+            continue
+        pooled.setdefault(spec.graph(), (spec, []))[1].append(score)
+    candidates = []
+    for spec, scores in pooled.values():
+        if forbidding := [key for key in axes if not _allowed(spec, key, axes[key])]:
+            left_out[spec.label] = f"--set {', '.join(forbidding)} leaves this scored network out"
+            continue
+        try:
+            line = line_through(spec, axes, fixed, batch)
+        except ValueError as error:
+            left_out[spec.label] = str(error)
+            continue
+        candidates.append(Candidate(line, (spec.width,), statistics.fmean(scores)))
+    if not candidates:
+        message = f"no score in {path} can be used: {'; '.join(f'{key}: {why}' for key, why in left_out.items())}"
+        raise BenchError(message)
+    return candidates, left_out
+
+
+def too_much(candidates: list[Candidate], limits: Limits) -> dict[str, str]:
+    """The scored networks that do not fit, with what each breaks: somebody will look for the best of them."""
+    standings = [limits.standing(each.line.at(each.widths[0])) for each in candidates]
+    return {
+        f"{at.case.spec.label} with score {each.score:.4g}": f"breaks {', '.join(LIMITS[it].title for it in at.broken)}"
+        for each, at in zip(candidates, standings, strict=True)
+        if at.broken
+    }
+
+
+def _allowed(spec: ModelSpec, key: str, values: tuple[Any, ...]) -> bool:
+    if values == AXES.get(key) or key not in SPEC_KEYS:
+        return True
+    return str(getattr(spec, key)).lower() in {str(value).lower() for value in values}

@@ -15,10 +15,7 @@ from typing import Any
 from skipcost.bench import figures
 from skipcost.bench.cases.case import SPEC_KEYS, Case
 from skipcost.bench.console import Screen
-from skipcost.bench.fit.lattice import AXES, Line, lattice, read_axes
-from skipcost.bench.fit.limits import LIMITS, Gauge, Limits, Standing
-from skipcost.bench.fit.search import widest
-from skipcost.bench.fit.table import (
+from skipcost.bench.fit.answer import (
     ALL,
     case_facts,
     cells,
@@ -29,6 +26,9 @@ from skipcost.bench.fit.table import (
     print_left_out,
     standing_facts,
 )
+from skipcost.bench.fit.lattice import AXES, Line, lattice, read_axes
+from skipcost.bench.fit.limits import LIMITS, Gauge, Limits, Standing
+from skipcost.bench.fit.search import widest
 from skipcost.bench.sweep.plan import make_case
 from skipcost.unet_models import VARIANTS, ModelSpec
 from skipcost.unet_models.spec import MAX_CHANNELS

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from skipcost.bench.measure.watching import Watching
+from skipcost.bench.measure.live_bytes import Watching
 
 CONVOLUTION, TRANSPOSED, PRODUCT = "convolution", "transposed convolution", "matrix product"
 ATTENTION, RECURRENT = "attention", "recurrent layer"

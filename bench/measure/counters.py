@@ -27,8 +27,8 @@ from skipcost.bench.cases.case import Case
 from skipcost.bench.cases.factory import shorten
 from skipcost.bench.measure.arithmetic import CONVOLUTION, PRODUCT, Place, Running, aliases_of, arithmetic, paths_of
 from skipcost.bench.measure.counting import preload_fvcore
+from skipcost.bench.measure.live_bytes import Watching
 from skipcost.bench.measure.subject import make_subject
-from skipcost.bench.measure.watching import Watching
 
 BEYOND = "what no layer alone has"  # functional operators, or layers counted more than once
 _FVCORE = ("conv", "linear", "addmm", "matmul", "bmm", "einsum")  # its names for convolutions and products

@@ -177,3 +177,22 @@ def trace_peaks(
             step()
             peaks.append(tracker.peak)
     return peaks
+
+
+class Watching(TorchDispatchMode):
+    """Inside a `with` block, call `seen(operator, arguments, result)` after each operator."""
+
+    def __init__(self, seen: Callable[[Any, tuple[Any, ...], Any], object]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotation here
+        self._seen = seen
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._seen(func, args, result)
+        return result

@@ -89,7 +89,7 @@ def _receptive_field(case: Case, _budget: Budget) -> list[Result]:
 
 
 def _operators(case: Case, _budget: Budget) -> list[Result]:
-    from skipcost.bench.measure.operators import count_operators  # noqa: PLC0415 - imports torch
+    from skipcost.bench.measure.tracing import count_operators  # noqa: PLC0415 - imports torch
 
     return [count_operators(case)]
 
@@ -131,7 +131,7 @@ def _latency(case: Case, budget: Budget) -> list[Result]:
 
 
 def _layers(case: Case, budget: Budget) -> list[Result]:
-    from skipcost.bench.measure.layer_times import layer_times  # noqa: PLC0415 - imports torch
+    from skipcost.bench.measure.run import layer_times  # noqa: PLC0415 - imports torch
 
     return [layer_times(case, budget)]
 

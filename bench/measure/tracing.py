@@ -1,8 +1,8 @@
 """What a model costs by running it without data: the ways of tracing, and what is counted of anybody's module.
 
 What counts is what operators run, not the types of modules: a convolution is one however it is written and reached.
-Leaves out live bytes (`memory`), fvcore (`counting`) and the number of operators (`operators`), which are traced in
-the way that is chosen here.
+How many operators a step dispatches, by name, shows an eager program's overhead and its `.clone()`s. Leaves out live
+bytes (`live_bytes`) and fvcore (`counting`), which are traced in the way that is chosen here.
 """
 
 from __future__ import annotations
@@ -25,8 +25,17 @@ from torch.utils.flop_counter import flop_registry
 from skipcost.bench import figures
 from skipcost.bench.cases.case import Case
 from skipcost.bench.cases.factory import UnsupportedError, make, shorten
-from skipcost.bench.cases.modules import NoTensorError, as_written, count_elements, packed_note, storage_key, tensors_of
+from skipcost.bench.cases.modules import (
+    NoTensorError,
+    as_written,
+    compiled_note,
+    count_elements,
+    packed_note,
+    storage_key,
+    tensors_of,
+)
 from skipcost.bench.cases.record import Result
+from skipcost.bench.measure.live_bytes import Watching
 from skipcost.bench.measure.subject import AUTOCAST, Subject, make_subject
 
 CONVOLUTION = re.compile(r"conv(?!ert)(?!.*(pack|backward))")  # in an operator's name; PyTorch has no list of them
@@ -36,6 +45,7 @@ MOST_NAMES = 3  # of layers, in a note
 FLOPS_OF_A_MAC = 2  # as PyTorch's formulas count: a multiply and an add
 
 T = TypeVar("T")
+STEPS = {"inference": 1, "training": 2}  # the first training step makes the optimizer's state
 
 
 def trace(case: Case, use: Callable[[Subject], T], *, on_meta: bool = False) -> tuple[T, str]:
@@ -264,3 +274,22 @@ def count_convolutions(case: Case) -> list[Result]:
         Result("conv_macs", samples=(count.conv_macs.total(),), note="; ".join(filter(None, notes)), detail=detail),
         Result("activations", samples=(count.activations.total(),), note=note),
     ]
+
+
+def count_operators(case: Case) -> Result:
+    """Run steps without data and count the operators of the last one."""
+    (counts, compiled), note = trace(
+        case, lambda subject: (_count(subject.step, STEPS[case.mode]), compiled_note(subject.network))
+    )
+    note = "; ".join(filter(None, (note, compiled)))
+    by_operator = dict(sorted(counts.items()))
+    return Result("operators", samples=(counts.total(),), note=note, detail={"by_operator": by_operator})
+
+
+def _count(step: Callable[[], object], steps: int) -> Counter[str]:
+    for _ in range(steps - 1):
+        step()
+    counts: Counter[str] = Counter()
+    with Watching(lambda func, _args, _result: counts.update([str(func)])):
+        step()
+    return counts

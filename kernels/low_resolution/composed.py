@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from skipcost.kernels.kept import kept
+from skipcost.kernels.weights import kept
 from skipcost.unet_models.ops import crop
 
 ATTRIBUTE = "_skipcost_composed"

@@ -16,6 +16,10 @@ When it loses: with few input channels the banded products decide; `rewritten` c
 in fp32 (in 16 bits they lose 1.2 to 3.8 times as much as the direct form), and on a CPU and backwards so do the
 products of fp16 and bf16, so hardware that multiplies 16 bits much faster may be faster the direct way.
 
+`split_concat` is the same over a concatenation whose last map is up-sampled: a convolution is linear in its channels,
+so conv(cat(a, up(b))) = conv_a(a) + conv_b(up(b)), and neither the up-sampled map nor the concatenation is formed; where
+gradients are asked for the second term is a map of its own, and one more pass adds the terms.
+
 Tried on CPUs only; the kernel in Triton's interpreter, and compiled ahead of time. Backwards a GPU still runs a handful
 of matrix products for each image and 16 rows. Not measured there yet.
 """
@@ -28,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
 from skipcost.kernels.low_resolution import blocks as tap_blocks
@@ -35,6 +40,7 @@ from skipcost.kernels.low_resolution import costs as tap_costs
 from skipcost.kernels.low_resolution import tap_upsample_add
 from skipcost.kernels.low_resolution.axis import Axis
 from skipcost.kernels.ops.checks import check_result_buffer
+from skipcost.unet_models.ops import crop
 
 LAST = torch.channels_last
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -232,3 +238,44 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 _tap_first.register_autograd(_differentiate, setup_context=_keep)
+
+
+def split_concat(
+    maps: Sequence[Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    factor: int,
+    mode: str = "bilinear",
+    padding: int = 1,
+) -> Tensor:
+    """Return the convolution over the concatenated maps and the up-sampled x, all centre-cropped to the smallest.
+
+    maps: (N, C_i, H_i, W_i), none at all if x is the only input; x: (N, C, h, w); weight: (O, sum of C_i + C, kh, kw).
+    The rest as for `tap_first`. Differentiable once.
+    """
+    window = seen_of((x.shape[2], x.shape[3]), factor, [(each.shape[2], each.shape[3]) for each in maps])
+    settings = {"factor": factor, "mode": mode, "padding": padding, "window": window}
+    if not maps:
+        return tap_first(x, weight, bias, **settings)  # type: ignore[arg-type]  # one dict of several types
+    cropped = [crop(each, *window[2:]) for each in maps]
+    of_maps, of_x = weight.split([weight.shape[1] - x.shape[1], x.shape[1]], 1)
+    joined = cropped[0] if len(cropped) == 1 else torch.cat(cropped, 1)
+    del cropped
+    result = functional.conv2d(joined, of_maps, bias, padding=padding)
+    del joined
+    if torch.is_grad_enabled() and any(each.requires_grad for each in (result, x, of_x)):
+        result += tap_first(x, of_x, **settings)  # type: ignore[arg-type]
+    else:
+        tap_first_into(x, of_x, None, result, add=True, **settings)  # type: ignore[arg-type]
+    return result
+
+
+def seen_of(
+    size: tuple[int, int], factor: int, others: Sequence[tuple[int, int]]
+) -> tuple[int, int, int, int]:  # fmt: skip
+    """Return (top, left, height, width) of what is left of a map of `size`, up-sampled, beside maps of other sizes."""
+    up = size[0] * factor, size[1] * factor
+    height, width = (min(up[axis], *(other[axis] for other in others)) if others else up[axis] for axis in (0, 1))
+    return (up[0] - height) // 2, (up[1] - width) // 2, height, width

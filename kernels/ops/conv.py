@@ -1,6 +1,9 @@
 """How a convolution is launched: from maps, packed weights and a tile to a `Launch`, by addresses or by descriptors.
 
 Everything that convolves goes through `conv_launch`: inference, training's forward pass, the gradient of the input.
+
+ATen's convolution over maps side by side, cuDNN's on a GPU, stands here too: it reads one map, so the joined one is made
+where it is needed, and never kept.
 """
 
 from __future__ import annotations
@@ -13,11 +16,13 @@ from torch import Tensor, nn
 
 from skipcost.kernels.ops.launch import Descriptor, Launch, span
 from skipcost.kernels.ops.tiles import FEW_CHANNELS, Need, Tile, default_tile
+from skipcost.unet_models.ops import crop_all
 
 GROUP = 8  # tiles of neighbouring pixels that run together
 NHWC = (0, 2, 3, 1)
 MAX_DESCRIPTORS = 8  # maps that the kernel by descriptor has arguments for; UNet++ of depth 6 reads 7
 ALIGNED = 16  # bytes: what descriptors and wide loads need of addresses and strides
+ONES = [1, 1]
 
 
 def pack_weight(weight: Tensor) -> Tensor:
@@ -243,3 +248,30 @@ def _wide(sources: Sequence[Tensor], out: Tensor, pooled: Tensor | None, tile: T
     """Whether the offset of an element, or the number of a pixel up to the end of the last tile, needs 64 bits."""
     pixels = statistics_tiles(out, tile, pooled=pooled is not None) * tile.pixels
     return max(pixels, *(span(each) for each in (*sources, out, *([] if pooled is None else [pooled])))) >= 2**31
+
+
+def aten_output(maps: Sequence[Tensor], weight: Tensor, *, padding: int) -> Tensor:
+    """Return the convolution of the maps, cropped and side by side, in channels_last."""
+    return dense(torch.ops.aten.convolution(_joined(maps), channels_last(weight), None, *_geometry(padding)))
+
+
+def aten_grads(
+    maps: Sequence[Tensor], weight: Tensor, grad: Tensor, *, padding: int, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of the joined map, in channels_last, and of the weight, each where it is wanted."""
+    if not any(wanted):
+        return None, None
+    joined_grad, weight_grad, _ = torch.ops.aten.convolution_backward(
+        grad, _joined(maps), channels_last(weight), None, *_geometry(padding), [*wanted, False]
+    )
+    return joined_grad if joined_grad is None else dense(joined_grad), weight_grad
+
+
+def _joined(maps: Sequence[Tensor]) -> Tensor:
+    windows = crop_all(maps)
+    return channels_last(torch.cat(windows, 1) if len(windows) > 1 else windows[0])
+
+
+def _geometry(padding: int) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
+    """Stride, padding, dilation, not transposed, output padding, groups: as ATen's convolutions take them."""
+    return ONES, [padding, padding], ONES, False, [0, 0], 1

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from skipcost.kernels.ops.batch_norm import precise
-from skipcost.kernels.ops.conv_aten import ONES, aten_grads, aten_output
+from skipcost.kernels.ops.conv import ONES, aten_grads, aten_output
 from skipcost.kernels.ops.crop_concat import spread
 
 

@@ -5,7 +5,8 @@ The reference is `unet_models.ops`: merge the maps by concatenation, then `conv_
 What is fused: forwards, the concatenation into the convolution (the maps are cropped and read side by side), the
 statistics into its epilogue, and the normalisation with ReLU. Backwards, ReLU's gradient into both passes of batch
 norm's, and the concatenation into the weight's. Implementation "triton" does all of that; "aten" leaves convolutions to
-cuDNN, on a joined map that lives only while they run, and takes one more pass for the statistics.
+cuDNN, on a joined map that lives only while they run, and takes one more pass for the statistics. The kernels read every
+map through its own window; the joined map's gradient is made, and its parts are the maps' own.
 
 Bytes saved: forwards, per output map one read (with "triton", two) and the copy of the joined map; backwards, ReLU's
 read and write. Kept for the gradients are maps, weight, the convolution's output and four vectors, but no joined map:
@@ -38,21 +39,25 @@ from skipcost.kernels.ops.batch_norm import (
     write_statistics,
 )
 from skipcost.kernels.ops.checks import check_maps, check_weight, output_size
-from skipcost.kernels.ops.conv import NHWC, padding_of
-from skipcost.kernels.ops.conv_aten import aten_grads, aten_output
-from skipcost.kernels.ops.conv_train import (
-    adjacent,
-    empty_joined,
-    empty_output,
-    joined_grad_launch,
-    output_launch,
-    weight_grad_launches,
+from skipcost.kernels.ops.conv import (
+    NHWC,
+    aten_grads,
+    aten_output,
+    channels_last,
+    conv_launch,
+    need_of,
+    pack_weight,
+    padding_of,
+    statistics_tiles,
 )
+from skipcost.kernels.ops.conv_bn_relu import pick_form
 from skipcost.kernels.ops.crop_concat import gradients as window_gradients
 from skipcost.kernels.ops.crop_concat import like_channels_last
-from skipcost.kernels.ops.launch import on_triton, run
+from skipcost.kernels.ops.launch import Launch, architecture_of, on_triton, run
+from skipcost.kernels.ops.tiles import FEW_CHANNELS, tile_for
+from skipcost.kernels.ops.weight_gradient import weight_gradient_launches
 from skipcost.kernels.precision import computing_type, tf32_allowed
-from skipcost.unet_models.ops import crop_all
+from skipcost.unet_models.ops import crop, crop_all
 
 OP = "conv_bn_relu_train"
 IMPLEMENTATIONS = ("aten", "triton")
@@ -268,3 +273,68 @@ def _gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)
+
+
+def empty_output(maps: Sequence[Tensor], weight: Tensor, padding: int) -> Tensor:
+    """Allocate what the convolution of weight (O, sum of C_i, k, k) writes: (N, O, H', W') in channels_last."""
+    return _empty(maps[0], weight.shape[0], *output_size(maps, weight.shape[2], padding))
+
+
+def empty_joined(maps: Sequence[Tensor]) -> Tensor:
+    """Allocate the maps (N, C_i, H_i, W_i), cropped and side by side: (N, sum of C_i, h, w) in channels_last."""
+    height, width = (min(each.shape[axis] for each in maps) for axis in (2, 3))
+    return _empty(maps[0], sum(each.shape[1] for each in maps), height, width)
+
+
+def output_launch(
+    maps: Sequence[Tensor], weight: Tensor, y: Tensor, *, padding: int, tf32: bool
+) -> tuple[Launch, Tensor]:
+    """Convolve the maps into y (N, O, H', W'); also return where statistics of its tiles go, (tiles, 3, O)."""
+    launch = _convolution(crop_all(maps), pack_weight(weight), y, padding, tf32=tf32, summarized=True)
+    return launch, launch.arguments["partials"]
+
+
+def joined_grad_launch(weight: Tensor, grad: Tensor, joined_grad: Tensor, *, padding: int, tf32: bool) -> Launch:
+    """Write the gradient of the joined map (N, C, h, w), given that of the output (N, O, H', W') in channels_last.
+
+    It is a convolution too: the taps turned round, input and output channels exchanged, padded by what is missing.
+    """
+    turned = pack_weight(weight.flip(2, 3).transpose(0, 1))
+    around = weight.shape[2] - 1 - padding
+    if around < 0:  # the frame that a padded 1x1 convolution adds depends on no input
+        grad = crop(grad, *joined_grad.shape[2:])
+    return _convolution([grad], turned, joined_grad, max(around, 0), tf32=tf32)
+
+
+def weight_grad_launches(
+    maps: Sequence[Tensor], grad: Tensor, weight_grad: Tensor, *, padding: int, tf32: bool
+) -> list[Launch]:
+    """Write the gradient of the weight, as (O, k, k, sum of C_i), given that of the output in channels_last."""
+    windows = crop_all(maps)
+    if len(windows) > 1 or windows[0].shape[1] > FEW_CHANNELS:
+        windows = [adjacent(each) for each in windows]
+    return weight_gradient_launches(windows, grad, weight_grad, padding=padding, tf32=tf32)
+
+
+def adjacent(x: Tensor) -> Tensor:
+    """Return the map (N, C, H, W), with its channels next to each other: a copy where they are not."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else channels_last(x)
+
+
+def _convolution(
+    sources: Sequence[Tensor], packed: Tensor, out: Tensor, padding: int, *, tf32: bool, summarized: bool = False
+) -> Launch:
+    architecture = architecture_of(out.device)
+    form = pick_form(sources, packed, out, architecture, tf32=tf32)
+    if form != "few":
+        sources = [adjacent(each) for each in sources]
+    tile = tile_for(need_of(sources, packed, out, tf32=tf32), form, architecture)
+    partials = None
+    if summarized:
+        partials = out.new_empty((statistics_tiles(out, tile), 3, out.shape[1]), dtype=precise(out))
+    return conv_launch(sources, packed, out, padding=padding, partials=partials, tf32=tf32, tile=tile)
+
+
+def _empty(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    shape = (like.shape[0], channels, height, width)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)

@@ -21,8 +21,7 @@ from torch.nn import functional
 
 from skipcost.kernels.dispatch.low_resolution import choose, choose_composed, folds
 from skipcost.kernels.low_resolution.composed import composed, composed_up_conv
-from skipcost.kernels.low_resolution.split_concat import seen_of, split_concat
-from skipcost.kernels.low_resolution.tap_first import axes, tap_first
+from skipcost.kernels.low_resolution.tap_first import axes, seen_of, split_concat, tap_first
 from skipcost.kernels.ops.relu_concat import relu_concat
 from skipcost.kernels.precision import tf32_allowed
 from skipcost.kernels.weights import affine, why_not_fold

@@ -17,9 +17,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from skipcost.bench import figures
+from skipcost.reports.compare import front
 from skipcost.reports.data import Cost
 from skipcost.reports.drawings.svg import FAINT, INK, PALETTE, SOFT, drawing_style, to_svg
-from skipcost.reports.pareto import front
 from skipcost.unet_models import SKIPS, VARIANTS
 
 SKIP_COLOURS = dict(zip(SKIPS, PALETTE * len(SKIPS), strict=False))

@@ -18,12 +18,10 @@ from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.store.store import create_store
 from skipcost.bench.store.tables import results_by_case
 from skipcost.kernels.dispatch.low_resolution import executed_macs
-from skipcost.reports.compare import TIMES, times
+from skipcost.reports.compare import TIMES, front, times
 from skipcost.reports.data import Data, load
 from skipcost.reports.drawings.charts import ticks
-from skipcost.reports.findings import FINDERS, find, rank_correlation
-from skipcost.reports.pareto import front
-from skipcost.reports.rewriting import rewriting_saves
+from skipcost.reports.findings import FINDERS, find, rank_correlation, rewriting_saves
 from skipcost.unet_models import ModelSpec
 
 GOLDEN = TESTS / "golden" / "reports_findings.txt"

@@ -20,8 +20,7 @@ from skipcost.bench.cases.record import Result
 from skipcost.bench.store.store import Store, create_store, open_store
 from skipcost.bench.store.tables import results_by_case
 from skipcost.reports.data import load
-from skipcost.reports.findings import FINDERS
-from skipcost.reports.rewriting import rewriting_saves
+from skipcost.reports.findings import FINDERS, rewriting_saves
 from skipcost.unet_models import ModelSpec
 
 TIMES = "\u00d7"

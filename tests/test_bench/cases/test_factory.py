@@ -25,9 +25,8 @@ from skipcost.bench.compare.baseline import baseline_of
 from skipcost.bench.errors import SweepError
 from skipcost.bench.measure.counting import fvcore_count, predicted_peaks
 from skipcost.bench.measure.metrics import METRICS, default_metrics
-from skipcost.bench.measure.operators import count_operators
 from skipcost.bench.measure.subject import make_subject, maps_of
-from skipcost.bench.measure.tracing import count_convolutions, count_params
+from skipcost.bench.measure.tracing import count_convolutions, count_operators, count_params
 from skipcost.bench.store.store import create_store
 from skipcost.bench.store.tables import wide_table
 from skipcost.bench.sweep.driver import Request, Server

@@ -12,9 +12,18 @@ from skipcost.bench.cases.case import Case
 from skipcost.bench.cases.record import Result
 from skipcost.bench.errors import BenchError, MachineError
 from skipcost.bench.fit import gauge as fit_gauge
-from skipcost.bench.fit.gauge import Target, live_gauge, precision_on, predicted_gauge, process_bytes, target_named
+from skipcost.bench.fit.gauge import (
+    Stopwatch,
+    Target,
+    live_gauge,
+    measured_gauge,
+    percentile,
+    precision_on,
+    predicted_gauge,
+    process_bytes,
+    target_named,
+)
 from skipcost.bench.fit.limits import LIMITS
-from skipcost.bench.fit.measure import Stopwatch, measured_gauge, percentile
 from skipcost.bench.memory.liveness import peak_bytes
 from skipcost.bench.memory.workspaces import context
 from skipcost.bench.predictions.calibration import Calibration, HeldOut, Model, setting_of

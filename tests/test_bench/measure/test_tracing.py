@@ -19,11 +19,10 @@ from skipcost.bench.cases.modules import parameter_bytes
 from skipcost.bench.cases.record import Result
 from skipcost.bench.measure.budget import Cost, cost_of, passed
 from skipcost.bench.measure.counting import predicted_peaks, traced_peaks
-from skipcost.bench.measure.operators import count_operators
 from skipcost.bench.measure.run import latency
 from skipcost.bench.measure.subject import make_subject
 from skipcost.bench.measure.timing import Budget
-from skipcost.bench.measure.tracing import count_convolutions, count_params
+from skipcost.bench.measure.tracing import count_convolutions, count_operators, count_params
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 IMAGE = torch.zeros(1, 1, 16, 8)

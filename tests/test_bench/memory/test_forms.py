@@ -22,8 +22,7 @@ from skipcost.bench.cases.factory import Factory
 from skipcost.bench.measure import live_bytes as memory
 from skipcost.bench.measure.budget import cost_of
 from skipcost.bench.measure.counting import traced_peaks
-from skipcost.bench.measure.live_bytes import APART_ON_CUDA, as_if_on
-from skipcost.bench.measure.watching import Watching
+from skipcost.bench.measure.live_bytes import APART_ON_CUDA, Watching, as_if_on
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LINE, MAP, VOLUME, HEADS = (2, 4, 8), (2, 4, 8, 8), (2, 4, 4, 4, 4), (2, 2, 16, 8)

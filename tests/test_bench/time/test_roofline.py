@@ -13,7 +13,7 @@ import pytest
 from skipcost.bench.cases.case import CHOICES, Case
 from skipcost.bench.errors import MachineError
 from skipcost.bench.measure import here, probe, server
-from skipcost.bench.measure import layer_times as timing_layers
+from skipcost.bench.measure import run as timing_layers
 from skipcost.bench.measure.here import device_of, reference_line
 from skipcost.bench.measure.metrics import METRICS, PREDICTED
 from skipcost.bench.measure.timing import Budget

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from skipcost.kernels.low_resolution.split_concat import seen_of, split_concat
+from skipcost.kernels.low_resolution.tap_first import seen_of, split_concat
 from skipcost.unet_models.ops import merge, up_sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
