@@ -42,7 +42,7 @@ def warm_up() -> None:
     """
     import torch  # noqa: PLC0415 - this is the function that imports it for all forks
 
-    from skipcost.bench import running  # noqa: F401, PLC0415 - imported for the forks
+    from skipcost.bench import gpu_memory, lifetimes, running  # noqa: F401, PLC0415 - imported for the forks
     from skipcost.bench.counting import predicted_peaks, preload_fvcore  # noqa: PLC0415
     from skipcost.unet_models import ModelSpec  # noqa: PLC0415
 
