@@ -52,7 +52,7 @@ ASKED = {
     "traced": (*COUNTED, *PEAKS, "peak_memory_traced_bytes", "operators"),
 }
 DETAIL = ("low", "high", "fused_s", "standing", "workspace_bytes", "parameter_bytes", "by_operator")  # that is numbers
-USUAL = {  # what the store does not write of a case
+USUAL: dict[str, Any] = {  # what the store does not write of a case
     "batch": 1,
     "mode": "inference",
     "precision": "fp32",
@@ -263,7 +263,7 @@ def test_answers_are_the_frozen_ones(name: str, tmp_path: Path, monkeypatch: pyt
     shutil.copy(ROOT / "tests" / "nnunet" / "flat.json", tmp_path)
     monkeypatch.chdir(tmp_path)  # away from what was calibrated here
 
-    made = {}
+    made: Frozen = {}
     for asked in ANSWERS[name]:
         told = skipcost(*name.split("_"), *asked.split(), "--json")
         made |= dict(lines_of(asked, json.loads(told)))
