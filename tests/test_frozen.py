@@ -171,15 +171,31 @@ def dict_of(key: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def leaves(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Every value inside tables and lists with its path, as text: whole numbers and floats are told apart."""
+    if value and isinstance(value, dict):
+        inside = [(f"{path}.{name}", each) for name, each in value.items()]
+    elif value and isinstance(value, list):
+        inside = [(f"{path}[{place}]", each) for place, each in enumerate(value)]
+    else:
+        yield path, json.dumps(value)
+        return
+    for name, each in inside:
+        yield from leaves(name, each)
+
+
 def differences(old: Frozen, new: Frozen) -> list[str]:
-    """A line for every value that is not exactly what it was, whole numbers and floats told apart."""
+    """A line for every value that is not exactly what it was."""
     found = []
     for key in {**old, **new}:
-        before, after = old.get(key, {}), new.get(key, {})
-        for name in {**before, **after}:
-            was, now = (json.dumps(each[name]) if name in each else "absent" for each in (before, after))
+        before, after = (
+            dict(leaf for name, value in each.get(key, {}).items() for leaf in leaves(name, value))
+            for each in (old, new)
+        )
+        for path in {**before, **after}:
+            was, now = before.get(path, "absent"), after.get(path, "absent")
             if was != now:
-                found.append(f"{key} {name}: {was} -> {now}")
+                found.append(f"{key} {path}: {was} -> {now}")
     return found
 
 
@@ -238,10 +254,9 @@ def hold(name: str, made: Frozen) -> None:
     if os.environ.get(UPDATE):
         freeze(name, made)
 
-    found = differences(known(name), made)
-
-    first = "\n  ".join(found[:SHOWN])
-    assert not found, f"{len(found)} values of {name}.jsonl are others, frozen -> made:\n  {first}"
+    if found := differences(known(name), made):
+        first = "\n  ".join(found[:SHOWN])
+        pytest.fail(f"{len(found)} values of {name}.jsonl are others, frozen -> made:\n  {first}", pytrace=False)
 
 
 @pytest.mark.parametrize("name", ASKED)
