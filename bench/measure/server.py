@@ -42,8 +42,10 @@ def warm_up() -> None:
     """
     import torch  # noqa: PLC0415 - this is the function that imports it for all forks
 
-    from skipcost.bench.measure import run as running  # noqa: F401, PLC0415 - imported for the forks
+    from skipcost.bench.measure import here as _here  # noqa: F401, PLC0415 - imported for the forks
+    from skipcost.bench.measure import run as _run  # noqa: F401, PLC0415 - likewise
     from skipcost.bench.measure.counting import predicted_peaks, preload_fvcore  # noqa: PLC0415
+    from skipcost.bench.memory import lifetimes as _lifetimes  # noqa: F401, PLC0415 - likewise
     from skipcost.unet_models import ModelSpec  # noqa: PLC0415
 
     preload_fvcore()

@@ -17,8 +17,8 @@ in fp32 (in 16 bits they lose 1.2 to 3.8 times as much as the direct form), and 
 products of fp16 and bf16, so hardware that multiplies 16 bits much faster may be faster the direct way.
 
 `split_concat` is the same over a concatenation whose last map is up-sampled: a convolution is linear in its channels,
-so conv(cat(a, up(b))) = conv_a(a) + conv_b(up(b)), and neither the up-sampled map nor the concatenation is formed; where
-gradients are asked for the second term is a map of its own, and one more pass adds the terms.
+so conv(cat(a, up(b))) = conv_a(a) + conv_b(up(b)), and neither the up-sampled map nor the concatenation is formed;
+where gradients are asked for the second term is a map of its own, and one more pass adds the terms.
 
 Tried on CPUs only; the kernel in Triton's interpreter, and compiled ahead of time. Backwards a GPU still runs a handful
 of matrix products for each image and 16 rows. Not measured there yet.

@@ -2,8 +2,8 @@
 
 Everything that convolves goes through `conv_launch`: inference, training's forward pass, the gradient of the input.
 
-ATen's convolution over maps side by side, cuDNN's on a GPU, stands here too: it reads one map, so the joined one is made
-where it is needed, and never kept.
+ATen's convolution over maps side by side, cuDNN's on a GPU, stands here too: it reads one map, so the joined one is
+made where it is needed, and never kept.
 """
 
 from __future__ import annotations

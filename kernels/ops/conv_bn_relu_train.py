@@ -5,8 +5,8 @@ The reference is `unet_models.ops`: merge the maps by concatenation, then `conv_
 What is fused: forwards, the concatenation into the convolution (the maps are cropped and read side by side), the
 statistics into its epilogue, and the normalisation with ReLU. Backwards, ReLU's gradient into both passes of batch
 norm's, and the concatenation into the weight's. Implementation "triton" does all of that; "aten" leaves convolutions to
-cuDNN, on a joined map that lives only while they run, and takes one more pass for the statistics. The kernels read every
-map through its own window; the joined map's gradient is made, and its parts are the maps' own.
+cuDNN, on a joined map that lives only while they run, and takes one more pass for the statistics. The kernels read
+every map through its own window; the joined map's gradient is made, and its parts are the maps' own.
 
 Bytes saved: forwards, per output map one read (with "triton", two) and the copy of the joined map; backwards, ReLU's
 read and write. Kept for the gradients are maps, weight, the convolution's output and four vectors, but no joined map:
