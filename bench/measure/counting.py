@@ -106,6 +106,12 @@ def _unlike(case: Case, network: nn.Module) -> list[str]:
     return [f"{', '.join(sorted(kinds))}: {doubt}"] if kinds else []
 
 
+def traced_peak(case: Case) -> Result:
+    """The metric `peak_memory_traced_bytes`."""
+    _, steady, detail = predicted_peaks(case)
+    return Result("peak_memory_traced_bytes", samples=(steady,), note=detail.pop("note", ""), detail=detail)
+
+
 def traced_peaks(case: Case) -> list[Result]:
     """Give the two predicted peaks where arithmetic has no answer: a user's own model, and what `liveness` refuses.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
 from typing import Any
 
 from skipcost.bench.cases.case import Case
 from skipcost.bench.cases.record import Result
 from skipcost.bench.errors import BenchError
 from skipcost.bench.measure.gpu import describe_gpus
+from skipcost.bench.measure.metrics import GPU_FIGURES, gpu_metric, gpu_metrics
 from skipcost.bench.measure.probe import known_cpu, probed_cpu
 from skipcost.bench.memory import workspaces
 from skipcost.bench.memory.on_gpu import GpuMemory, predict
@@ -63,19 +64,20 @@ def reference_line(case: Case) -> Result:
     return Result("roofline_s", samples=(line.seconds,), detail=detail)
 
 
-def predicted_here(case: Case, name_of: Callable[[str, bool], str]) -> list[Result]:
-    """Results of every figure for the GPU of this machine; `name_of(figure, first)` is a figure's metric."""
-    figures = [
-        (figure, first) for figure in ("requested", "allocated", "reserved", "process") for first in (False, True)
-    ]
+def predicted_here(case: Case) -> list[Result]:
+    """What the GPU of this machine would report of a case, every figure of it."""
+    names = gpu_metrics("predicted_")
+    if case.device != "cuda":
+        note = "predicted for a GPU only; peak_memory_predicted_bytes holds anywhere"
+        return [Result(name, "unsupported", note=note) for name in names]
     try:
         device = gpu_here()
         found = predict(case, device)
     except (BenchError, ValueError) as error:
-        return [Result(name_of(*each), "unsupported", note=str(error)) for each in figures]
+        return [Result(name, "unsupported", note=str(error)) for name in names]
     note = f"will not fit on {device.name}: {found.shortage}" if found.shortage else ""
     results = []
-    for figure, first in figures:
+    for figure, first in itertools.product(GPU_FIGURES, (False, True)):
         claim: Interval = getattr(found.first if first else found.steady, figure)
         detail = {
             "low": claim.low,
@@ -83,7 +85,9 @@ def predicted_here(case: Case, name_of: Callable[[str, bool], str]) -> list[Resu
             "device": device.name,
             "parts": _open_parts(found, figure, first),
         }
-        results.append(Result(name_of(figure, first), samples=(claim.likely,), note=note, detail=detail))
+        results.append(
+            Result(gpu_metric(f"predicted_{figure}", first), samples=(claim.likely,), note=note, detail=detail)
+        )
     return results
 
 

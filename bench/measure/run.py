@@ -24,6 +24,7 @@ from skipcost.bench.measure.doubts import Timing, machine
 from skipcost.bench.measure.gpu import process_bytes, throttle_reason
 from skipcost.bench.measure.here import known_device
 from skipcost.bench.measure.machine import cuda_clock
+from skipcost.bench.measure.metrics import gpu_metric, gpu_metrics
 from skipcost.bench.measure.subject import make_subject
 from skipcost.bench.measure.timing import Budget, Clock, cpu_clock, preempted, sample, waited
 from skipcost.bench.time.passes import passes
@@ -49,7 +50,7 @@ def latency(case: Case, budget: Budget) -> Result:
     return Result("latency_s", samples=tuple(samples.seconds), note=note, detail=detail)
 
 
-def compile_time(case: Case) -> Result:
+def compile_time(case: Case, _budget: Budget) -> Result:
     """Time the first call under torch.compile, less the quickest of three later ones."""
     if case.backend != "compile":
         return Result("compile_s", "unsupported", note=f"backend={case.backend} compiles nothing; use backend=compile")
@@ -66,12 +67,15 @@ def _host_time(step: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def gpu_memory(case: Case, names: Callable[[str, bool], str]) -> list[Result]:
+def gpu_memory(case: Case, _budget: Budget) -> list[Result]:
     """Read the caching allocator and the driver after the first step and, with peaks reset, after the second.
 
-    `names(figure, first)` is the metric of a figure. All come from one run: what cuDNN tries in a first step it tries
-    once per process, so a second run here would have no first step.
+    All come from one run: what cuDNN tries in a first step it tries once per process, so a second run here would have
+    no first step.
     """
+    if case.device != "cuda":
+        note = "measured on a GPU only; peak_memory_predicted_bytes holds anywhere"
+        return [Result(name, "unsupported", note=note) for name in gpu_metrics()]
     torch.cuda.empty_cache()
     subject = make_subject(case, "cuda")
     results = []
@@ -83,9 +87,9 @@ def gpu_memory(case: Case, names: Callable[[str, bool], str]) -> list[Result]:
         detail = {text: stats[key] for key, text in CUDA_EXTRA.items() if stats.get(key)}
         for figure in ("requested", "allocated", "reserved"):
             peak = stats[f"{figure}_bytes.all.peak"]
-            results.append(Result(names(figure, first), samples=(peak,), note=subject.note, detail=detail))
+            results.append(Result(gpu_metric(figure, first), samples=(peak,), note=subject.note, detail=detail))
         held, why_not = process_bytes()
-        name = names("process", first)
+        name = gpu_metric("process", first)
         results.append(Result(name, "unsupported", note=why_not) if why_not else Result(name, samples=(held,)))
     return results
 

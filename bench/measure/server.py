@@ -25,6 +25,7 @@ from typing import IO, Any
 from skipcost.bench.cases.case import Case
 from skipcost.bench.errors import BenchError
 from skipcost.bench.measure.environment import describe
+from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.measure.probe import probed_cpu
 from skipcost.bench.measure.worker import limit_memory, run_case
 
@@ -42,12 +43,11 @@ def warm_up() -> None:
     """
     import torch  # noqa: PLC0415 - this is the function that imports it for all forks
 
-    from skipcost.bench.measure import here as _here  # noqa: F401, PLC0415 - imported for the forks
-    from skipcost.bench.measure import run as _run  # noqa: F401, PLC0415 - likewise
     from skipcost.bench.measure.counting import predicted_peaks, preload_fvcore  # noqa: PLC0415
-    from skipcost.bench.memory import lifetimes as _lifetimes  # noqa: F401, PLC0415 - likewise
     from skipcost.unet_models import ModelSpec  # noqa: PLC0415
 
+    for metric in METRICS.values():
+        metric.load()  # imported for the forks
     preload_fvcore()
     mode = "training" if torch.version.cuda is None else "inference"
     for label in ("unet/d1/w2/gated", "unet3+/d1/w2/sum"):

@@ -44,8 +44,8 @@ def _results(case: Case, left: list[str], budget: Budget) -> Iterator[Result]:
         yield Result(left[0], "crash", note="the factory forked, and this is the other process")
         return
     while left:
-        measure = METRICS[left[0]].measure
-        together = [name for name in left if METRICS[name].measure == measure]
+        function = METRICS[left[0]].function
+        together = [name for name in left if METRICS[name].function == function]
         left = [name for name in left if name not in together]
         results = _failed(together, *failure) if failure else _measured(together, case, budget, known)
         yield from (replace(each, detail={**each.detail, **known}) for each in results)
