@@ -10,25 +10,81 @@ like those measured, under their settings, on that machine; what lies elsewhere 
 from __future__ import annotations
 
 import json
+import math
+import random
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from skipcost.bench.cases.case import Case
 from skipcost.bench.console import write_file
 from skipcost.bench.decoding import check_fields, check_members, parse_json
 from skipcost.bench.errors import BenchError
-from skipcost.bench.predictions import regression
-from skipcost.bench.predictions.regression import Array
 from skipcost.bench.store.store import Store
 from skipcost.bench.store.tables import newest_environment, results_by_case, value_of
 from skipcost.bench.time.passes import passes
 from skipcost.kernels.devices import device_named
+
+Array = NDArray[np.float64]
+ROUNDS = 10  # of linearising the logarithm; it stands still after about five
+TOLERANCE = 1e-10
+
+
+def fit_costs(amounts: Array, seconds: Array) -> Array:
+    """Costs c >= 0 that minimise the squares of log(seconds / (amounts @ c)): (rows, features), (rows,) -> (features,).
+
+    Around a solution p the logarithm is linear: log(seconds / p) - (amounts @ c - p) / p, which is solved again and
+    again, from the fit in relative error on.
+    """
+    from scipy.optimize import nnls  # noqa: PLC0415 - a third of a second, which other commands do without
+
+    scale = amounts.max(axis=0)
+    scale[scale == 0] = 1.0  # a feature that no row has costs nothing
+    scaled = amounts / scale
+    costs, _ = nnls(scaled / seconds[:, None], np.ones(len(seconds)))
+    for _ in range(ROUNDS):
+        predicted = np.maximum(scaled @ costs, TOLERANCE)
+        costs, _ = nnls(scaled / predicted[:, None], 1 + np.log(seconds / predicted))
+    result: Array = costs / scale
+    return result
+
+
+def folds(groups: Sequence[str], count: int) -> Iterator[NDArray[np.bool_]]:
+    """Yield, for each fold, which rows are held out: whole groups, shuffled once, so none is on both sides."""
+    names = sorted(set(groups))
+    random.Random(0).shuffle(names)  # noqa: S311 - an order, not a secret
+    fold_of = {name: index % count for index, name in enumerate(names)}
+    for fold in range(min(count, len(names))):
+        yield np.array([fold_of[name] == fold for name in groups])
+
+
+def ratio_quantiles(ratios: Array, coverage: float) -> tuple[float, float, float]:
+    """Bounds that the next of n + 1 exchangeable ratios is between with at least `coverage`, and the median.
+
+    Low, middle, high: the floor((n + 1) a)-th smallest and largest, a = (1 - coverage) / 2. ValueError where n is too
+    small for that: no sample bounds what it has not seen.
+    """
+    ordered = np.sort(ratios)
+    rank = math.floor((len(ordered) + 1) * (1 - coverage) / 2 + TOLERANCE)
+    if rank < 1:
+        least = math.ceil(2 / (1 - coverage) - 1 - TOLERANCE)
+        message = f"{len(ordered)} ratios bound no {coverage:.0%}: it takes {least}"
+        raise ValueError(message)
+    return float(ordered[rank - 1]), float(np.median(ordered)), float(ordered[-rank])
+
+
+def rank_correlation(left: Array, right: Array) -> float:
+    """Spearman's rank correlation; equal values share the mean of their ranks."""
+    from scipy.stats import spearmanr  # noqa: PLC0415 - likewise
+
+    return float(spearmanr(left, right).statistic)
+
 
 FORMAT, SCHEMA = "skipcost calibration", 1
 FOLDER = Path("results/calibrations")
@@ -193,14 +249,14 @@ def fit_model(rows: list[Row]) -> Model:
     macs = [_macs(each) for each in amounts]
     return Model(
         setting=setting_of(rows[0][0]),
-        costs=dict(zip(FEATURES, map(float, regression.fit_costs(matrix, seconds)), strict=True)),
-        ratios=regression.ratio_quantiles(seconds / predicted, COVERAGE),
+        costs=dict(zip(FEATURES, map(float, fit_costs(matrix, seconds)), strict=True)),
+        ratios=ratio_quantiles(seconds / predicted, COVERAGE),
         coverage=COVERAGE,
         macs=(min(macs), max(macs)),
         rows=len(rows),
         networks=len(set(networks)),
         held_out=HeldOut(
-            spearman=regression.rank_correlation(predicted, seconds),
+            spearman=rank_correlation(predicted, seconds),
             mean_error=float(errors.mean()),
             worst_error=float(errors.max()),
             within_tenth=float((errors <= 0.1).mean()),  # noqa: PLR2004 - a tenth, as the field says
@@ -211,8 +267,8 @@ def fit_model(rows: list[Row]) -> Model:
 def held_out_predictions(matrix: Array, seconds: Array, networks: list[str]) -> Array:
     """Seconds of every row by a fit to the rows of other networks: (rows, features), (rows,) -> (rows,)."""
     predicted = np.empty_like(seconds)
-    for held in regression.folds(networks, FOLDS):
-        predicted[held] = matrix[held] @ regression.fit_costs(matrix[~held], seconds[~held])
+    for held in folds(networks, FOLDS):
+        predicted[held] = matrix[held] @ fit_costs(matrix[~held], seconds[~held])
     return predicted
 
 

@@ -16,7 +16,7 @@ from skipcost.bench import cli
 from skipcost.bench.cases.case import CHOICES, Case
 from skipcost.bench.cases.record import Result
 from skipcost.bench.errors import BenchError
-from skipcost.bench.predictions import regression
+from skipcost.bench.predictions import calibration
 from skipcost.bench.predictions.calibration import (
     BEYOND,
     COVERAGE,
@@ -102,21 +102,6 @@ def store(tmp_path: Path) -> Path:
 # Arithmetic
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_least_squares_without_negative_weights_is_optimal(seed: int) -> None:
-    """The conditions of Karush, Kuhn and Tucker: no slope at a weight above 0, none upwards at 0."""
-    draw = np.random.default_rng(seed)
-    rows, columns = draw.integers(3, 60), draw.integers(1, 11)
-    matrix, target = draw.lognormal(size=(rows, columns)), draw.normal(1, 2, size=rows)
-
-    weights = regression.nonnegative(matrix, target)
-
-    slope = matrix.T @ (target - matrix @ weights)
-    assert weights.min() >= 0
-    assert slope.max() <= 1e-6
-    assert np.abs(slope[weights > 0]).max(initial=0) <= 1e-6
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_costs_come_back_from_exact_times(seed: int) -> None:
     """Whatever the costs are, zeros among them, each to a millionth where its feature occurs."""
@@ -125,7 +110,7 @@ def test_costs_come_back_from_exact_times(seed: int) -> None:
     occurs = AMOUNTS.max(axis=0) > 0
     known[-1] = 1e-4
 
-    found = regression.fit_costs(AMOUNTS, AMOUNTS @ known)
+    found = calibration.fit_costs(AMOUNTS, AMOUNTS @ known)
 
     assert np.allclose(AMOUNTS @ found, AMOUNTS @ known, rtol=1e-6)
     assert (found[~occurs] == 0).all()
@@ -136,7 +121,7 @@ def test_one_cost_is_the_geometric_mean(spread: float) -> None:
     """Least squares on the logarithm: too slow by a factor weighs as much as too quick by it."""
     seconds = noise(50, 11, spread)
 
-    found = regression.fit_costs(np.ones((50, 1)), seconds)
+    found = calibration.fit_costs(np.ones((50, 1)), seconds)
 
     assert found[0] == pytest.approx(np.exp(np.log(seconds).mean()))
 
@@ -147,8 +132,8 @@ def test_a_slow_network_weighs_no_more_than_a_quick_one() -> None:
     seconds = SECONDS * noise(len(SECONDS), 3)
     scale = np.geomspace(1e-3, 1e3, len(seconds))
 
-    plain = regression.fit_costs(amounts, seconds)
-    scaled = regression.fit_costs(amounts * scale[:, None], seconds * scale)
+    plain = calibration.fit_costs(amounts, seconds)
+    scaled = calibration.fit_costs(amounts * scale[:, None], seconds * scale)
 
     assert np.allclose(plain, scaled, rtol=1e-3)
 
@@ -157,7 +142,7 @@ def test_folds_hold_whole_groups_out_and_every_row_once() -> None:
     """No group is on both sides of a fold."""
     groups = [name for name in NAMES for _ in range(2)]
 
-    held = list(regression.folds(groups, 10))
+    held = list(calibration.folds(groups, 10))
 
     assert (np.sum(held, axis=0) == 1).all()
     for each in held:
@@ -173,7 +158,7 @@ def test_the_quantiles_hold_the_next_ratio_as_often_as_they_say(count: int) -> N
     hits = 0
     for _ in range(4000):
         *seen, following = draw.lognormal(0, 0.3, count + 1)
-        low, _, high = regression.ratio_quantiles(np.array(seen), COVERAGE)
+        low, _, high = calibration.ratio_quantiles(np.array(seen), COVERAGE)
         hits += low <= following <= high
 
     assert COVERAGE - 0.015 <= hits / 4000 <= COVERAGE + 2 / (count + 1) + 0.015
@@ -182,7 +167,7 @@ def test_the_quantiles_hold_the_next_ratio_as_often_as_they_say(count: int) -> N
 def test_too_few_ratios_bound_nothing() -> None:
     """Nine tenths take 19."""
     with pytest.raises(ValueError, match="18 ratios bound no 90%: it takes 19"):
-        regression.ratio_quantiles(np.ones(18), COVERAGE)
+        calibration.ratio_quantiles(np.ones(18), COVERAGE)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +176,7 @@ def test_too_few_ratios_bound_nothing() -> None:
 )
 def test_ranks_alone_make_the_correlation(left: list[float], right: list[float], expected: float) -> None:
     """Order counts, distance does not, and ties share a rank."""
-    found = regression.rank_correlation(np.array(left, float), np.array(right, float))
+    found = calibration.rank_correlation(np.array(left, float), np.array(right, float))
 
     assert found == pytest.approx(expected)
 
@@ -234,10 +219,10 @@ def test_the_interval_holds_networks_that_it_never_saw() -> None:
         order = np.random.default_rng(seed).permutation(len(CASES))
         seen, unseen = order[:27], order[27:]
         names = [NAMES[index] for index in seen]
-        low, _, high = regression.ratio_quantiles(
+        low, _, high = calibration.ratio_quantiles(
             measured[seen] / held_out_predictions(AMOUNTS[seen], measured[seen], names), COVERAGE
         )
-        predicted = AMOUNTS[unseen] @ regression.fit_costs(AMOUNTS[seen], measured[seen])
+        predicted = AMOUNTS[unseen] @ calibration.fit_costs(AMOUNTS[seen], measured[seen])
         ratios = measured[unseen] / predicted
         hits += int(((low <= ratios) & (ratios <= high)).sum())
         total += len(unseen)
