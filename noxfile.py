@@ -38,7 +38,7 @@ PUBLIC_UNETS = (  # what `rewrite` is tried on; each beside torch, none installs
 )
 ON_THE_WHEEL = (  # what a wheel may lack: modules, tables, templates, the plug-in; not what a kernel computes
     *("test_project.py", "test_unet_models", "test_reports", "test_bench/*.py"),
-    *(f"test_bench/{room}" for room in ("cases", "store", "sweep", "fit", "predictions", "commands")),
+    *(f"test_bench/{room}" for room in ("cases", "store", "sweeps", "fitting", "predictions", "commands")),
     *("test_bench/kernels/test_tune.py", "test_kernels/*.py", "test_kernels/dispatch"),
     "test_kernels/verify/test_baseline.py",
 )

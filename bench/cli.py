@@ -53,9 +53,9 @@ from skipcost.bench.measure.environment import cpus
 from skipcost.bench.store.store import create_store, open_store
 from skipcost.bench.store.tables import newest_environment, notes_of, reasons_of, results_by_case
 from skipcost.bench.streams import steady_streams
-from skipcost.bench.sweep.driver import Server, pending, recognised, results_asked
-from skipcost.bench.sweep.driver import sweep as run_sweep
-from skipcost.bench.sweep.plan import Plan, PlannedCase, load_plan
+from skipcost.bench.sweeps.driver import Server, pending, recognised, results_asked
+from skipcost.bench.sweeps.driver import sweep as run_sweep
+from skipcost.bench.sweeps.plan import Plan, PlannedCase, load_plan
 from skipcost.bench.units import parse_size
 from skipcost.kernels.errors import PIPE_CLOSED, Stopped, flushed, stoppable
 from skipcost.unet_models import ModelSpec

@@ -24,7 +24,7 @@ from skipcost.bench.commands.explain import print_explanation
 from skipcost.bench.console import Screen
 from skipcost.bench.kernels.explain import explain as explain_kernels
 from skipcost.bench.memory.liveness import peak_bytes
-from skipcost.bench.sweep.plan import load_plan
+from skipcost.bench.sweeps.plan import load_plan
 from skipcost.kernels.devices import device_named
 from skipcost.kernels.dispatch import choose as dispatch
 from skipcost.kernels.dispatch.call import Call

@@ -31,7 +31,7 @@ from skipcost.bench.console import ERR, JSON, JUNIT, KEPT, OUT, SET, Bar, check_
 from skipcost.bench.errors import BenchError
 from skipcost.bench.measure.environment import code_hash, cpus
 from skipcost.bench.measure.worker import refusal_of
-from skipcost.bench.sweep.plan import load_plan
+from skipcost.bench.sweeps.plan import load_plan
 from skipcost.kernels.errors import Stopped
 from skipcost.unet_models.spec import suggest
 

@@ -15,12 +15,12 @@ import typer
 from skipcost.bench.cases.case import CHOICES, usual_values
 from skipcost.bench.console import JSON, OUT, number
 from skipcost.bench.errors import BenchError
-from skipcost.bench.fit.answer import answer, answer_plan, print_plan, print_rows
-from skipcost.bench.fit.equal import equal_facts, given_case, print_equal
-from skipcost.bench.fit.gauge import target_named
-from skipcost.bench.fit.limits import LIMITS
-from skipcost.bench.fit.nnunet import Plan, read_plan
-from skipcost.bench.fit.question import Question, ask, equal_gauge, measuring
+from skipcost.bench.fitting.answer import answer, answer_plan, print_plan, print_rows
+from skipcost.bench.fitting.equal import equal_facts, given_case, print_equal
+from skipcost.bench.fitting.gauge import target_named
+from skipcost.bench.fitting.limits import LIMITS
+from skipcost.bench.fitting.nnunet import Plan, read_plan
+from skipcost.bench.fitting.question import Question, ask, equal_gauge, measuring
 from skipcost.bench.units import MAX_BATCH
 from skipcost.unet_models.spec import suggest
 

@@ -27,7 +27,7 @@ from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.measure.process import PYTHON, finished
 from skipcost.bench.store.store import Run, Store, open_store
 from skipcost.bench.store.tables import newest_environment, results_by_case
-from skipcost.bench.sweep.plan import shipped_sweeps
+from skipcost.bench.sweeps.plan import shipped_sweeps
 
 TITLE = "skipcost gate"
 

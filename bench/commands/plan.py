@@ -16,8 +16,8 @@ from skipcost.bench.measure.probe import probed_cpu, slow_words
 from skipcost.bench.measure.worker import refusal_of
 from skipcost.bench.memory.liveness import peak_bytes, why_not
 from skipcost.bench.store.tables import value_of
-from skipcost.bench.sweep.driver import Server, request_for
-from skipcost.bench.sweep.plan import Plan, PlannedCase
+from skipcost.bench.sweeps.driver import Server, request_for
+from skipcost.bench.sweeps.plan import Plan, PlannedCase
 from skipcost.unet_models.geometry import size_note
 
 MEMORY = ("peak_memory_predicted_bytes", "peak_memory_predicted_first_bytes")

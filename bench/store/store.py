@@ -287,8 +287,9 @@ def _row(
     return Row(run_id, str(fingerprint), case_id, result)
 
 
-def open_store(path: Path) -> Store:
+def open_store(path: str | Path) -> Store:
     """Open a store to read it; StoreError in one sentence where it is no such thing."""
+    path = Path(path)
     if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises where a name is too long
         message = f"there is no store at {path}: `skipcost sweep quick -o {path}` makes one"
         raise StoreError(message)

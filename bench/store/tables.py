@@ -91,14 +91,16 @@ def outcome_of(results: dict[str, Result]) -> str:
     return "; ".join(f"{outcome}: {', '.join(names)}" for outcome, names in failed.items()) or "ok"
 
 
-def wide_table(store: Store, fingerprint: str, chosen: Collection[str] | None = None) -> pd.DataFrame:
+def wide_table(store: Store, fingerprint: str = "", chosen: Collection[str] | None = None) -> pd.DataFrame:
     """One row per case of an environment: a spec's fields, NAMES, the case's fields, METRICS, `outcome`.
 
-    Index: the case id. Metrics are in base units (seconds, bytes, counts), whole numbers where they are counted;
-    missing is NA. A model of a user's own has a factory and the hash of its state (`code`), and what is unknown of it
-    (variant, depth, width, ...) is NA. `asked` is when the last run began that asked for the case, in UTC.
+    fingerprint: the environment's; by default that of the one that measured last. Index: the case id. Metrics are in
+    base units (seconds, bytes, counts), whole numbers where they are counted; missing is NA. A model of a user's own
+    has a factory and the hash of its state (`code`), and what is unknown of it (variant, depth, width, ...) is NA.
+    `asked` is when the last run began that asked for the case, in UTC.
     Rows: the cases that are `chosen`, else the newest state of each model (`results_by_case`).
     """
+    fingerprint = fingerprint or newest_environment(store).fingerprint
     cases, runs = store.cases(), {run.run_id: run.started for run in store.runs()}
     asked = {case_id: runs[run_id] for run_id, case_id in store.asked()}
     rows: dict[str, dict[str, Any]] = {}

@@ -8,7 +8,7 @@ from pathlib import Path
 from skipcost.bench.cases.case import Case
 from skipcost.bench.cases.record import Result
 from skipcost.bench.store.store import create_store
-from skipcost.bench.sweep.plan import load_plan
+from skipcost.bench.sweeps.plan import load_plan
 
 SWEEP = """
 [[grid]]

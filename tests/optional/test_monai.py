@@ -14,7 +14,7 @@ from skipcost.bench.measure.counting import fvcore_count, predicted_peaks
 from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.measure.subject import make_subject
 from skipcost.bench.measure.tracing import count_convolutions, count_params
-from skipcost.bench.sweep.plan import load_plan
+from skipcost.bench.sweeps.plan import load_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OWN = [each.case for each in load_plan("monai", {"size": ["64"]}, "cpu", 1).cases if each.case.factory]

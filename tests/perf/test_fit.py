@@ -10,9 +10,9 @@ import itertools
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from skipcost.bench.fit.lattice import lattice, read_axes
-from skipcost.bench.fit.question import ask
-from skipcost.bench.fit.search import Candidate, ranked
+from skipcost.bench.fitting.lattice import lattice, read_axes
+from skipcost.bench.fitting.question import ask
+from skipcost.bench.fitting.search import Candidate, ranked
 
 AXES = {"norm": ["batch", "instance", "group", "none"], "bias": ["true", "false"], "in_channels": ["1", "3"]}
 TOP = 10

@@ -13,7 +13,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from skipcost.bench.cases.case import Case
-from skipcost.bench.sweep.driver import Request, Server
+from skipcost.bench.sweeps.driver import Request, Server
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 
 SPECS = [

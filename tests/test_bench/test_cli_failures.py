@@ -16,7 +16,7 @@ from skipcost.bench.cases.case import Case
 from skipcost.bench.cases.record import Result
 from skipcost.bench.store.store import create_store
 from skipcost.bench.store.tables import notes_of, reasons_of
-from skipcost.bench.sweep.driver import Server
+from skipcost.bench.sweeps.driver import Server
 from skipcost.unet_models import ModelSpec
 
 GONE = Result("params", "crash", note="gone")

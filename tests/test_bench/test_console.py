@@ -26,8 +26,8 @@ from skipcost.bench.commands.doctor import print_findings
 from skipcost.bench.commands.explain import print_explanation
 from skipcost.bench.compare.verdicts import Verdict, print_verdicts, tell_ci
 from skipcost.bench.console import Column, Description, Screen
-from skipcost.bench.fit import question as fit_question
-from skipcost.bench.fit.answer import answer, print_left_out, print_rows
+from skipcost.bench.fitting import question as fit_question
+from skipcost.bench.fitting.answer import answer, print_left_out, print_rows
 from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.store.store import create_store, open_store
 from skipcost.bench.streams import steady_streams, visible

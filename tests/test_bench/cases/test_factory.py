@@ -29,8 +29,8 @@ from skipcost.bench.measure.subject import make_subject, maps_of
 from skipcost.bench.measure.tracing import count_convolutions, count_operators, count_params
 from skipcost.bench.store.store import create_store
 from skipcost.bench.store.tables import wide_table
-from skipcost.bench.sweep.driver import Request, Server
-from skipcost.bench.sweep.plan import Plan, load_plan
+from skipcost.bench.sweeps.driver import Request, Server
+from skipcost.bench.sweeps.plan import Plan, load_plan
 from skipcost.unet_models import SKIPS, VARIANTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from skipcost.bench import cli
 from skipcost.bench.cases.case import Case
 from skipcost.bench.errors import BenchError
-from skipcost.bench.fit import gauge as fit_gauge
-from skipcost.bench.fit.gauge import process_bytes
+from skipcost.bench.fitting import gauge as fit_gauge
+from skipcost.bench.fitting.gauge import process_bytes
 from skipcost.bench.memory.liveness import peak_bytes
 from skipcost.kernels.devices import device_named
 from skipcost.unet_models import ModelSpec
@@ -267,7 +267,7 @@ def test_a_plan_is_costed_and_everything_shown_fits_beside_it() -> None:
 
 def test_a_plan_deeper_than_what_is_searched_widens_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan's own kind of network is among what fits: its depth is searched, too."""
-    monkeypatch.setattr("skipcost.bench.fit.answer.SEARCHED_DEPTH", 3)
+    monkeypatch.setattr("skipcost.bench.fitting.answer.SEARCHED_DEPTH", 3)
     given: dict[str, list[Any]] = {}
 
     def lattice(axes: dict[str, Any], *_: object) -> Any:
@@ -275,7 +275,7 @@ def test_a_plan_deeper_than_what_is_searched_widens_the_search(monkeypatch: pyte
         message = "seen"
         raise BenchError(message)
 
-    monkeypatch.setattr("skipcost.bench.fit.answer.lattice", lattice)
+    monkeypatch.setattr("skipcost.bench.fitting.answer.lattice", lattice)
 
     assert refused("--nnunet", str(PLANS / "architecture.json"), "--device", "cpu") == "seen"
     assert given["depth"] == [1, 2, 3, 4, 5]

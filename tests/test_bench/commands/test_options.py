@@ -13,7 +13,7 @@ from skipcost.bench import cli
 from skipcost.bench.console import settings_of
 from skipcost.bench.errors import BenchError
 from skipcost.bench.kernels.__main__ import main as kernels
-from skipcost.bench.sweep.plan import load_plan
+from skipcost.bench.sweeps.plan import load_plan
 
 LABEL = "unet/d1/w4/concat"
 OPTIONS = {  # command and option -> lowest and highest number that is taken

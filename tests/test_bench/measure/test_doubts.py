@@ -21,7 +21,7 @@ from skipcost.bench.measure import doubts, probe
 from skipcost.bench.measure import run as running
 from skipcost.bench.measure.doubts import DOUBTS, FAR, PASS_S, Machine, Timing, line_of, machine
 from skipcost.bench.measure.timing import Budget, Samples, Use
-from skipcost.bench.sweep.plan import PlannedCase
+from skipcost.bench.sweeps.plan import PlannedCase
 from skipcost.bench.time.passes import passes
 from skipcost.bench.time.roofline import bound
 from skipcost.kernels.devices import FIGURES, Device, device_named

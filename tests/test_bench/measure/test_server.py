@@ -16,7 +16,7 @@ from skipcost.bench.cases.factory import Factory
 from skipcost.bench.cases.record import Result
 from skipcost.bench.measure import server as serving
 from skipcost.bench.measure.server import CLOSED, ENDED, GONE, LATE, SECOND
-from skipcost.bench.sweep.driver import Request, Server
+from skipcost.bench.sweeps.driver import Request, Server
 
 SHORT = {"seconds": 0.02, "noise": 0.1, "least": 3, "warmup_seconds": 0.02}
 HOSTILE = """

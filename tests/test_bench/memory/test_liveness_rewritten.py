@@ -18,8 +18,8 @@ from profiled import profiled
 
 from skipcost.bench.cases.case import CHOICES, Case
 from skipcost.bench.errors import BenchError
-from skipcost.bench.fit.lattice import lattice, read_axes
-from skipcost.bench.fit.search import widest
+from skipcost.bench.fitting.lattice import lattice, read_axes
+from skipcost.bench.fitting.search import widest
 from skipcost.bench.measure.counting import predicted_peaks
 from skipcost.bench.measure.live_bytes import LiveBytes
 from skipcost.bench.measure.metrics import METRICS

@@ -9,8 +9,8 @@ import pytest
 from gpu_cells import CARD, LABELS, assert_ordered, case_of, everything
 
 from skipcost.bench.cases.case import CHOICES, Case
-from skipcost.bench.fit.gauge import predicted_gauge, process_bytes, target_named
-from skipcost.bench.fit.lattice import lattice, read_axes
+from skipcost.bench.fitting.gauge import predicted_gauge, process_bytes, target_named
+from skipcost.bench.fitting.lattice import lattice, read_axes
 from skipcost.bench.measure import here
 from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.measure.timing import Budget

@@ -20,7 +20,7 @@ from skipcost.bench.errors import BenchError
 from skipcost.bench.measure.metrics import MEASURED, METRICS, PREDICTED
 from skipcost.bench.predictions.accuracy import AIM_NETWORKS, NOT_MEASURED, PAIRS, Accuracy, accuracy_of_store
 from skipcost.bench.store.store import create_store, open_store
-from skipcost.bench.sweep.plan import load_plan
+from skipcost.bench.sweeps.plan import load_plan
 from skipcost.unet_models import ModelSpec
 
 CARD = "A pretended GPU"

@@ -10,11 +10,11 @@ from typing import Any
 from skipcost.bench.cases.case import CHOICES
 from skipcost.bench.console import ERR, settings_of
 from skipcost.bench.errors import BenchError
-from skipcost.bench.fit.gauge import Target, live_gauge, measured_gauge, precision_on, predicted_gauge, target_named
-from skipcost.bench.fit.limits import LIMITS, Gauge, Limits
+from skipcost.bench.fitting.gauge import Target, live_gauge, measured_gauge, precision_on, predicted_gauge, target_named
+from skipcost.bench.fitting.limits import LIMITS, Gauge, Limits
 from skipcost.bench.measure.environment import cpus
-from skipcost.bench.sweep.driver import Server
-from skipcost.bench.sweep.plan import make_case
+from skipcost.bench.sweeps.driver import Server
+from skipcost.bench.sweeps.plan import make_case
 from skipcost.bench.units import parse_size
 from skipcost.unet_models.spec import suggest
 

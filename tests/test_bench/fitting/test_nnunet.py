@@ -15,7 +15,7 @@ import pytest
 from places import TESTS
 
 from skipcost.bench.errors import BenchError
-from skipcost.bench.fit.nnunet import CLASSES_UNKNOWN, EQUAL, KEPT, LOSS, POOLED, read_plan
+from skipcost.bench.fitting.nnunet import CLASSES_UNKNOWN, EQUAL, KEPT, LOSS, POOLED, read_plan
 from skipcost.unet_models import ModelSpec
 
 PLANS = TESTS / "nnunet"

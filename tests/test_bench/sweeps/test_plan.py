@@ -13,7 +13,7 @@ from skipcost.bench.cases.case import CHOICES, Case
 from skipcost.bench.errors import SweepError
 from skipcost.bench.measure.metrics import METRICS, default_metrics
 from skipcost.bench.measure.worker import refusal_of
-from skipcost.bench.sweep.plan import Plan, find_sweep, load_plan
+from skipcost.bench.sweeps.plan import Plan, find_sweep, load_plan
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 
 SHIPPED = sorted(path.stem for path in find_sweep("quick").parent.glob("*.toml"))

@@ -22,7 +22,7 @@ from skipcost.bench.errors import BenchError
 from skipcost.bench.measure.worker import refusal_of
 from skipcost.bench.memory import liveness
 from skipcost.bench.memory import on_gpu as gpu_memory
-from skipcost.bench.sweep.plan import make_case
+from skipcost.bench.sweeps.plan import make_case
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec, SkipGraph
 from skipcost.unet_models.spec import CHOICES as SPEC_CHOICES
 from skipcost.unet_models.spec import MAX_CHANNELS, MAX_DEPTH, coerce, suggest

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from skipcost.bench.errors import BenchError
-from skipcost.bench.fit.lattice import AXES, MOST_LINES, SEARCHED_DEPTH, Lattice, lattice, line_through, read_axes
-from skipcost.bench.fit.limits import counted
+from skipcost.bench.fitting.lattice import AXES, MOST_LINES, SEARCHED_DEPTH, Lattice, lattice, line_through, read_axes
+from skipcost.bench.fitting.limits import counted
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 from skipcost.unet_models.spec import CHOICES, MAX_CHANNELS, MAX_DEPTH
 

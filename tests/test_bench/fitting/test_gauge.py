@@ -11,8 +11,8 @@ import pytest
 from skipcost.bench.cases.case import Case
 from skipcost.bench.cases.record import Result
 from skipcost.bench.errors import BenchError, MachineError
-from skipcost.bench.fit import gauge as fit_gauge
-from skipcost.bench.fit.gauge import (
+from skipcost.bench.fitting import gauge as fit_gauge
+from skipcost.bench.fitting.gauge import (
     Stopwatch,
     Target,
     live_gauge,
@@ -23,11 +23,11 @@ from skipcost.bench.fit.gauge import (
     process_bytes,
     target_named,
 )
-from skipcost.bench.fit.limits import LIMITS
+from skipcost.bench.fitting.limits import LIMITS
 from skipcost.bench.memory.liveness import peak_bytes
 from skipcost.bench.memory.workspaces import context
 from skipcost.bench.predictions.calibration import Calibration, HeldOut, Model, setting_of
-from skipcost.bench.sweep.driver import Request
+from skipcost.bench.sweeps.driver import Request
 from skipcost.kernels.devices import device_named, devices
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 

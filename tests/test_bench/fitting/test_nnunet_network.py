@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from skipcost.bench.fit.nnunet_network import Stages, read_stages
+from skipcost.bench.fitting.nnunet_network import Stages, read_stages
 
 HALVES = [[1, 1], [2, 2], [2, 2], [2, 2]]
 CHANGES: dict[str, dict[str, Any]] = {

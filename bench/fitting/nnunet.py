@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from skipcost.bench.errors import BenchError
-from skipcost.bench.fit.nnunet_network import Count, Pair, Stages, read_stages
+from skipcost.bench.fitting.nnunet_network import Count, Pair, Stages, read_stages
 from skipcost.bench.units import MAX_BATCH, MAX_SIDE
 from skipcost.unet_models import ModelSpec
 from skipcost.unet_models.spec import check_integer, suggest

@@ -16,7 +16,7 @@ from functools import lru_cache
 from skipcost.bench.cases.case import Case, usual_values
 from skipcost.bench.cases.record import Result
 from skipcost.bench.errors import BenchError, MachineError
-from skipcost.bench.fit.limits import Gauge, counted
+from skipcost.bench.fitting.limits import Gauge, counted
 from skipcost.bench.measure.environment import cpu_name
 from skipcost.bench.measure.gpu import describe_gpus
 from skipcost.bench.measure.timing import Budget
@@ -24,8 +24,8 @@ from skipcost.bench.memory.liveness import Envelope, envelope, peak_bytes
 from skipcost.bench.memory.on_gpu import predict
 from skipcost.bench.memory.workspaces import Interval, context
 from skipcost.bench.predictions.calibration import Calibration, load_calibration, setting_of
-from skipcost.bench.sweep.driver import Request, Server
-from skipcost.bench.sweep.plan import Limits as CaseLimits
+from skipcost.bench.sweeps.driver import Request, Server
+from skipcost.bench.sweeps.plan import Limits as CaseLimits
 from skipcost.kernels.devices import Device, device_named
 
 LIVE = (

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skipcost.bench.cases.case import Case
-from skipcost.bench.fit.lattice import lattice, read_axes
-from skipcost.bench.fit.limits import LIMITS, Gauge, Limits, counted
-from skipcost.bench.fit.search import Candidate, Found, last_true, ranked, refusal
+from skipcost.bench.fitting.lattice import lattice, read_axes
+from skipcost.bench.fitting.limits import LIMITS, Gauge, Limits, counted
+from skipcost.bench.fitting.search import Candidate, Found, last_true, ranked, refusal
 from skipcost.unet_models import ModelSpec
 
 FIXED = {"device": "cpu", "mode": "training", "size": "64", "precision": "fp32"}

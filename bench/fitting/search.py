@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 
 from skipcost.bench.cases.case import Case
 from skipcost.bench.errors import BenchError
-from skipcost.bench.fit.lattice import Line
-from skipcost.bench.fit.limits import LIMITS, Limits, Order, Standing
+from skipcost.bench.fitting.lattice import Line
+from skipcost.bench.fitting.limits import LIMITS, Limits, Order, Standing
 from skipcost.bench.units import MAX_BATCH
 from skipcost.unet_models import ModelSpec, SkipGraph
 

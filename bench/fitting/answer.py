@@ -17,14 +17,14 @@ from skipcost.bench import figures
 from skipcost.bench.cases.case import SPEC_KEYS, Case
 from skipcost.bench.console import Column, Screen, bold, progress_bar
 from skipcost.bench.errors import BenchError
-from skipcost.bench.fit.lattice import AXES, SEARCHED_DEPTH, lattice, line_through, read_axes
-from skipcost.bench.fit.limits import LIMITS, Limit, Limits, Standing
-from skipcost.bench.fit.nnunet import CLASSES_UNKNOWN, Plan
-from skipcost.bench.fit.question import Question, check_limits
-from skipcost.bench.fit.search import Candidate, Found, ranked, refusal
+from skipcost.bench.fitting.lattice import AXES, SEARCHED_DEPTH, lattice, line_through, read_axes
+from skipcost.bench.fitting.limits import LIMITS, Limit, Limits, Standing
+from skipcost.bench.fitting.nnunet import CLASSES_UNKNOWN, Plan
+from skipcost.bench.fitting.question import Question, check_limits
+from skipcost.bench.fitting.search import Candidate, Found, ranked, refusal
 from skipcost.bench.measure.worker import refusal_of
 from skipcost.bench.store.scores import read_scores
-from skipcost.bench.sweep.plan import make_case
+from skipcost.bench.sweeps.plan import make_case
 from skipcost.unet_models import ModelSpec, SkipGraph
 
 BY_FIELD = "receptive field, then width (the widest network of each variant, skip scheme and depth)"

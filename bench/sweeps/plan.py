@@ -78,7 +78,7 @@ class Plan:
 
 def shipped_sweeps() -> dict[str, Path]:
     """The sweeps that come with the package, by name."""
-    folder = Path(str(files("skipcost.bench") / "sweeps"))
+    folder = Path(str(files("skipcost.bench.sweeps")))
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 

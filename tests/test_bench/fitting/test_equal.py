@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from skipcost.bench.cases.case import Case
-from skipcost.bench.fit.equal import equal_facts, given_case, match
-from skipcost.bench.fit.gauge import live_gauge
-from skipcost.bench.fit.lattice import Line
-from skipcost.bench.fit.limits import LIMITS
+from skipcost.bench.fitting.equal import equal_facts, given_case, match
+from skipcost.bench.fitting.gauge import live_gauge
+from skipcost.bench.fitting.lattice import Line
+from skipcost.bench.fitting.limits import LIMITS
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 
 FIXED: dict[str, Any] = {

@@ -18,7 +18,7 @@ from skipcost.bench.errors import MachineError
 from skipcost.bench.measure.process import PYTHON
 from skipcost.bench.store.store import Store
 from skipcost.bench.store.tables import results_by_case
-from skipcost.bench.sweep.plan import Plan, PlannedCase
+from skipcost.bench.sweeps.plan import Plan, PlannedCase
 
 GRACE_S = 5.0
 

@@ -25,8 +25,8 @@ from skipcost.bench.cases.record import Result
 from skipcost.bench.measure.metrics import default_metrics
 from skipcost.bench.store.store import create_store, open_store
 from skipcost.bench.store.tables import wide_table
-from skipcost.bench.sweep.driver import Request, Server, pending, sweep
-from skipcost.bench.sweep.plan import Plan, load_plan
+from skipcost.bench.sweeps.driver import Request, Server, pending, sweep
+from skipcost.bench.sweeps.plan import Plan, load_plan
 from skipcost.unet_models import ModelSpec
 
 pytestmark = pytest.mark.slow
