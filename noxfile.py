@@ -10,6 +10,9 @@ from __future__ import annotations
 import platform
 import shutil
 import sys
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nox
@@ -36,13 +39,17 @@ PUBLIC_UNETS = (  # what `rewrite` is tried on; each beside torch, none installs
     "seg2link-unet2d==0.2.1",
     "unet-torch==0.0.2",
 )
-ON_THE_WHEEL = (  # what a wheel may lack: modules, tables, templates, the plug-in; not what a kernel computes
-    *("test_project.py", "test_unet_models", "test_reports", "test_bench/*.py"),
-    *(f"test_bench/{room}" for room in ("cases", "store", "sweeps", "fitting", "predictions", "commands")),
-    *("test_bench/kernels/test_tune.py", "test_kernels/*.py", "test_kernels/dispatch"),
-    "test_kernels/verify/test_baseline.py",
+ON_THE_WHEEL = (  # what looks for files, modules, commands or the plug-in; not what they compute, which is no other
+    *("test_project.py", "test_unet_models/test_published.py", "test_unet_models/test_spec.py", "test_reports"),
+    *("test_bench/test_cli*.py", "test_bench/compare/test_b*.py", "test_bench/measure/test_budget.py"),
+    *("test_bench/predictions/test_calibration.py", "test_bench/measure/test_environment.py"),
+    *("test_bench/commands/test_fit.py", "test_bench/commands/test_rewritings.py", "test_bench/sweeps/test_plan.py"),
+    *(f"test_kernels/{each}.py" for each in ("test_backends", "test_devices", "verify/test_baseline")),
+    *("test_kernels/dispatch/test_choose.py", "test_bench/kernels/test_tune.py"),
 )
+OF_THE_REPOSITORY = ("bench/baselines/",)  # tracked in the packages, and of no use without the rest
 PARALLEL = ("-n", "2", "--dist", "loadfile")  # tests take one core; a file's fixtures are made once
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # on two cores, two workers with two threads each would wait for each other
 NARROW = (  # instruction sets that another machine may be without: ATen's own kernels, then oneDNN's
     {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
     {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
@@ -87,6 +94,24 @@ def _matching(session: nox.Session, folder: Path, pattern: str) -> list[Path]:
     return found
 
 
+def _at_once(session: nox.Session, *commands: Sequence[str]) -> None:
+    """Run commands that take one core each beside each other; all of them, also where one fails."""
+    with ThreadPoolExecutor(len(commands)) as pool:
+        for done in [pool.submit(session.run, *command, external=True) for command in commands]:
+            done.result()
+
+
+def _complete(session: nox.Session, wheel: Path) -> None:
+    """Fail where a file of the packages that git knows is not in the wheel, byte for byte."""
+    packages = [each.name for each in (ROOT / "skipcost").iterdir() if each.is_symlink()]
+    listed = str(session.run("git", "ls-files", *packages, silent=True, external=True)).split()
+    with zipfile.ZipFile(wheel) as archive:
+        within = {name.removeprefix("skipcost/"): archive.read(name) for name in archive.namelist()}
+    shipped = [name for name in listed if not name.startswith(OF_THE_REPOSITORY)]
+    if other := [name for name in shipped if within.get(name) != (ROOT / name).read_bytes()]:
+        session.error(f"not in {wheel.name} as they are in the repository: {', '.join(other)}")
+
+
 @nox.session
 def sweep(session: nox.Session) -> None:
     """Run the quick sweep and write its report; `nox -s sweep -- full --device cuda` for another one."""
@@ -118,15 +143,15 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Check types, strictly."""
     _install(session, "lint", "test")
-    session.run(_tool("mypy"), external=True)
-    session.run(_tool("mypy"), *RELAXED, "noxfile.py", "tests", external=True)
+    apart = ("--cache-dir", ".mypy_cache/tests")  # with other settings than the packages, at the same time
+    _at_once(session, [_tool("mypy")], [_tool("mypy"), *RELAXED, *apart, "noxfile.py", "tests"])
 
 
 @nox.session(tags=["check"])
 def tests(session: nox.Session) -> None:
     """Run the tests; arguments go to pytest."""
     _install(session, "test")
-    session.run(_tool("python"), "-m", "pytest", *(session.posargs or PARALLEL), external=True)
+    session.run(_tool("python"), "-m", "pytest", *(session.posargs or PARALLEL), env=ONE_THREAD, external=True)
 
 
 @nox.session(tags=["check"])
@@ -144,7 +169,7 @@ def isa(session: nox.Session) -> None:
     marked = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.numeric" in path.read_text()]
     for narrow in NARROW:
         options = (*PARALLEL, "-m", "numeric", *(session.posargs or map(str, marked)))
-        session.run(_tool("python"), "-m", "pytest", *options, env=narrow, external=True)
+        session.run(_tool("python"), "-m", "pytest", *options, env=narrow | ONE_THREAD, external=True)
 
 
 @nox.session(tags=["check"])
@@ -166,6 +191,7 @@ def package(session: nox.Session) -> None:
     shutil.rmtree(built, ignore_errors=True)
     session.run(_tool("python"), "-m", "build", "--wheel", "--outdir", str(built), str(ROOT), external=True)
     wheel = next(built.glob("*.whl"))
+    _complete(session, wheel)
     tools = nox.project.dependency_groups(GROUPS, "test")
     _pip(session, "kernels", *tools, f"{wheel}[fvcore]", environment=clean)
     again = (_tool("python", clean), "-m", "pip", "install", "-q", "--disable-pip-version-check")
@@ -179,7 +205,7 @@ def package(session: nox.Session) -> None:
         session.run(_tool("python", clean), "-c", beside, external=True)
         chosen = [str(path) for pattern in ON_THE_WHEEL for path in _matching(session, Path("tests"), pattern)]
         options = (*PARALLEL, "-m", "not sources and not slow", *chosen)
-        session.run(_tool("python", clean), "-m", "pytest", *options, external=True)
+        session.run(_tool("python", clean), "-m", "pytest", *options, env=ONE_THREAD, external=True)
 
 
 @nox.session

@@ -44,9 +44,11 @@ __all__ = [
 LAYOUTS = tuple(CANARY_LAYOUTS)
 
 if interpreted() and importlib.util.find_spec("triton"):
+    import brisk
     import faithful
 
     faithful.install()
+    brisk.install()
 
 
 def maps_amid_nan(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +17,7 @@ from skipcost.bench.memory.liveness import Timeline
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 from skipcost.unet_models.spec import CHOICES as SPEC_CHOICES
 
+T = TypeVar("T")
 SIDES = (16, 17, 19, 22, 24)  # odd ones are cropped
 
 
@@ -65,6 +67,18 @@ def pairs(case: Case) -> set[frozenset[tuple[str, Any]]]:
     flat = case.flat()
     names = [*CHOICES, *SPEC_CHOICES, "bias"]
     return {frozenset(pair) for pair in combinations([(name, flat[name]) for name in names if name != "backend"], 2)}
+
+
+def covering(cases: Iterable[T], met_by: Callable[[T], set[Any]], times: int = 1) -> list[T]:
+    """Return the cases that meet something, a pair of values for example, that fewer than `times` before them meet."""
+    seen: Counter[Any] = Counter()
+    chosen = []
+    for case in cases:
+        met = met_by(case)
+        if any(seen[each] < times for each in met):
+            seen.update(met)
+            chosen.append(case)
+    return chosen
 
 
 def turns(changes: Iterable[int]) -> list[int]:

@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ COMMANDS = (
     "kernels",
     "doctor",
 )
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def run(*words: str) -> str:
@@ -52,8 +54,26 @@ def run(*words: str) -> str:
 
 
 def outside(*words: str) -> subprocess.CompletedProcess[str]:
-    """Run a command as a user does."""
+    """Run a command as a user does; a process of its own takes seconds."""
     return subprocess.run([sys.executable, "-m", "skipcost.bench", *words], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def run_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process as its script does, until it ends with an exit code.
+
+    Two have a process of their own: they run a package as a program, of which pytest's import hook has no code.
+    """
+
+    def run_script(*words: str) -> subprocess.CompletedProcess[str]:
+        if words[0] in ("kernels", "report"):
+            return outside(*words)
+        monkeypatch.setattr("sys.argv", ["skipcost", *words])
+        with pytest.raises(SystemExit) as exit_code:
+            cli.main()
+        return subprocess.CompletedProcess(words, exit_code.value.code or 0, *capsys.readouterr())
+
+    return run_script
 
 
 @pytest.fixture
@@ -83,9 +103,9 @@ def test_the_listed_commands_are_those_there_are() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(command: str) -> None:
+def test_every_command_has_help(command: str, run_script: Run) -> None:
     """`--help` explains each command without doing anything."""
-    done = outside(command, "--help")
+    done = run_script(command, "--help")
 
     assert done.returncode == 0
     assert "Usage" in done.stdout
@@ -108,9 +128,9 @@ def test_every_command_has_help(command: str) -> None:
         (("report", "missing.sqlite"), "there is no store at missing.sqlite"),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_code_2(words: tuple[str, ...], message: str) -> None:
+def test_bad_input_is_one_sentence_and_exit_code_2(words: tuple[str, ...], message: str, run_script: Run) -> None:
     """A mistake gets one line on stderr that says what and what instead; nothing on stdout, no traceback."""
-    done = outside(*words)
+    done = run_script(*words)
 
     assert done.returncode == 2
     assert message in done.stderr
@@ -119,11 +139,11 @@ def test_bad_input_is_one_sentence_and_exit_code_2(words: tuple[str, ...], messa
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_an_unwritable_store_is_refused_before_anything_runs(tmp_path: Path) -> None:
+def test_an_unwritable_store_is_refused_before_anything_runs(tmp_path: Path, run_script: Run) -> None:
     """A file in the place of the store's folder is named, and kept."""
     (tmp_path / "results").write_text("mine")
 
-    done = outside("sweep", "ci", "-o", str(tmp_path / "results" / "x.sqlite"))
+    done = run_script("sweep", "ci", "-o", str(tmp_path / "results" / "x.sqlite"))
 
     assert done.returncode == 2
     assert "cannot make the folder" in done.stderr
@@ -228,10 +248,10 @@ def test_show_writes_every_column_as_csv_and_json(store: Path) -> None:
     assert {row["latency_s"] for row in rows} == {None, 0.002}
 
 
-def test_show_filters_by_an_expression(store: Path) -> None:
+def test_show_filters_by_an_expression(store: Path, run_script: Run) -> None:
     """`--where` keeps the rows for which the expression holds; a bad one names the columns."""
     kept = run("show", str(store), "--where", "width > 8 and variant == 'unet'")
-    bad = outside("show", str(store), "--where", "breadth > 8")
+    bad = run_script("show", str(store), "--where", "breadth > 8")
 
     assert "unet/d4/w16/concat" in kept
     assert "unet/d4/w8/concat" not in kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import islice
 
 import pytest
-from live_cells import Followed, cells, changes, pairs, turns
+from live_cells import Followed, cells, changes, covering, pairs, turns
 
 from skipcost.bench.cases.case import CHOICES, Case
 from skipcost.bench.measure.counting import predicted_peaks
@@ -15,7 +15,7 @@ from skipcost.bench.memory.liveness import peak_bytes, peaks_of, timeline
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CELLS = list(islice(cells(0), 320))
+CELLS = covering(islice(cells(0), 320), pairs, times=2)  # every pair of values twice, where it occurs twice
 
 
 def _traced(case: Case) -> tuple[tuple[int, int], list[int]]:

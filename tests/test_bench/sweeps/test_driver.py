@@ -50,11 +50,11 @@ def ask(
 
 
 def small_plan(tmp_path: Path) -> Plan:
-    """Plan six cases that take a moment each."""
+    """Plan six cases that take a moment each; their layers, since a latency would wait for a probe of the CPU."""
     path = tmp_path / "small.toml"
     path.write_text(
         "[timing]\nseconds=0.02\nnoise=0.1\nleast=3\nwarmup_seconds=0.02\n"
-        '[[grid]]\ndepth=[1, 2]\nwidth=[4, 6, 8]\nsize=16\nmetrics=["params", "conv_macs", "latency_s"]\n'
+        '[[grid]]\ndepth=[1, 2]\nwidth=[4, 6, 8]\nsize=16\nmetrics=["params", "conv_macs", "layers_s"]\n'
     )
     return load_plan(str(path), {}, "cpu", 1)
 

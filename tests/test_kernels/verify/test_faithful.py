@@ -1,4 +1,4 @@
-"""The interpreter computes as a GPU does, refuses a triton it does not know, and no check goes missing unnoticed.
+"""The interpreter computes as a GPU does, and quicker; a triton it does not know is refused, a missing check is seen.
 
 The `check_*` functions run in Triton's interpreter, see `kernel_checks.py`. By hand, with the usual options of pytest:
 
@@ -24,8 +24,10 @@ if importlib.util.find_spec("triton") is None:
         "triton is not installed, so there is no interpreter: pip install 'skipcost[gpu]'", allow_module_level=True
     )
 
+import brisk
 import faithful
 import triton
+import triton.language as tl
 from faithful import REPLACEMENTS, UnfaithfulError, install, self_test
 from triton.runtime import interpreter
 
@@ -192,6 +194,43 @@ def check_a_failed_self_test_leaves_triton_as_it_was(
         install()
 
     assert {name: getattr(BUILDER, name) for name in REPLACEMENTS} == stock
+
+
+@triton.jit
+def _sum_and_largest(x, y, result, size: tl.constexpr) -> None:  # noqa: ANN001 - Triton reads annotations as types
+    """Store x + y [size] as result [0:size], and then their largest, which a kernel of the language finds."""
+    i = tl.arange(0, size)
+    total = tl.load(x + i) + tl.load(y + i)
+    tl.store(result + i, total)
+    tl.store(result + size, tl.max(total, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint8, torch.float32, torch.bfloat16], ids=str)
+def check_what_is_quicker_gives_what_it_gave(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums beyond a type wrap without a word, in the interpreter as it comes too; and a kernel may call another."""
+    limit = torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
+    x, y = torch.full((4,), limit, dtype=dtype), torch.arange(4).to(dtype)
+    quicker, as_it_comes = torch.zeros(2, 5, dtype=dtype)
+    _sum_and_largest[(1,)](x, y, quicker, size=4)
+    for name in ("_get_np_dtype", "_patch_lang"):
+        monkeypatch.setattr(interpreter, name, getattr(interpreter, name).__wrapped__)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", interpreter.InterpreterOptions())
+
+    _sum_and_largest[(1,)](x, y, as_it_comes, size=4)
+
+    assert torch.equal(quicker, as_it_comes)
+    assert torch.equal(quicker[:4], x + y)
+    assert tl.core.is_builtin(tl.load)  # after a launch the language is triton's own
+
+
+def check_being_quicker_is_taken_up_once() -> None:
+    """A second call changes nothing, and what is not done is the sum whose verdict nobody hears."""
+    before = interpreter._get_np_dtype, interpreter._patch_lang
+
+    brisk.install()
+
+    assert (interpreter._get_np_dtype, interpreter._patch_lang) == before
+    assert not interpreter.interpreter_builder.options.sanitize_overflow
 
 
 def test_without_the_interpreter_nothing_is_replaced() -> None:
