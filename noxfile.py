@@ -132,11 +132,12 @@ def report(session: nox.Session) -> None:
 
 @nox.session(tags=["check"])
 def lint(session: nox.Session) -> None:
-    """Check style, formatting and the direction of imports."""
+    """Check style, formatting, the direction of imports, and that docs/tour.md draws what there is."""
     _install(session, "lint")
     session.run(_tool("ruff"), "check", ".", external=True)
     session.run(_tool("ruff"), "format", "--check", ".", external=True)
     session.run(_tool("lint-imports"), env={"PYTHONPATH": str(ROOT)}, external=True)
+    session.run(sys.executable, "docs/rooms.py", "--check", external=True)
 
 
 @nox.session(tags=["check"])
@@ -206,6 +207,12 @@ def package(session: nox.Session) -> None:
         chosen = [str(path) for pattern in ON_THE_WHEEL for path in _matching(session, Path("tests"), pattern)]
         options = (*PARALLEL, "-m", "not sources and not slow", *chosen)
         session.run(_tool("python", clean), "-m", "pytest", *options, env=ONE_THREAD, external=True)
+
+
+@nox.session
+def tour(session: nox.Session) -> None:
+    """Draw the rooms into docs/tour.md anew, from the imports of the code."""
+    session.run(sys.executable, "docs/rooms.py", *session.posargs, external=True)
 
 
 @nox.session

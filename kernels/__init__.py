@@ -35,3 +35,8 @@ def __getattr__(name: str) -> Any:
     import importlib  # noqa: PLC0415 - only on the lazy path
 
     return getattr(importlib.import_module(f"{__name__}.{_NEED_TORCH[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """Name what there is."""
+    return sorted(__all__)

@@ -64,8 +64,15 @@ def _datatables() -> str:
     return base64.b64encode(packed).decode("ascii")
 
 
-def write_report(store: Path, output: Path, scores: Path | None = None, verdicts: Sequence[Path] = ()) -> int:
-    """Write the report of a store and return its size in bytes; what was at `output` stays until it is complete."""
+def write_report(
+    store: str | Path, output: str | Path, scores: Path | None = None, verdicts: Sequence[Path] = ()
+) -> int:
+    """Write the report of a store and return its size in bytes; what was at `output` stays until it is complete.
+
+    scores: a CSV of label, score and optionally seed. verdicts: files that `gate` or `ab` wrote with `--verdicts`.
+    BenchError in one sentence where one of them cannot be read, or `output` must not be written.
+    """
+    store, output = Path(store), Path(output)
     taken = [store, *([scores] if scores else []), *verdicts]
     check_outputs({"-o": output}, taken)  # rendering takes seconds
     data = load(store, scores, verdicts)
