@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from skipcost.kernels.compilers import constant
 from skipcost.kernels.composed_up_conv import composed, composed_up_conv
 from skipcost.kernels.precision import tf32_allowed
 from skipcost.kernels.prepack import affine, why_not_fold
@@ -141,7 +142,7 @@ class RewrittenOps:
         return taken
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # sizes are constants to a compiler here
+@constant  # sizes are constants to a compiler here
 def _taken(*call: Any) -> bool:
     return _counted(*call)
 
