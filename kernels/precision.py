@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skipcost.kernels.compilers import constant
+
 CUDNN: Any = torch.backends.cudnn
 MATMUL: Any = torch.backends.cuda.matmul
 SETTINGS = ((CUDNN, (CUDNN.conv, CUDNN.rnn)), (MATMUL, (MATMUL,)))  # who has the older name, who the newer
@@ -36,7 +38,7 @@ def tf32_allowed() -> bool:
     return bool(_convolutions_round())
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def _older_name_tells() -> bool:
     try:
         CUDNN.allow_tf32  # noqa: B018 - raises where it cannot say what the newer name was set to
@@ -45,7 +47,7 @@ def _older_name_tells() -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def _convolutions_round() -> bool:
     return bool(CUDNN.conv.fp32_precision == "tf32")
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
+from skipcost.kernels.compilers import constant
 from skipcost.kernels.dispatch.low_resolution import choose
 from skipcost.kernels.low_resolution.tap_first import DTYPES, axes, tap_first
 from skipcost.kernels.precision import computing_type, tf32_allowed
@@ -160,7 +161,7 @@ def whole_factor(size: Any, scale: Any, small: tuple[int, int] | None = None) ->
     return int(factors[0]) if same and factors[0] > 1 else None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def _exact(factor: int) -> bool:
     """Whether PyTorch's fp32 arithmetic finds the nearest pixel of every row up to 16,384, as whole numbers would."""
     return _rows_are_exact(factor)
@@ -298,7 +299,7 @@ def _numbers(sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(len(range(each)) for each in sizes)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # sizes are constants to a compiler here
+@constant  # sizes are constants to a compiler here
 def _chosen(*call: Any) -> bool:
     return _counted(*call)
 

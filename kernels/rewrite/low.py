@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from skipcost.kernels.compilers import constant
 from skipcost.kernels.dispatch.low_resolution import choose, choose_composed, folds
 from skipcost.kernels.low_resolution.composed import composed, composed_up_conv
 from skipcost.kernels.low_resolution.tap_first import axes, seen_of, split_concat, tap_first
@@ -140,7 +141,7 @@ class RewrittenOps:
         return taken
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # sizes are constants to a compiler here
+@constant  # sizes are constants to a compiler here
 def _taken(*call: Any) -> bool:
     return _counted(*call)
 

@@ -196,8 +196,8 @@ def check_a_failed_self_test_leaves_triton_as_it_was(
     assert {name: getattr(BUILDER, name) for name in REPLACEMENTS} == stock
 
 
-@triton.jit
-def _sum_and_largest(x, y, result, size: tl.constexpr) -> None:  # noqa: ANN001 - Triton reads annotations as types
+@triton.jit  # type: ignore[untyped-decorator]
+def _sum_and_largest(x, y, result, size: tl.constexpr) -> None:  # type: ignore[no-untyped-def] # noqa: ANN001 - of Triton
     """Store x + y [size] as result [0:size], and then their largest, which a kernel of the language finds."""
     i = tl.arange(0, size)
     total = tl.load(x + i) + tl.load(y + i)
