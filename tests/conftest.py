@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
+from interpreter import pytest_runtest_logreport, pytest_runtest_protocol  # noqa: F401 - hooks of pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    import kernel_checks  # noqa: F401 - makes the interpreter compute as a GPU does, or fails
 
 # A shared machine may stall any example for seconds: an example has no deadline, the whole run has CI's.
 settings.register_profile("suite", deadline=None)

@@ -18,7 +18,7 @@ APART = {  # tests of several modules, or of none
     "test_bench/kernels/test_commands.py": "`skipcost kernels` as a whole",
     "test_bench/kernels/test_commands_interpreted.py": "the same on kernels that are interpreted",
     "test_bench/memory/test_forms.py": "forms of backend=rewritten through all of the room",
-    "test_kernels/verify/test_faithful.py": "tests' own interpreter",
+    "test_kernels/verify/test_faithful_interpreted.py": "tests' own interpreter",
     "test_kernels/verify/test_mutants.py": "tests' own faults",
     "test_unet_models/test_counting.py": "fvcore and torch against arithmetic",
     "test_unet_models/test_published.py": "counts of published networks",

@@ -1,24 +1,14 @@
-"""What the interpreter checks of all kernels share: maps amid canaries, comparison by bits, and a pytest to run them.
+"""What tests of all kernels share: maps amid canaries, comparison by bits, data that tells summands apart.
 
-Whether Triton interprets is decided when it is first imported, for the whole process. The tests of a suite share one
-process, and other tests need the compiler; so the functions named `check_*` of a test file run in a second pytest with
-TRITON_INTERPRET=1, and a test in the first reports what they say. Importing this there makes the interpreter compute as
-a GPU does, see `faithful.py`, or fails: every check file imports it, whoever runs it.
+Importing this where Triton interprets makes the interpreter compute as a GPU does, see `faithful.py`, or fails.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
-import os
-import subprocess
-import sys
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from xml.etree import ElementTree as ET
+from collections.abc import Sequence
 
-import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -38,7 +28,6 @@ __all__ = [
     "kept_in_16_bits",
     "map_sizes",
     "maps_amid_nan",
-    "run_checks",
 ]
 
 LAYOUTS = tuple(CANARY_LAYOUTS)
@@ -106,30 +95,3 @@ def kept_in_16_bits(dtype: torch.dtype, parts: int) -> int:
     gradient of the weight image by image, that of the map tap by tap (unfold's adjoint). Roundings beside the last.
     """
     return parts - 1 if dtype.itemsize == 2 else 0
-
-
-def run_checks(file: Path, folder: Path) -> dict[str, list[str]]:
-    """Run the checks of `file` in the interpreter; per check, what each of its cases complains about, "" for nothing.
-
-    A case that was skipped complains, and so does a check of which no case ran. folder: for the second pytest's report.
-    """
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed, so its interpreter did not run: pip install 'skipcost[gpu]'")
-    report = folder / "report.xml"
-    options = ["-q", "-o", "python_functions=check_*", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    command = [sys.executable, "-m", "pytest", *options, str(file)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode not in (0, 1) or not report.exists():  # 1: checks failed; a stray write can end the process
-        pytest.fail(
-            f"the interpreter's pytest ended with {done.returncode}\n{done.stdout}\n{done.stderr}", pytrace=False
-        )
-    found: dict[str, list[str]] = defaultdict(lambda: ["no case of this check ran in the interpreter's pytest"])
-    for case in ET.parse(report).iter("testcase"):  # noqa: S314 - written by the pytest above
-        name = case.attrib["name"].partition("[")[0]
-        found[name] = [*found.get(name, []), *_complaints(case)]
-    return found
-
-
-def _complaints(case: ET.Element) -> Iterator[str]:
-    yield "\n".join(f"{case.attrib['name']}: {child.tag}\n{child.text}" for child in case if child.tag != "properties")

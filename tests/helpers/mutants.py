@@ -93,8 +93,6 @@ def try_out(told: Sequence[str], mutant: Mutant | None) -> Outcome:
             "-q",
             "-W",
             "ignore::pytest.PytestAssertRewriteWarning",
-            "-o",
-            "python_functions=check_*",
             "-p",
             "no:cacheprovider",
             "--tb=short",
@@ -113,7 +111,7 @@ def try_out(told: Sequence[str], mutant: Mutant | None) -> Outcome:
         return Outcome("survived", re.findall(r"\d+ passed", done.stdout)[-1], seconds)
     if done.returncode < 0:
         return Outcome("killed", f"the process died of signal {-done.returncode}", seconds)
-    found = re.search(r"^FAILED \S+::(check_.+)$", done.stdout, re.MULTILINE)
+    found = re.search(r"^FAILED \S+::(test_.+)$", done.stdout, re.MULTILINE)
     if done.returncode != FAILED or found is None:
         return Outcome("broken", f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}", seconds)
     return Outcome("killed", found[1], seconds)

@@ -1,8 +1,8 @@
 """`skipcost kernels check` and `tune` on our kernels, run by Triton's interpreter.
 
-The checks in this file run in a pytest of their own, see `kernel_checks.py`. By hand:
+They run in a second pytest, see `helpers/interpreter.py`. To run them in one process:
 
-    TRITON_INTERPRET=1 pytest -o python_functions='check_*' tests/test_bench/kernels/test_commands_interpreted.py
+    TRITON_INTERPRET=1 pytest tests/test_bench/kernels/test_commands_interpreted.py
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import run_checks
 
 from skipcost.bench.kernels import check, tune
 from skipcost.bench.kernels.__main__ import main
@@ -45,7 +44,7 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "DATA", ("positive",))
 
 
-def check_every_op_passes_in_every_form(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_op_passes_in_every_form(capsys: pytest.CaptureFixture[str]) -> None:
     """The command as a user runs it: nothing fails, and each of our implementations has run."""
     code = main(["check", "--device", "cpu", "--networks", f"{NETWORK},unet3+/d1/w2/concat@6", "--json"])
 
@@ -58,7 +57,7 @@ def check_every_op_passes_in_every_form(capsys: pytest.CaptureFixture[str]) -> N
     assert "fp32 only" in heard.err
 
 
-def check_a_wrong_kernel_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_kernel_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A kernel whose channels are rolled by one: exit code 1, and the line says which."""
     honest = conv_bn_relu.launches
 
@@ -76,7 +75,7 @@ def check_a_wrong_kernel_fails_the_command(monkeypatch: pytest.MonkeyPatch, caps
     assert "failed: conv_bn_relu_pool reference" not in out
 
 
-def check_tuning_writes_a_tile_for_each_shape_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_writes_a_tile_for_each_shape_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two candidates of each form; the second run finds everything in the journal and writes the same file."""
     monkeypatch.setattr(tune, "PRECISIONS", ("fp16",))
     monkeypatch.setattr(tune, "BATCHES", ((1, "inference"),))
@@ -96,7 +95,7 @@ def check_tuning_writes_a_tile_for_each_shape_and_goes_on(monkeypatch: pytest.Mo
     assert (Path("tuned.json").read_text(), Path("rows.jsonl").read_text()) == (tuned, rows)
 
 
-def check_a_wrong_tile_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_tile_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its row says why, and another tile wins however slow it is."""
     fast = CANDIDATES["pointer"][1]
     honest = table.KERNELS["up_conv"]
@@ -119,19 +118,3 @@ def check_a_wrong_tile_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {Tile(**row["tile"]) for row in wrong} == {fast}
     assert all(not row["seconds"] for row in wrong)
     assert all(Tile(**row["tile"]) != fast for row in json.loads(Path("t.json").read_text())["rows"])
-
-
-@pytest.fixture(scope="module")
-def complaints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What the checks of this file complain about, by check."""
-    return run_checks(Path(__file__), tmp_path_factory.mktemp("interpreter"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in globals() if name.startswith("check_")])
-def test_in_the_interpreter(name: str, complaints: dict[str, list[str]]) -> None:
-    """The check ran, and did not fail."""
-    texts = complaints[name]
-
-    if any(texts):
-        pytest.fail("\n\n".join(filter(None, texts)), pytrace=False)

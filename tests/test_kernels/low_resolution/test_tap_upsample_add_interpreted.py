@@ -1,23 +1,20 @@
 """`tap_upsample_add` in Triton's interpreter, which runs the kernel on CPU tensors without a GPU.
 
-The checks in this file run in a pytest of their own, see `kernel_checks.py`, and the test at the end reports each by
-its name. By hand, with the usual options of pytest:
+They run in a second pytest, see `helpers/interpreter.py`. To run them in one process:
 
-    TRITON_INTERPRET=1 pytest -o python_functions='check_*' \
-        tests/test_kernels/low_resolution/test_tap_upsample_add_interpreted.py
+    TRITON_INTERPRET=1 pytest tests/test_kernels/low_resolution/test_tap_upsample_add_interpreted.py
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from kernel_checks import LAYOUTS, amid, far_apart, run_checks
+from kernel_checks import LAYOUTS, amid, far_apart
 from torch import Tensor
 
 from skipcost.kernels.low_resolution import tap_upsample_add as module
@@ -141,14 +138,14 @@ def _assert_right(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", EDGES)
-def check_edges_of_tiles_and_maps(name: str) -> None:
+def test_edges_of_tiles_and_maps(name: str) -> None:
     """Ragged tiles, several of them, crops, slices: all of the result is within the bound, its neighbours untouched."""
     _assert_right(EDGES[name])
 
 
 @settings(max_examples=20)
 @given(cases())
-def check_any_call_is_within_the_bound(case: Case) -> None:
+def test_any_call_is_within_the_bound(case: Case) -> None:
     """Of any size, factor, crop, kernel and type, in any strides: the same."""
     _assert_right(case)
 
@@ -161,7 +158,7 @@ def _taps(inputs: tuple[Tensor, Tensor, Tensor | None]) -> Tensor:
 
 @pytest.mark.parametrize("factor", [1, 2, 3, 8])
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def check_nothing_beside_the_tap_maps_is_read(way: tuple[str, bool], factor: int) -> None:
+def test_nothing_beside_the_tap_maps_is_read(way: tuple[str, bool], factor: int) -> None:
     """NaN before the first and behind the last of them reach no pixel, with rows and columns of taps on every side."""
     case = replace(EDGE, way=way, factor=factor, size=(2, 3, 4, 3), outputs=5, padding=2, dtype=torch.float32)
     inputs, (out, held) = case.inputs(), case.target()
@@ -172,7 +169,7 @@ def check_nothing_beside_the_tap_maps_is_read(way: tuple[str, bool], factor: int
 
 
 @pytest.mark.parametrize("factor", [2, 3])
-def check_rows_that_are_not_there_are_not_read(factor: int) -> None:
+def test_rows_that_are_not_there_are_not_read(factor: int) -> None:
     """Parts of the rows beside NaN: at odd factors the second row of a mean may have no weight, and lie outside."""
     case = replace(EDGE, size=(1, 3, 5, 4), outputs=3, dtype=torch.float32, factor=factor)
     inputs, (whole, held) = case.inputs(), case.target()
@@ -200,7 +197,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
 
 
 @pytest.mark.parametrize(("tap_bytes", "count"), [(2**28, 1), (6 * 4 * 27 * 4 * 2, 2), (4 * 4 * 27 * 4, 12)])
-def check_tap_maps_are_made_in_parts(
+def test_tap_maps_are_made_in_parts(
     tap_bytes: int, count: int, launched: list[Launch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whole images, or parts of one's rows, as many as have room: the result is the same."""
@@ -217,7 +214,7 @@ def check_tap_maps_are_made_in_parts(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def check_deep_sums_are_within_the_bound(dtype: torch.dtype) -> None:
+def test_deep_sums_are_within_the_bound(dtype: torch.dtype) -> None:
     """600 channels of one sign, as at the bottom of UNet 3+: tap maps in 16 bits would be far off."""
     case = replace(EDGE, size=(1, 600, 3, 3), outputs=8, factor=4, dtype=dtype, data="positive")
     inputs, (out, held) = case.inputs(), case.target()
@@ -228,7 +225,7 @@ def check_deep_sums_are_within_the_bound(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def check_a_sum_is_rounded_once(dtype: torch.dtype) -> None:
+def test_a_sum_is_rounded_once(dtype: torch.dtype) -> None:
     """What is added to is the result's own negative: only what is left of it may be rounded."""
     case = replace(EDGE, size=(1, 16, 3, 3), outputs=16, dtype=dtype, add=True)
     inputs = case.inputs()
@@ -240,7 +237,7 @@ def check_a_sum_is_rounded_once(dtype: torch.dtype) -> None:
     assert case.error(out, inputs, held.double()) <= 1
 
 
-def check_the_op_runs_the_kernel_and_has_gradients(launched: list[Launch]) -> None:
+def test_the_op_runs_the_kernel_and_has_gradients(launched: list[Launch]) -> None:
     """Values and gradients of `tap_first` are the blocks' within rounding; the layout is the map's."""
     case = replace(EDGE, size=(2, 3, 4, 5), outputs=4, dtype=torch.float32)
     leaves = [torch.randn(each.shape).requires_grad_() for each in case.inputs() if each is not None]
@@ -259,7 +256,7 @@ def check_the_op_runs_the_kernel_and_has_gradients(launched: list[Launch]) -> No
         torch.testing.assert_close(actual.double(), wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
 
 
-def check_a_bias_may_have_gaps() -> None:
+def test_a_bias_may_have_gaps() -> None:
     """Every other number of a vector, as a column of a matrix is."""
     case = replace(EDGE, size=(1, 3, 2, 3), outputs=5, dtype=torch.float32)
     (x, weight, bias), (out, held) = case.inputs(), case.target()
@@ -271,7 +268,7 @@ def check_a_bias_may_have_gaps() -> None:
     assert case.error(out, (x, weight, bias), held) <= 1
 
 
-def check_double_precision_is_double() -> None:
+def test_double_precision_is_double() -> None:
     """Maps of fp64 are summed in fp64, copied rows and means alike: gradients can be checked by differences."""
     for way in (WAYS[0], WAYS[2]):
         case = replace(EDGE, size=(1, 3, 4, 5), outputs=4, dtype=torch.float64, way=way)
@@ -284,7 +281,7 @@ def check_double_precision_is_double() -> None:
 
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def check_into_leaves_the_other_channels(dtype: torch.dtype, add: bool, launched: list[Launch]) -> None:  # noqa: FBT001
+def test_into_leaves_the_other_channels(dtype: torch.dtype, add: bool, launched: list[Launch]) -> None:  # noqa: FBT001
     """The op that fills a buffer writes its channels in one launch, and nothing of the others."""
     case = replace(EDGE, size=(2, 6, 3, 4), outputs=5, dtype=dtype)
     inputs = case.inputs()
@@ -298,7 +295,7 @@ def check_into_leaves_the_other_channels(dtype: torch.dtype, add: bool, launched
     assert torch.equal(buffer[:, [0, 1, 2, 8]], torch.full_like(buffer[:, :4], 7.0))
 
 
-def check_an_empty_batch_launches_nothing(launched: list[Launch]) -> None:
+def test_an_empty_batch_launches_nothing(launched: list[Launch]) -> None:
     """No image, no launch."""
     case = replace(EDGE, size=(0, 3, 2, 3), dtype=torch.float32)
     x, weight, bias = case.inputs()
@@ -310,7 +307,7 @@ def check_an_empty_batch_launches_nothing(launched: list[Launch]) -> None:
 
 
 @pytest.mark.parametrize("axis", [0, 2, 3])
-def check_offsets_beyond_31_bits_in_the_result(axis: int) -> None:
+def test_offsets_beyond_31_bits_in_the_result(axis: int) -> None:
     """Images, rows or columns that lie so far apart that only a product of 64 bits finds the last of them."""
     case = replace(EDGE, size=(3, 2, 2, 2), outputs=3)
     inputs, held = case.inputs(), torch.zeros(3, 3, 4, 4, dtype=torch.float64)
@@ -321,7 +318,7 @@ def check_offsets_beyond_31_bits_in_the_result(axis: int) -> None:
     assert case.error(out, inputs, held) <= 1
 
 
-def check_offsets_beyond_31_bits_in_the_tap_maps() -> None:
+def test_offsets_beyond_31_bits_in_the_tap_maps() -> None:
     """The last row of a map whose tap maps are that many; memory is asked for, not touched, but for that row."""
     case = replace(EDGE, size=(1, 1, 3700, 2), outputs=2**15, bias=False)
     rows, columns = case.axes()
@@ -343,7 +340,7 @@ def check_offsets_beyond_31_bits_in_the_tap_maps() -> None:
     torch.testing.assert_close(out[0, 0, 0].double(), expected, rtol=1e-6, atol=1e-5)
 
 
-def check_the_op_that_writes_is_sound() -> None:
+def test_the_op_that_writes_is_sound() -> None:
     """What it says of itself, its fake implementation and its mutation are PyTorch's to check."""
     case = replace(EDGE, size=(1, 3, 2, 3), outputs=4, dtype=torch.float32)
     buffer = torch.zeros(1, 6, 4, 6)
@@ -352,18 +349,3 @@ def check_the_op_that_writes_is_sound() -> None:
         torch.ops.skipcost.tap_first_into.default,
         (*case.inputs(), buffer, 1, True, 2, "bilinear", False, 1, [0, 0, 4, 6]),
     )
-
-
-@pytest.fixture(scope="module")
-def complaints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What the checks of this file complain about, by check."""
-    return run_checks(Path(__file__), tmp_path_factory.mktemp("interpreter"))
-
-
-@pytest.mark.parametrize("check", [name for name in globals() if name.startswith("check_")])
-def test_in_the_interpreter(check: str, complaints: dict[str, list[str]]) -> None:
-    """The check ran with all its cases, none was skipped, none failed."""
-    texts = complaints[check]
-
-    if any(texts):
-        pytest.fail("\n\n".join(filter(None, texts)), pytrace=False)

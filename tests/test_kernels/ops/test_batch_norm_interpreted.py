@@ -1,20 +1,18 @@
 """The kernels of batch norm in Triton's interpreter: statistics, normalisation, gradients, each launch on its own.
 
-The checks in this file run in a pytest of their own, see `kernel_checks.py`, and the test at the end reports each by
-its name. By hand, with the usual options of pytest:
+They run in a second pytest, see `helpers/interpreter.py`. To run them in one process:
 
-    TRITON_INTERPRET=1 pytest -o python_functions='check_*' tests/test_kernels/ops/test_batch_norm_interpreted.py
+    TRITON_INTERPRET=1 pytest tests/test_kernels/ops/test_batch_norm_interpreted.py
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
-from kernel_checks import far_apart, run_checks
+from kernel_checks import far_apart
 from torch import Tensor
 
 from skipcost.kernels.ops import batch_norm as module
@@ -99,7 +97,7 @@ def ratio(actual: Tensor, exact: validate.Exact) -> float:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def check_statistics_are_those_of_what_is_stored(shape: Shape, dtype: torch.dtype) -> None:
+def test_statistics_are_those_of_what_is_stored(shape: Shape, dtype: torch.dtype) -> None:
     """Mean to 4 sqrt(M) units of mean |y|, variance to 2e-6 of itself, and both within the oracle's bounds."""
     y = make_map(shape, dtype)
 
@@ -114,7 +112,7 @@ def check_statistics_are_those_of_what_is_stored(shape: Shape, dtype: torch.dtyp
     torch.testing.assert_close(variance.double(), stored.var((0, 2, 3), correction=0), rtol=2e-6, atol=0)
 
 
-def check_a_large_mean_does_not_blur_the_variance() -> None:
+def test_a_large_mean_does_not_blur_the_variance() -> None:
     """Values of 1000 +- 1: the difference of their mean square and squared mean is off by 1 % and more; not here."""
     values = torch.randn(4, 16, 40, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1000
     y = values.float().contiguous(memory_format=torch.channels_last)
@@ -130,7 +128,7 @@ def check_a_large_mean_does_not_blur_the_variance() -> None:
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 3, 9])
-def check_tiles_of_any_size_are_combined(tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_of_any_size_are_combined(tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each tile says how many pixels it has, none included, as a convolution's tiles at the edge of a map have."""
     monkeypatch.setattr(module, "GROUP", 2)  # 9 tiles: trees of depth 4, of which branches are missing
     generator = torch.Generator().manual_seed(tiles)
@@ -151,7 +149,7 @@ def check_tiles_of_any_size_are_combined(tiles: int, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
-def check_statistics_of_what_is_no_number(special: float) -> None:
+def test_statistics_of_what_is_no_number(special: float) -> None:
     """One such value spoils the statistics of its channel and of no other, wherever it is."""
     y = torch.randn(2, 5, 20, 20).contiguous(memory_format=torch.channels_last)
     y[0, 3, 0, 0] = y[1, 1, 19, 19] = special  # in the first tile, from which the means of the others are counted
@@ -165,7 +163,7 @@ def check_statistics_of_what_is_no_number(special: float) -> None:
 @pytest.mark.parametrize("layout", CHANNELS_ADJACENT)
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def check_a_map_is_normalised_into_any_place(
+def test_a_map_is_normalised_into_any_place(
     shape: Shape, dtype: torch.dtype, relu: bool, layout: str  # noqa: FBT001 - parameters of the check
 ) -> None:  # fmt: skip
     """The result may be a slice of a wider map's channels, or a window: all of it is written, and nothing else."""
@@ -182,7 +180,7 @@ def check_a_map_is_normalised_into_any_place(
 
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def check_gradients_meet_their_bounds(shape: Shape, dtype: torch.dtype, relu: bool) -> None:  # noqa: FBT001
+def test_gradients_meet_their_bounds(shape: Shape, dtype: torch.dtype, relu: bool) -> None:  # noqa: FBT001
     """Those of y, gamma and beta, against float64; all are written, and nothing beside them."""
     y, grad = make_map(shape, dtype), make_map(Shape(shape.size, "channel_slice"), dtype, seed=1)
     norm = make_norm(y, relu=relu)
@@ -199,7 +197,7 @@ def check_gradients_meet_their_bounds(shape: Shape, dtype: torch.dtype, relu: bo
     assert not unwritten(y_grad)
 
 
-def check_relu_lets_nan_through_and_its_gradient_too() -> None:
+def test_relu_lets_nan_through_and_its_gradient_too() -> None:
     """As PyTorch's relu and threshold_backward do; a gradient that is NaN where ReLU clipped is 0."""
     y = torch.tensor([2.0, -3.0, 1.0, -2.0]).view(1, 1, 2, 2)
     norm = Norm(torch.zeros(1), torch.ones(1), torch.ones(1), torch.zeros(1), EPS, relu=True)
@@ -218,7 +216,7 @@ def check_relu_lets_nan_through_and_its_gradient_too() -> None:
 
 @pytest.mark.parametrize(("rows", "size"), [(0, 3), (1, 5000), (2, 3), (300, 40), (1000, 17)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def check_rows_are_added_up(rows: int, size: int, dtype: torch.dtype) -> None:
+def test_rows_are_added_up(rows: int, size: int, dtype: torch.dtype) -> None:
     """More rows and elements than one step takes, fewer, and none, of which the sum is 0; rounded at the end."""
     partials = torch.randn(rows, size, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     total = blank((size,), dtype, "contiguous")
@@ -234,7 +232,7 @@ def check_rows_are_added_up(rows: int, size: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("axis", [0, 2, 3])
 @pytest.mark.parametrize("far", ["read", "written"])
-def check_offsets_beyond_31_bits(axis: int, far: str) -> None:
+def test_offsets_beyond_31_bits(axis: int, far: str) -> None:
     """Images, rows or columns that lie so far apart that only a product of 64 bits finds the last of them."""
     near, grad = (torch.randn(3, 3, 4, 5).half().contiguous(memory_format=torch.channels_last) for _ in range(2))
     norm, mean = make_norm(near, relu=True), torch.empty(3)
@@ -259,7 +257,7 @@ def check_offsets_beyond_31_bits(axis: int, far: str) -> None:
     assert statistics[0].constants["wide"] == (far == "read")
 
 
-def check_pixels_beyond_31_bits_are_counted() -> None:
+def test_pixels_beyond_31_bits_are_counted() -> None:
     """Means of the gradient are over all 2**31 pixels of a map, of which one program is seen to write its tile."""
     y = torch.ones(1, dtype=torch.float16).expand(2, 1, 2**15, 2**15)
     norm = Norm(torch.zeros(1), torch.ones(1), torch.ones(1), torch.ones(1), eps=0.0, relu=False)
@@ -273,7 +271,7 @@ def check_pixels_beyond_31_bits_are_counted() -> None:
     assert y_grad[0, 0, 0, 0] == -1  # 1 - 1 - 1 * 1
 
 
-def check_an_empty_map_has_statistics_and_sums_of_zero() -> None:
+def test_an_empty_map_has_statistics_and_sums_of_zero() -> None:
     """No pixel: nothing to launch over it, and no division by how many there are."""
     y = torch.empty(0, 5, 4, 4, dtype=torch.half).contiguous(memory_format=torch.channels_last)
     sums = torch.full((2, 5), math.nan)
@@ -282,18 +280,3 @@ def check_an_empty_map_has_statistics_and_sums_of_zero() -> None:
     run(gradient_launches(y, y, make_norm(y, relu=True), sums, y))
 
     assert not torch.cat([mean, variance, *sums]).any()
-
-
-@pytest.fixture(scope="module")
-def complaints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What the checks of this file complain about, by check."""
-    return run_checks(Path(__file__), tmp_path_factory.mktemp("interpreter"))
-
-
-@pytest.mark.parametrize("check", [name for name in globals() if name.startswith("check_")])
-def test_in_the_interpreter(check: str, complaints: dict[str, list[str]]) -> None:
-    """The check ran with all its cases, none was skipped, none failed."""
-    texts = complaints[check]
-
-    if any(texts):
-        pytest.fail("\n\n".join(filter(None, texts)), pytrace=False)

@@ -1,10 +1,8 @@
 """The convolution kernels in Triton's interpreter: odd places in memory, numbers that are none, and the ops round them.
 
-The checks in this file run in a pytest of their own, see `kernel_checks.py`, and the test at the end reports each by
-its name. By hand, with the usual options of pytest:
+They run in a second pytest, see `helpers/interpreter.py`. To run them in one process:
 
-    TRITON_INTERPRET=1 pytest -o python_functions='check_*' \
-        tests/test_kernels/ops/test_conv_bn_relu_edges_interpreted.py
+    TRITON_INTERPRET=1 pytest tests/test_kernels/ops/test_conv_bn_relu_edges_interpreted.py
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +24,7 @@ from conv_cases import (
     error_of,
     make_inputs,
 )
-from kernel_checks import far_apart, run_checks
+from kernel_checks import far_apart
 from torch import Tensor, nn
 
 from skipcost.kernels.ops import conv_bn_relu as module
@@ -43,7 +40,7 @@ LAST = torch.channels_last
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", ["pointer", "few"])
-def check_maps_may_lie_in_any_way(form: str, layout: str) -> None:
+def test_maps_may_lie_in_any_way(form: str, layout: str) -> None:
     """Channels first, transposed, with gaps, with one channel that stands for all: "few" reads them as they are."""
     checked(Case(form, layouts=(layout,)))
 
@@ -51,20 +48,20 @@ def check_maps_may_lie_in_any_way(form: str, layout: str) -> None:
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1)], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(("form", "channels"), [("pointer", 1), ("pointer", 17), ("few", 1), ("few", 5)])
-def check_ambiguous_strides_are_read_right(form: str, channels: int, layout: str, size: tuple[int, int]) -> None:
+def test_ambiguous_strides_are_read_right(form: str, channels: int, layout: str, size: tuple[int, int]) -> None:
     """With one channel, pixel, row or column, strides fit both memory formats, and those of size 1 mean nothing."""
     checked(Case(form, channels=(channels,), size=size, layouts=(layout,)))
 
 
 @pytest.mark.parametrize("out_layout", ["channels_last", "channel_slice", "window"])
 @pytest.mark.parametrize("form", FORMS)
-def check_results_may_be_parts_of_larger_maps(form: str, out_layout: str) -> None:
+def test_results_may_be_parts_of_larger_maps(form: str, out_layout: str) -> None:
     """A slice of a wider map's channels, or a window, is written whole, its neighbours not at all; so is the pool."""
     checked(Case(form, size=(7, 11), pooled=True, out_layout=out_layout))
 
 
 @pytest.mark.parametrize("form", FORMS)
-def check_vectors_may_have_strides(form: str) -> None:
+def test_vectors_may_have_strides(form: str) -> None:
     """A column of a table and one number that stands for all are read by their strides, not by their first address."""
     case = Case(form, side=1, padding=0)
     inputs = make_inputs(case)
@@ -79,7 +76,7 @@ def check_vectors_may_have_strides(form: str) -> None:
 
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize(("form", "precision"), [(form, name) for form in FORMS for name in PRECISIONS[form][1:4]])
-def check_nan_and_infinity_spread_as_in_pytorch(form: str, precision: str, relu: bool) -> None:  # noqa: FBT001 - a parameter of the check
+def test_nan_and_infinity_spread_as_in_pytorch(form: str, precision: str, relu: bool) -> None:  # noqa: FBT001 - a parameter of the check
     """Every window that sees NaN, or infinities of both signs, is NaN, also behind ReLU and in the pooled map."""
     case = Case(form, precision, relu=relu, pooled=True)
     inputs = make_inputs(case)
@@ -100,7 +97,7 @@ def check_nan_and_infinity_spread_as_in_pytorch(form: str, precision: str, relu:
 @pytest.mark.parametrize("axis", [0, 2, 3])
 @pytest.mark.parametrize("far", ["map", "out", "pooled"])
 @pytest.mark.parametrize("form", FORMS)
-def check_offsets_beyond_31_bits(form: str, far: str, axis: int) -> None:
+def test_offsets_beyond_31_bits(form: str, far: str, axis: int) -> None:
     """Images, rows or columns that lie so far apart that only a product of 64 bits finds the last of them."""
     case = Case(form, "fp16", batch=3, size=(6, 6), pooled=True, layouts=("channels_last",))
     inputs = make_inputs(case)
@@ -145,7 +142,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
         ("tma", 16, "conv_tma.conv"),
     ],
 )
-def check_the_ops_launch_the_kernel_that_is_asked_for(
+def test_the_ops_launch_the_kernel_that_is_asked_for(
     form: str, channels: int, expected: str, launched: list[Launch]
 ) -> None:
     """One launch each; "auto" takes the kernel of few channels where it can; the result is that of the reference."""
@@ -160,7 +157,7 @@ def check_the_ops_launch_the_kernel_that_is_asked_for(
 
 
 @pytest.mark.parametrize("form", ["auto", "pointer", "tma"])
-def check_an_empty_batch_has_an_empty_result(form: str) -> None:
+def test_an_empty_batch_has_an_empty_result(form: str) -> None:
     """Nothing is computed, in whatever form, and the shapes are right."""
     x, weight = torch.randn(0, 16, 5, 6), torch.randn(16, 16, 3, 3)
 
@@ -185,7 +182,7 @@ def _run_op(op: str) -> tuple[Callable[..., Any], list[Tensor]]:
 
 
 @pytest.mark.parametrize("op", ["single", "concat", "pool"])
-def check_gradcheck_passes_in_float64(op: str, launched: list[Launch]) -> None:
+def test_gradcheck_passes_in_float64(op: str, launched: list[Launch]) -> None:
     """The gradients of all inputs agree with finite differences of the kernel itself."""
     function, tensors = _run_op(op)
 
@@ -195,7 +192,7 @@ def check_gradcheck_passes_in_float64(op: str, launched: list[Launch]) -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own, torch 2.15
 @pytest.mark.parametrize("wanted", [True, False])
-def check_opcheck_passes(wanted: bool) -> None:  # noqa: FBT001 - a parameter of the check
+def test_opcheck_passes(wanted: bool) -> None:  # noqa: FBT001 - a parameter of the check
     """Schema, fake tensors, autograd and tracing of the ops are sound where the kernels run."""
     x, other = torch.randn(1, 2, 4, 5), torch.randn(1, 1, 6, 4).to(memory_format=LAST)
     weight, scale, shift = torch.randn(2, 3, 3, 3), torch.randn(2), torch.randn(2)
@@ -235,7 +232,7 @@ class Kernels:
 
 
 @pytest.mark.parametrize("spec", [ModelSpec(depth=2, width=4, padding="valid"), ModelSpec("unet++", depth=2, width=4)])
-def check_a_network_errs_no_more_than_pytorchs_own(spec: ModelSpec, launched: list[Launch]) -> None:
+def test_a_network_errs_no_more_than_pytorchs_own(spec: ModelSpec, launched: list[Launch]) -> None:
     """Joined merges, pooled epilogues and plain convolutions of a whole network, against it in float64."""
     torch.manual_seed(0)
     ours = Kernels()
@@ -264,7 +261,7 @@ def check_a_network_errs_no_more_than_pytorchs_own(spec: ModelSpec, launched: li
     assert 0 < float((result - exact).abs().max()) <= 2 * own
 
 
-def check_canaries_lie_beside_what_the_kernels_read() -> None:
+def test_canaries_lie_beside_what_the_kernels_read() -> None:
     """The inputs of the checks reach the kernels as they are, not as copies that would have no canaries round them."""
     case = Case("pointer", larger=((1, 3),))
     inputs = make_inputs(case)
@@ -276,18 +273,3 @@ def check_canaries_lie_beside_what_the_kernels_read() -> None:
     own = [*inputs.maps, weight, scale, shift]
     read = [*launch.arguments["sources"], *(launch.arguments[name] for name in ("weight", "scale", "shift"))]
     assert [a.untyped_storage().data_ptr() for a in own] == [b.untyped_storage().data_ptr() for b in read]
-
-
-@pytest.fixture(scope="module")
-def complaints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What the checks of this file complain about, by check."""
-    return run_checks(Path(__file__), tmp_path_factory.mktemp("interpreter"))
-
-
-@pytest.mark.parametrize("check", [name for name in globals() if name.startswith("check_")])
-def test_in_the_interpreter(check: str, complaints: dict[str, list[str]]) -> None:
-    """The check ran with all its cases, none was skipped, none failed."""
-    texts = complaints[check]
-
-    if any(texts):
-        pytest.fail("\n\n".join(filter(None, texts)), pytrace=False)

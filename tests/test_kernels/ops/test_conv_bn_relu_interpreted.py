@@ -1,9 +1,8 @@
 """The convolution kernels in Triton's interpreter: how far their results are from float64, in every form and precision.
 
-The checks in this file run in a pytest of their own, see `kernel_checks.py`, and the test at the end reports each by
-its name. By hand, with the usual options of pytest:
+They run in a second pytest, see `helpers/interpreter.py`. To run them in one process:
 
-    TRITON_INTERPRET=1 pytest -o python_functions='check_*' tests/test_kernels/ops/test_conv_bn_relu_interpreted.py
+    TRITON_INTERPRET=1 pytest tests/test_kernels/ops/test_conv_bn_relu_interpreted.py
 
 Maps that lie in memory in odd ways, numbers that are none, and the ops round the kernels are in the file of `_edges`.
 """
@@ -11,14 +10,12 @@ Maps that lie in memory in odd ways, numbers that are none, and the ops round th
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from conv_cases import PRECISIONS, TILES, Case, checked, statistics_errors
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kernel_checks import run_checks
 
 from skipcost.kernels.ops.tiles import Tile, up_to
 from skipcost.kernels.verify.canaries import CHANNELS_ADJACENT, DATA
@@ -29,7 +26,7 @@ ODD = ((0, 0), (1, 3), (4, 1), (2, 0), (0, 5), (3, 2))  # by how much maps excee
 
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize(("form", "precision"), EVERY)
-def check_every_form_is_within_the_bound(form: str, precision: str, data: str) -> None:
+def test_every_form_is_within_the_bound(form: str, precision: str, data: str) -> None:
     """Two tiles of pixels and of channels, both ragged, and two blocks of the reduction where the form has blocks."""
     checked(Case(form, precision, data=data, tile=replace(TILES[form], depth=16) if form == "pointer" else None))
 
@@ -52,7 +49,7 @@ def check_every_form_is_within_the_bound(form: str, precision: str, data: str) -
     ids=str,
 )
 @pytest.mark.parametrize("form", TILES)
-def check_every_option_is_within_the_bound(form: str, change: dict[str, Any]) -> None:
+def test_every_option_is_within_the_bound(form: str, change: dict[str, Any]) -> None:
     """Kernel sizes, paddings, and what is left out after the convolution; maps of one row or column, and no map."""
     checked(replace(Case(form), **change))
 
@@ -60,7 +57,7 @@ def check_every_option_is_within_the_bound(form: str, change: dict[str, Any]) ->
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 @pytest.mark.parametrize("count", [2, 3, 6])
 @pytest.mark.parametrize("form", ["pointer", "tma"])
-def check_several_maps_are_read_as_one(form: str, count: int, precision: str) -> None:
+def test_several_maps_are_read_as_one(form: str, count: int, precision: str) -> None:
     """Each map is cropped on its own, by odd and even remainders, at a padding that must be zero all the same."""
     channels = (17, 3, 33, 1, 16, 2) if form == "pointer" else (32, 16, 64, 16, 16, 32)
     tile = replace(TILES[form], channels=64, depth=64 if form == "pointer" else 16)
@@ -72,13 +69,13 @@ def check_several_maps_are_read_as_one(form: str, count: int, precision: str) ->
     "size", [(8, 12), (7, 11), (2, 3), (3, 2)], ids=str
 )  # windows that hang over edges: not pooled
 @pytest.mark.parametrize(("form", "precision"), [each for each in EVERY if each[1] in ("tf32", "fp16", "bf16")])
-def check_the_pooled_map_is_that_of_what_is_stored(form: str, precision: str, size: tuple[int, int]) -> None:
+def test_the_pooled_map_is_that_of_what_is_stored(form: str, precision: str, size: tuple[int, int]) -> None:
     """Every pooled value is, to the number, the largest of the four that the kernel stored; negative ones too."""
     checked(Case(form, precision, size=size, pooled=True, relu=size != (7, 11)))
 
 
 @pytest.mark.parametrize(("form", "precision"), EVERY)
-def check_statistics_are_those_of_what_is_stored(form: str, precision: str) -> None:
+def test_statistics_are_those_of_what_is_stored(form: str, precision: str) -> None:
     """Tiles' counts are exact, and they combine to mean and variance of the rounded map, not of the sums before."""
     errors = statistics_errors(Case(form, precision, scaled=False, shifted=False, relu=False))
 
@@ -86,19 +83,19 @@ def check_statistics_are_those_of_what_is_stored(form: str, precision: str) -> N
 
 
 @pytest.mark.parametrize("form", TILES)
-def check_statistics_hold_beside_a_pooled_map(form: str) -> None:
+def test_statistics_hold_beside_a_pooled_map(form: str) -> None:
     """Pooling orders the pixels of a tile otherwise, odd sizes leave holes in it, and all pixels still count once."""
     assert max(statistics_errors(Case(form, size=(7, 11)), both=True)) <= 1
 
 
 @pytest.mark.parametrize("form", TILES)
-def check_statistics_survive_a_large_mean(form: str) -> None:
+def test_statistics_survive_a_large_mean(form: str) -> None:
     """About 1000, a sum of squares would lose the variance; and pixels beyond the map are as far from the mean."""
     assert max(statistics_errors(Case(form, side=1, padding=0, mean=1000.0, relu=False))) <= 1
 
 
 @pytest.mark.parametrize("form", TILES)
-def check_all_tiles_of_all_groups_are_computed(form: str) -> None:
+def test_all_tiles_of_all_groups_are_computed(form: str) -> None:
     """11 tiles of pixels are a whole group of 8 and a part of one, each with 3 tiles of channels."""
     tile = replace(TILES[form], pixels=16, channels=16, **({"rows": 2, "columns": 8} if form == "tma" else {}))
 
@@ -152,35 +149,20 @@ def tiles(draw: st.DrawFn, form: str, pixels: int, outputs: int) -> Tile:
 @settings(max_examples=20)
 @given(cases("pointer"))
 @example(Case("pointer", "tf32", (16, 17), 33, 1, (3, 3), padding=0))  # one pixel is left
-def check_any_shape_by_address(case: Case) -> None:
+def test_any_shape_by_address(case: Case) -> None:
     """Any channels, sizes, crops, options, precisions and tiles."""
     checked(case)
 
 
 @settings(max_examples=30)
 @given(cases("few"))
-def check_any_shape_of_few_channels(case: Case) -> None:
+def test_any_shape_of_few_channels(case: Case) -> None:
     """Any channels up to 7, sizes, options, precisions and tiles."""
     checked(case)
 
 
 @settings(max_examples=20)
 @given(cases("tma"))
-def check_any_shape_by_descriptor(case: Case) -> None:
+def test_any_shape_by_descriptor(case: Case) -> None:
     """Any channels that 16 divides, sizes, crops, options, precisions and tiles."""
     checked(case)
-
-
-@pytest.fixture(scope="module")
-def complaints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What the checks of this file complain about, by check."""
-    return run_checks(Path(__file__), tmp_path_factory.mktemp("interpreter"))
-
-
-@pytest.mark.parametrize("check", [name for name in globals() if name.startswith("check_")])
-def test_in_the_interpreter(check: str, complaints: dict[str, list[str]]) -> None:
-    """The check ran with all its cases, none was skipped, none failed."""
-    texts = complaints[check]
-
-    if any(texts):
-        pytest.fail("\n\n".join(filter(None, texts)), pytrace=False)

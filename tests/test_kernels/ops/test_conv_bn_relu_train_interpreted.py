@@ -1,10 +1,8 @@
 """`conv_bn_relu_train` in Triton's interpreter: all of its kernels together, against float64 and against PyTorch.
 
-The checks in this file run in a pytest of their own, see `kernel_checks.py`, and the test at the end reports each by
-its name. By hand, with the usual options of pytest:
+They run in a second pytest, see `helpers/interpreter.py`. To run them in one process:
 
-    TRITON_INTERPRET=1 pytest -o python_functions='check_*' \
-        tests/test_kernels/ops/test_conv_bn_relu_train_interpreted.py
+    TRITON_INTERPRET=1 pytest tests/test_kernels/ops/test_conv_bn_relu_train_interpreted.py
 """
 
 from __future__ import annotations
@@ -13,11 +11,10 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from kernel_checks import assert_same, run_checks
+from kernel_checks import assert_same
 from torch import Tensor
 from train_blocks import EXACT, make_layers, make_maps, reference, state
 
@@ -127,7 +124,7 @@ def _worst(actual: Tensor, exact: validate.Exact, *, tf32: bool) -> float:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def check_all_results_meet_their_bounds(case: Case) -> None:
+def test_all_results_meet_their_bounds(case: Case) -> None:
     """Output, statistics, result, and every gradient, over one map and several, of few channels and many."""
     found = errors(case, "fp32", "triton")
 
@@ -142,7 +139,7 @@ def check_all_results_meet_their_bounds(case: Case) -> None:
     ],
     ids=str,
 )
-def check_other_precisions_meet_theirs(precision: str, case: Case) -> None:
+def test_other_precisions_meet_theirs(precision: str, case: Case) -> None:
     """The same in 16 bits, and with products in tf32, where of a sum of positive numbers every term is cut."""
     found = errors(case, precision, "triton")
 
@@ -150,7 +147,7 @@ def check_other_precisions_meet_theirs(precision: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[6]], ids=str)
-def check_convolutions_by_aten_meet_them_too(case: Case) -> None:
+def test_convolutions_by_aten_meet_them_too(case: Case) -> None:
     """Then the statistics come from a pass over the stored map; the rest is the same kernels."""
     found = errors(case, "fp32", "aten")
 
@@ -158,7 +155,7 @@ def check_convolutions_by_aten_meet_them_too(case: Case) -> None:
 
 
 @pytest.mark.parametrize(("implementation", "tolerance"), [("aten", 2e-6), ("triton", 2e-6)])
-def check_a_large_mean_does_not_blur_the_variance(implementation: str, tolerance: float) -> None:
+def test_a_large_mean_does_not_blur_the_variance(implementation: str, tolerance: float) -> None:
     """Outputs of 1000 +- 1: the mean square less the squared mean would be off by 1 % and more, in either way."""
     x = DATA["normal"]((2, 16, 40, 40), torch.float32, 0).add(1000).contiguous(memory_format=torch.channels_last)
     weight, vectors = torch.eye(16).view(16, 16, 1, 1), (torch.ones(16), torch.zeros(16))
@@ -171,7 +168,7 @@ def check_a_large_mean_does_not_blur_the_variance(implementation: str, tolerance
 
 
 @pytest.mark.parametrize("case", [CASES[3], CASES[7]], ids=str)
-def check_runs_are_repeatable(case: Case) -> None:
+def test_runs_are_repeatable(case: Case) -> None:
     """Two runs agree in every bit of every result and gradient."""
     first, second = ([*results, *grads] for results, grads in (step(case, "bf16", "triton") for _ in range(2)))
 
@@ -191,7 +188,7 @@ def _launched(monkeypatch: pytest.MonkeyPatch, implementation: str) -> list[str]
     return names
 
 
-def check_no_pass_over_memory_is_made_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_pass_over_memory_is_made_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Statistics come with the convolution; ATen's leave none, and are followed by a pass for them."""
     ours, with_aten = _launched(monkeypatch, "triton"), _launched(monkeypatch, "aten")
 
@@ -202,7 +199,7 @@ def check_no_pass_over_memory_is_made_twice(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(("implementation", "momentum"), [("triton", 0.1), ("aten", None)])
-def check_it_trains_as_the_modules_do(implementation: str, momentum: float | None) -> None:
+def test_it_trains_as_the_modules_do(implementation: str, momentum: float | None) -> None:
     """In float64: result, gradients and running statistics of a step are those of PyTorch's modules."""
     maps, layers = make_maps(), make_layers(momentum=momentum)
     twins = copy.deepcopy(layers)
@@ -218,7 +215,7 @@ def check_it_trains_as_the_modules_do(implementation: str, momentum: float | Non
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, of which GPUs have none
 @pytest.mark.parametrize(("where", "special"), [("map", math.inf), ("weight", math.inf), ("upstream", math.nan)])
-def check_nan_and_infinity_spread_as_in_pytorch(where: str, special: float) -> None:
+def test_nan_and_infinity_spread_as_in_pytorch(where: str, special: float) -> None:
     """A channel that is no number any more is no number in result and gradients, and no other channel is."""
     maps, layers = make_maps(), make_layers(padding=0)
     grad = torch.randn(2, 6, 5, 6, dtype=torch.float64)
@@ -234,7 +231,7 @@ def check_nan_and_infinity_spread_as_in_pytorch(where: str, special: float) -> N
         assert torch.equal(actual.isfinite(), want.isfinite()), index
 
 
-def check_gradcheck_passes_in_float64() -> None:
+def test_gradcheck_passes_in_float64() -> None:
     """All gradients agree with finite differences of the kernels themselves."""
     torch.manual_seed(0)
     shapes = ((1, 2, 3, 4), (1, 1, 4, 3), (2, 3, 3, 3), (2,), (2,))
@@ -247,14 +244,14 @@ def check_gradcheck_passes_in_float64() -> None:
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
 
 
-def check_the_result_follows_from_what_a_step_returns() -> None:
+def test_the_result_follows_from_what_a_step_returns() -> None:
     """A map that is dropped can be made again, bit by bit, from the convolution's output."""
     result, y, norm = train_step(make_maps(), *make_layers(), implementation="triton")
 
     assert_same(batch_norm.normalized(y, norm), result)
 
 
-def check_an_empty_batch_has_gradients_of_zeros() -> None:
+def test_an_empty_batch_has_gradients_of_zeros() -> None:
     """Nothing was convolved and nothing summed: zeros, not what was in memory; running statistics stay."""
     layers, x = make_layers(), torch.randn(0, 9, 4, 4, dtype=torch.float64, requires_grad=True)
     before = copy.deepcopy(state(layers))
@@ -270,7 +267,7 @@ def check_an_empty_batch_has_gradients_of_zeros() -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own, torch 2.15
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def check_opcheck_passes(implementation: str) -> None:
+def test_opcheck_passes(implementation: str) -> None:
     """Schema, fake tensors, autograd and tracing of both ops are sound where kernels run."""
     maps = [torch.randn(2, 2, 4, 3), torch.randn(2, 1, 3, 4)]
     weight, bias, gamma, beta = (torch.randn(shape) for shape in ((3, 3, 1, 1), (3,), (3,), (3,)))
@@ -282,18 +279,3 @@ def check_opcheck_passes(implementation: str) -> None:
 
     vectors = [each.requires_grad_() for each in (weight, bias, gamma, beta)]
     torch.library.opcheck(OP.default, ([each.requires_grad_() for each in maps], *vectors, *options))
-
-
-@pytest.fixture(scope="module")
-def complaints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What the checks of this file complain about, by check."""
-    return run_checks(Path(__file__), tmp_path_factory.mktemp("interpreter"))
-
-
-@pytest.mark.parametrize("check", [name for name in globals() if name.startswith("check_")])
-def test_in_the_interpreter(check: str, complaints: dict[str, list[str]]) -> None:
-    """The check ran with all its cases, none was skipped, none failed."""
-    texts = complaints[check]
-
-    if any(texts):
-        pytest.fail("\n\n".join(filter(None, texts)), pytrace=False)

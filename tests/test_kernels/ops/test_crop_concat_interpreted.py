@@ -1,22 +1,20 @@
 """`crop_concat` in Triton's interpreter, which runs the kernel on CPU tensors without a GPU.
 
-The checks in this file run in a pytest of their own, see `kernel_checks.py`, and the test at the end reports each by
-its name. By hand, with the usual options of pytest:
+They run in a second pytest, see `helpers/interpreter.py`. To run them in one process:
 
-    TRITON_INTERPRET=1 pytest -o python_functions='check_*' tests/test_kernels/ops/test_crop_concat_interpreted.py
+    TRITON_INTERPRET=1 pytest tests/test_kernels/ops/test_crop_concat_interpreted.py
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kernel_checks import LAYOUTS, amid, assert_same, far_apart, run_checks
+from kernel_checks import LAYOUTS, amid, assert_same, far_apart
 from torch import Tensor
 
 from skipcost.kernels.ops import crop_concat as module
@@ -97,7 +95,7 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def check_one_launch_writes_all_maps(moved: list[int]) -> None:
+def test_one_launch_writes_all_maps(moved: list[int]) -> None:
     """Six maps are one launch of the kernel, so the checks of this file are about the kernel."""
     maps = make_maps(Shapes(2, ((3, 5, 6),) * 5 + ((2, 4, 4),), ("contiguous",) * 6, torch.float32))
 
@@ -106,7 +104,7 @@ def check_one_launch_writes_all_maps(moved: list[int]) -> None:
     assert moved == [6]
 
 
-def check_one_launch_writes_the_gradients_of_the_cropped_maps(moved: list[int]) -> None:
+def test_one_launch_writes_the_gradients_of_the_cropped_maps(moved: list[int]) -> None:
     """Of four maps, two cropped and wanted: backwards they are one launch; the others are views or not wanted."""
     maps = make_maps(Shapes(2, ((3, 5, 6), (2, 4, 7), (2, 4, 4), (1, 9, 9)), ("contiguous",) * 4, torch.float32))
     wanted = differentiable(maps[:3])
@@ -121,7 +119,7 @@ def check_one_launch_writes_the_gradients_of_the_cropped_maps(moved: list[int]) 
 @example(Shapes(2, ((3, 9, 13), (5, 6, 8)), ("channels_last", "channels_last"), torch.bfloat16))
 @example(Shapes(1, ((64, 3, 3), (130, 2, 2)), ("channels_last", "channels_last"), torch.float16))  # two runs per row
 @example(Shapes(2, ((1, 3, 300), (2, 2, 290)), ("contiguous", "contiguous"), torch.float32))  # three runs per row
-def check_the_result_is_the_references(case: Shapes) -> None:
+def test_the_result_is_the_references(case: Shapes) -> None:
     """Any sizes, strides and types, in any number: every bit and every stride is what the reference gives."""
     maps = make_maps(case)
 
@@ -137,7 +135,7 @@ def check_the_result_is_the_references(case: Shapes) -> None:
 @settings(deadline=None, max_examples=40)
 @given(shapes(FLOATS), st.sampled_from(LAYOUTS))
 @example(Shapes(2, ((3, 9, 13), (5, 6, 8)), ("channels_last", "channels_last"), torch.bfloat16), "channels_last")
-def check_the_gradients_are_the_references(case: Shapes, layout: str) -> None:
+def test_the_gradients_are_the_references(case: Shapes, layout: str) -> None:
     """Any sizes, strides and float types: every gradient has the bits of autograd's; a cropped map's is dense."""
     kernels, references = differentiable(make_maps(case)), differentiable(make_maps(case))
     expected = REFERENCE.merge(references, "concat")
@@ -156,7 +154,7 @@ def check_the_gradients_are_the_references(case: Shapes, layout: str) -> None:
 @pytest.mark.parametrize(
     ("shape", "window"), [((2, 5, 7, 9), (3, 6)), ((2, 17, 4, 5), (4, 5)), ((1, 3, 1, 40), (1, 33))]
 )
-def check_nothing_is_written_beside_the_target(shape: tuple[int, ...], window: tuple[int, int], layout: str) -> None:
+def test_nothing_is_written_beside_the_target(shape: tuple[int, ...], window: tuple[int, int], layout: str) -> None:
     """Sentinels round the target stay, and all of the target is written: sizes that the tile does not divide."""
     n, c, *size = shape
     source = torch.randn(n, c, *window)
@@ -173,7 +171,7 @@ def check_nothing_is_written_beside_the_target(shape: tuple[int, ...], window: t
 
 
 @pytest.mark.parametrize("remainder", [0, 1, 2, 3, 4, 5])
-def check_odd_remainders_crop_as_the_paper_does(remainder: int) -> None:
+def test_odd_remainders_crop_as_the_paper_does(remainder: int) -> None:
     """The window starts at remainder // 2: what is left over is cut at the bottom and on the right."""
     large = torch.arange(float((4 + remainder) ** 2)).view(1, 1, 4 + remainder, 4 + remainder)
     start = remainder // 2
@@ -184,7 +182,7 @@ def check_odd_remainders_crop_as_the_paper_does(remainder: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def check_special_values_keep_their_bits(dtype: torch.dtype) -> None:
+def test_special_values_keep_their_bits(dtype: torch.dtype) -> None:
     """NaN, infinities, -0.0 and subnormals go through, forwards and backwards."""
     tiny = torch.finfo(dtype).smallest_normal / 4
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, tiny, -tiny], dtype=dtype)
@@ -216,7 +214,7 @@ def check_special_values_keep_their_bits(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "layouts", [("channels_last",) * 2, ("contiguous",) * 2, ("channels_last", "contiguous")], ids=str
 )
-def check_ambiguous_layouts_follow_torch_cat(sizes: tuple[tuple[int, int, int], ...], layouts: tuple[str, ...]) -> None:
+def test_ambiguous_layouts_follow_torch_cat(sizes: tuple[tuple[int, int, int], ...], layouts: tuple[str, ...]) -> None:
     """With one channel, one pixel or one row, strides fit two memory formats; the result has torch.cat's."""
     maps = make_maps(Shapes(2, sizes, layouts, torch.float32))
 
@@ -227,7 +225,7 @@ def check_ambiguous_layouts_follow_torch_cat(sizes: tuple[tuple[int, int, int], 
     assert result.stride() == expected.stride()
 
 
-def check_a_gradient_keeps_the_memory_format_of_its_map() -> None:
+def test_a_gradient_keeps_the_memory_format_of_its_map() -> None:
     """A cropped channels_last map gets a channels_last gradient, and no convolution behind it has to convert."""
     maps = make_maps(
         Shapes(2, ((3, 6, 7), (2, 4, 7), (2, 4, 4)), ("channels_last", "contiguous", "contiguous"), torch.half)
@@ -240,7 +238,7 @@ def check_a_gradient_keeps_the_memory_format_of_its_map() -> None:
     assert grads[1].is_contiguous()
 
 
-def check_no_launch_where_nothing_is_written(moved: list[int]) -> None:
+def test_no_launch_where_nothing_is_written(moved: list[int]) -> None:
     """An empty batch has an empty result, forwards and backwards, without a launch."""
     maps = differentiable(make_maps(Shapes(0, ((3, 6, 7), (2, 4, 4)), ("contiguous",) * 2, torch.float32)))
 
@@ -253,7 +251,7 @@ def check_no_launch_where_nothing_is_written(moved: list[int]) -> None:
 
 @pytest.mark.parametrize("axis", [0, 2, 3])
 @pytest.mark.parametrize("far", ["read", "written"])
-def check_offsets_beyond_31_bits(axis: int, far: str) -> None:
+def test_offsets_beyond_31_bits(axis: int, far: str) -> None:
     """Images, rows or columns that lie so far apart that only a product of 64 bits finds the last of them."""
     near = torch.arange(120, dtype=torch.int8).view(3, 2, 4, 5).contiguous(memory_format=torch.channels_last)
     empty = torch.zeros_like(near)
@@ -267,7 +265,7 @@ def check_offsets_beyond_31_bits(axis: int, far: str) -> None:
     assert launch.constants["wide"]
 
 
-def check_gradcheck_passes_in_float64() -> None:
+def test_gradcheck_passes_in_float64() -> None:
     """The gradients agree with finite differences of the kernel itself."""
     maps = differentiable(make_maps(Shapes(1, ((1, 3, 3), (1, 2, 4)), ("contiguous", "channels_last"), torch.float64)))
 
@@ -277,7 +275,7 @@ def check_gradcheck_passes_in_float64() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own, torch 2.15
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("wanted", [(), (0,), (0, 1, 2)], ids=str)
-def check_opcheck_passes(layout: str, wanted: tuple[int, ...]) -> None:
+def test_opcheck_passes(layout: str, wanted: tuple[int, ...]) -> None:
     """Schema, fake tensors, autograd and tracing of the op are sound, with and without gradients."""
     maps = make_maps(Shapes(2, ((3, 6, 7), (2, 4, 7), (2, 4, 4)), (layout,) * 3, torch.float32))
     maps = [each.clone().requires_grad_(index in wanted) for index, each in enumerate(maps)]
@@ -285,7 +283,7 @@ def check_opcheck_passes(layout: str, wanted: tuple[int, ...]) -> None:
     torch.library.opcheck(torch.ops.skipcost.crop_concat.default, (maps,))
 
 
-def check_opcheck_passes_backwards() -> None:
+def test_opcheck_passes_backwards() -> None:
     """The op that writes the gradients is sound too."""
     grad = torch.randn(2, 5, 4, 4)
 
@@ -295,7 +293,7 @@ def check_opcheck_passes_backwards() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def check_a_network_has_the_references_bits(variant: str, moved: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_has_the_references_bits(variant: str, moved: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """With the kernel in it, a network that crops every skip gives and learns the reference's bits."""
     monkeypatch.setattr(module, "TILE", 1 << 15)  # the interpreter's time goes by programs, whatever their size
     spec = ModelSpec(variant=variant, depth=2, width=3, padding="valid")
@@ -316,7 +314,7 @@ def check_a_network_has_the_references_bits(variant: str, moved: list[int], monk
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def check_a_channels_last_network_has_the_references_bits(
+def test_a_channels_last_network_has_the_references_bits(
     variant: str, moved: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The layout that GPUs run in; forwards only, since autograd's NCHW gradients let convolutions round otherwise."""
@@ -331,18 +329,3 @@ def check_a_channels_last_network_has_the_references_bits(
 
     assert moved
     assert_same(result, expected)
-
-
-@pytest.fixture(scope="module")
-def complaints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What the checks of this file complain about, by check."""
-    return run_checks(Path(__file__), tmp_path_factory.mktemp("interpreter"))
-
-
-@pytest.mark.parametrize("check", [name for name in globals() if name.startswith("check_")])
-def test_in_the_interpreter(check: str, complaints: dict[str, list[str]]) -> None:
-    """The check ran with all its cases, none was skipped, none failed."""
-    texts = complaints[check]
-
-    if any(texts):
-        pytest.fail("\n\n".join(filter(None, texts)), pytrace=False)

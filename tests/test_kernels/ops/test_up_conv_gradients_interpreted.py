@@ -1,19 +1,16 @@
 """The gradients of `up_conv` in Triton's interpreter, which runs the kernels on CPU tensors without a GPU.
 
-The checks in this file run in a pytest of their own, see `kernel_checks.py`, and the test at the end reports each by
-its name. By hand, with the usual options of pytest:
+They run in a second pytest, see `helpers/interpreter.py`. To run them in one process:
 
-    TRITON_INTERPRET=1 pytest -o python_functions='check_*' tests/test_kernels/ops/test_up_conv_gradients_interpreted.py
+    TRITON_INTERPRET=1 pytest tests/test_kernels/ops/test_up_conv_gradients_interpreted.py
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import example, given, settings
-from kernel_checks import kept_in_16_bits, run_checks
+from kernel_checks import kept_in_16_bits
 from torch import Tensor
 from torch.nn import functional
 from up_conv_cases import Case, cases, no_tf32  # noqa: F401 - a fixture, named below
@@ -26,7 +23,7 @@ pytestmark = [pytest.mark.usefixtures("no_tf32"), pytest.mark.numeric]
 
 
 @pytest.mark.parametrize("beyond", [(), ((2, 1, 3),), ((2, 0, 1), (1, 3, 0))], ids=str)
-def check_gradcheck_passes_in_float64(beyond: tuple[tuple[int, int, int], ...]) -> None:
+def test_gradcheck_passes_in_float64(beyond: tuple[tuple[int, int, int], ...]) -> None:
     """The gradients agree with finite differences of the kernels themselves, cropped or not."""
     case = Case(1, (2, 2, 3), 3, "fp64", beyond=beyond)
     inputs = [each.detach().requires_grad_() for each in (*case.maps(), *case.inputs()) if each is not None]
@@ -40,7 +37,7 @@ def check_gradcheck_passes_in_float64(beyond: tuple[tuple[int, int, int], ...]) 
 @settings(max_examples=30)
 @given(cases().filter(lambda case: case.batch > 0 and case.precision != "tf32"))
 @example(Case(2, (5, 3, 4), 3, "bf16", beyond=((3, 1, 0), (1, 2, 2))))
-def check_the_gradients_are_within_the_bound(case: Case) -> None:
+def test_the_gradients_are_within_the_bound(case: Case) -> None:
     """Any sizes, strides and types: the gradients are those of the reference in float64, to their own rounding.
 
     That of the weight, which is ATen's, to a rounding of each further image where a CPU adds images up in 16 bits.
@@ -65,7 +62,7 @@ def check_the_gradients_are_within_the_bound(case: Case) -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own, torch 2.15
 @pytest.mark.parametrize("gradients", [False, True])
-def check_opcheck_passes(gradients: bool) -> None:  # noqa: FBT001 - a parameter of the check
+def test_opcheck_passes(gradients: bool) -> None:  # noqa: FBT001 - a parameter of the check
     """Schema, fake tensors, autograd and tracing of the ops are sound where the kernels run."""
     case = Case(2, (3, 2, 3), 2, "fp32", beyond=((3, 1, 0), (1, 2, 2)))
     maps, inputs = case.maps(), case.inputs()
@@ -77,18 +74,3 @@ def check_opcheck_passes(gradients: bool) -> None:  # noqa: FBT001 - a parameter
     torch.library.opcheck(torch.ops.skipcost.up_conv_concat.default, (maps, x, weight, bias, False))
     if not gradients:
         torch.library.opcheck(torch.ops.skipcost.up_conv_into.default, (x, weight, bias, buffer, 1, False))
-
-
-@pytest.fixture(scope="module")
-def complaints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What the checks of this file complain about, by check."""
-    return run_checks(Path(__file__), tmp_path_factory.mktemp("interpreter"))
-
-
-@pytest.mark.parametrize("check", [name for name in globals() if name.startswith("check_")])
-def test_in_the_interpreter(check: str, complaints: dict[str, list[str]]) -> None:
-    """The check ran with all its cases, none was skipped, none failed."""
-    texts = complaints[check]
-
-    if any(texts):
-        pytest.fail("\n\n".join(filter(None, texts)), pytrace=False)

@@ -1,20 +1,17 @@
 """`up_conv` in Triton's interpreter, which runs the kernel on CPU tensors without a GPU.
 
-The checks in this file run in a pytest of their own, see `kernel_checks.py`, and the test at the end reports each by
-its name. By hand, with the usual options of pytest:
+They run in a second pytest, see `helpers/interpreter.py`. To run them in one process:
 
-    TRITON_INTERPRET=1 pytest -o python_functions='check_*' tests/test_kernels/ops/test_up_conv_interpreted.py
+    TRITON_INTERPRET=1 pytest tests/test_kernels/ops/test_up_conv_interpreted.py
 """
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kernel_checks import assert_same, far_apart, run_checks
+from kernel_checks import assert_same, far_apart
 from torch.nn import functional
 from up_conv_cases import DTYPES, TILES, Case, cases, error, no_tf32  # noqa: F401 - a fixture, named below
 
@@ -38,7 +35,7 @@ NAN = float("nan")
 @example(Case(1, (5, 1, 9), 3, "fp32", beyond=((16, 1, 1),)))  # the other map loses a row and a column
 @example(Case(2, (5, 5, 6), 3, "fp32", beyond=((1, 6, 9),)))  # and more on both sides
 @example(Case(1, (1, 1, 1), 1, "fp64", beyond=((1, 0, 0),)))  # one pixel, one channel: strides say nothing
-def check_the_concatenation_is_within_the_bound(case: Case) -> None:
+def test_the_concatenation_is_within_the_bound(case: Case) -> None:
     """Any sizes, strides and types: the maps keep their bits, the up-sampled one is as exact as its type allows."""
     inputs, maps = case.inputs(), case.maps()
 
@@ -54,7 +51,7 @@ def check_the_concatenation_is_within_the_bound(case: Case) -> None:
     assert error(result[:, -case.outputs :], case, inputs) <= 1
 
 
-def check_a_bias_may_lie_anywhere() -> None:
+def test_a_bias_may_lie_anywhere() -> None:
     """A column of a matrix is a bias like any other."""
     x, weight, bias = Case(1, (5, 3, 4), 6, "fp32").inputs()
     assert bias is not None
@@ -67,7 +64,7 @@ def check_a_bias_may_lie_anywhere() -> None:
 @settings(max_examples=25)
 @given(cases(), st.integers(0, 7), st.integers(0, 7), st.sampled_from(CHANNELS_ADJACENT))
 @example(Case(2, (16, 3, 5), 24, "bf16", tile=TILES[1]), 0, 0, "channel_slice")  # two images, all of their pixels
-def check_nothing_else_is_written(case: Case, rows: int, columns: int, layout: str) -> None:
+def test_nothing_else_is_written(case: Case, rows: int, columns: int, layout: str) -> None:
     """Any centre of the up-sampled map, in a slice or a window of a larger one: all of it is written, nothing else."""
     height, width = max(2 * case.size[1] - rows, 1), max(2 * case.size[2] - columns, 1)
     inputs, out = case.inputs(), blank((case.batch, case.outputs, height, width), case.dtype, layout)
@@ -80,7 +77,7 @@ def check_nothing_else_is_written(case: Case, rows: int, columns: int, layout: s
 
 
 @pytest.mark.parametrize("precision", DTYPES)
-def check_into_leaves_the_other_channels(precision: str, launched: list[Launch]) -> None:
+def test_into_leaves_the_other_channels(precision: str, launched: list[Launch]) -> None:
     """The op that fills a buffer writes its channels of the centre, in one launch."""
     case = Case(2, (24, 3, 4), 5, precision)
     inputs = case.inputs()
@@ -108,7 +105,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     return found
 
 
-def check_the_kernels_are_launched(launched: list[Launch]) -> None:
+def test_the_kernels_are_launched(launched: list[Launch]) -> None:
     """Two launches make the concatenated map, so the checks of this file are about the kernels."""
     case = Case(1, (3, 2, 3), 2, "fp32", beyond=((3, 1, 1), (1, 0, 0)))
 
@@ -117,7 +114,7 @@ def check_the_kernels_are_launched(launched: list[Launch]) -> None:
     assert [each.kernel for each in launched] == ["crop_concat.place", "up_conv.up_conv"]
 
 
-def check_an_empty_batch_launches_nothing(launched: list[Launch]) -> None:
+def test_an_empty_batch_launches_nothing(launched: list[Launch]) -> None:
     """No image, no launch, forwards and backwards; gradients are there, and zero."""
     x, weight, bias = Case(0, (3, 2, 3), 2, "fp32").inputs()
     leaves = [each.detach().requires_grad_() for each in (x, weight, bias) if each is not None]
@@ -131,7 +128,7 @@ def check_an_empty_batch_launches_nothing(launched: list[Launch]) -> None:
 
 
 @pytest.mark.parametrize("precision", DTYPES)
-def check_deep_sums_are_within_the_bound(precision: str) -> None:
+def test_deep_sums_are_within_the_bound(precision: str) -> None:
     """600 channels of one sign, as at the bottom of a U-Net: sums kept in 16 bits, or in tf32, would be far off."""
     case = Case(1, (600, 3, 3), 8, precision, data="positive", tile=Tile("pointer", 16, 32, 64))
     inputs, out = case.inputs(), torch.empty(1, 8, 6, 6, dtype=case.dtype, memory_format=torch.channels_last)
@@ -141,7 +138,7 @@ def check_deep_sums_are_within_the_bound(precision: str) -> None:
     assert error(out, case, inputs) <= 1
 
 
-def check_fp32_is_cut_to_tf32_only_where_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp32_is_cut_to_tf32_only_where_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The op follows PyTorch's switch for convolutions: allowed, fp32's bound is missed; forbidden, it is met."""
     case = Case(1, (33, 3, 4), 5, "fp32", data="positive")
     inputs, errors = case.inputs(), {}
@@ -155,7 +152,7 @@ def check_fp32_is_cut_to_tf32_only_where_allowed(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("size", [(1, 3, 4), (3, 1, 1), (1, 1, 1), (2, 1, 5), (2, 5, 1), (16, 1, 1)], ids=str)
-def check_ambiguous_layouts_are_read_right(size: tuple[int, int, int], layout: str) -> None:
+def test_ambiguous_layouts_are_read_right(size: tuple[int, int, int], layout: str) -> None:
     """With one channel or one pixel, strides fit two memory formats: what is read does not depend on which."""
     case = Case(2, size, 3, "fp32", layouts=(layout, layout))
     x, weight, bias = inputs = case.inputs()
@@ -167,7 +164,7 @@ def check_ambiguous_layouts_are_read_right(size: tuple[int, int, int], layout: s
     assert torch.equal(up_conv(misleading, weight, bias), up_conv(*inputs))
 
 
-def check_a_packed_weight_gives_the_same_bits() -> None:
+def test_a_packed_weight_gives_the_same_bits() -> None:
     """A weight that lies in memory as the kernel reads it is read there, and the result is the same."""
     x, weight, bias = Case(2, (5, 3, 4), 3, "fp32").inputs()
 
@@ -177,7 +174,7 @@ def check_a_packed_weight_gives_the_same_bits() -> None:
 @pytest.mark.parametrize("special", [NAN, float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["x", "weight", "bias"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def check_special_values_propagate(precision: str, where: str, special: float) -> None:
+def test_special_values_propagate(precision: str, where: str, special: float) -> None:
     """One NaN or infinity reaches the pixels it must, and no others: masked lanes of a tile leak none.
 
     The reference computes in float64: in bf16 on a CPU, PyTorch spreads a NaN at one position of a weight to all four.
@@ -196,7 +193,7 @@ def check_special_values_propagate(precision: str, where: str, special: float) -
     assert not result.isfinite().all()
 
 
-def check_sums_beyond_fp16_become_infinite() -> None:
+def test_sums_beyond_fp16_become_infinite() -> None:
     """Sums are rounded once, at the end: beyond 65504 that gives infinity, and below it nothing overflows before."""
     x = torch.tensor([60000.0, 60000.0, -60000.0], dtype=torch.float16).view(1, 3, 1, 1)
     weight = torch.ones(3, 1, 2, 2, dtype=torch.float16)
@@ -209,7 +206,7 @@ def check_sums_beyond_fp16_become_infinite() -> None:
 
 @pytest.mark.parametrize("axis", [0, 2, 3])
 @pytest.mark.parametrize("far", ["read", "written"])
-def check_offsets_beyond_31_bits(axis: int, far: str) -> None:
+def test_offsets_beyond_31_bits(axis: int, far: str) -> None:
     """Images, rows or columns that lie so far apart that only a product of 64 bits finds the last of them."""
     x, weight, bias = Case(3, (3, 3, 3), 3, "fp16").inputs()
     near = up_conv(x, weight, bias)
@@ -220,18 +217,3 @@ def check_offsets_beyond_31_bits(axis: int, far: str) -> None:
 
     assert launch.constants["wide"]
     assert torch.equal(out, near)
-
-
-@pytest.fixture(scope="module")
-def complaints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What the checks of this file complain about, by check."""
-    return run_checks(Path(__file__), tmp_path_factory.mktemp("interpreter"))
-
-
-@pytest.mark.parametrize("check", [name for name in globals() if name.startswith("check_")])
-def test_in_the_interpreter(check: str, complaints: dict[str, list[str]]) -> None:
-    """The check ran with all its cases, none was skipped, none failed."""
-    texts = complaints[check]
-
-    if any(texts):
-        pytest.fail("\n\n".join(filter(None, texts)), pytrace=False)

@@ -1,19 +1,17 @@
 """The kernels of the weight's gradient in Triton's interpreter, over one map and several, cropped and not.
 
-The checks in this file run in a pytest of their own, see `kernel_checks.py`, and the test at the end reports each by
-its name. By hand, with the usual options of pytest:
+They run in a second pytest, see `helpers/interpreter.py`. To run them in one process:
 
-    TRITON_INTERPRET=1 pytest -o python_functions='check_*' tests/test_kernels/ops/test_weight_gradient_interpreted.py
+    TRITON_INTERPRET=1 pytest tests/test_kernels/ops/test_weight_gradient_interpreted.py
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from kernel_checks import assert_same, far_apart, run_checks
+from kernel_checks import assert_same, far_apart
 from torch import Tensor
 from torch.nn import functional
 
@@ -88,7 +86,7 @@ def worst(case: Case, sources: list[Tensor], grad: Tensor, actual: Tensor, *, tf
     ],
     ids=str,
 )
-def check_the_gradient_meets_its_bound(case: Case, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gradient_meets_its_bound(case: Case, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any number of maps, channels and splits; all of the gradient is written, in the weight's type, and no more."""
     monkeypatch.setattr(module, "PROGRAMS", case.programs)
     sources, grad = make_inputs(case, PRECISIONS[precision])
@@ -103,7 +101,7 @@ def check_the_gradient_meets_its_bound(case: Case, precision: str, monkeypatch: 
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def check_sums_are_kept_in_32_bits(precision: str) -> None:
+def test_sums_are_kept_in_32_bits(precision: str) -> None:
     """Positive numbers, 2888 to a sum: kept in 16 bits, or of products in tf32, it would be off by more."""
     case = Case((3,), size=(38, 38))
     sources, grad = make_inputs(case, PRECISIONS[precision], "positive")
@@ -114,7 +112,7 @@ def check_sums_are_kept_in_32_bits(precision: str) -> None:
     assert worst(case, sources, grad, total) <= 1
 
 
-def check_the_cut_has_splits_of_several_tiles() -> None:
+def test_the_cut_has_splits_of_several_tiles() -> None:
     """The cases above cover one split and several, of one tile and of several, and tiles beyond the last pixel."""
     cuts = set()
     for case in CASES:
@@ -131,7 +129,7 @@ def check_the_cut_has_splits_of_several_tiles() -> None:
 
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[5]], ids=str)
-def check_runs_are_repeatable(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_are_repeatable(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Splits are added in a fixed order: two runs agree in every bit."""
     monkeypatch.setattr(module, "PROGRAMS", 40)
     sources, grad = make_inputs(case, torch.bfloat16)
@@ -143,7 +141,7 @@ def check_runs_are_repeatable(case: Case, monkeypatch: pytest.MonkeyPatch) -> No
     assert_same(*totals)
 
 
-def check_an_empty_batch_has_a_gradient_of_zeros() -> None:
+def test_an_empty_batch_has_a_gradient_of_zeros() -> None:
     """No pixel, no product: what was in memory is not taken for one."""
     sources = [torch.empty(0, 24, 5, 5).contiguous(memory_format=torch.channels_last)]
     total = torch.full((18, 3, 3, 24), torch.nan)
@@ -156,7 +154,7 @@ def check_an_empty_batch_has_a_gradient_of_zeros() -> None:
 @pytest.mark.parametrize("channels", [3, 24])
 @pytest.mark.parametrize("axis", [0, 2, 3])
 @pytest.mark.parametrize("far", ["source", "grad"])
-def check_offsets_beyond_31_bits(channels: int, axis: int, far: str) -> None:
+def test_offsets_beyond_31_bits(channels: int, axis: int, far: str) -> None:
     """Images, rows or columns that lie so far apart that only a product of 64 bits finds the last of them."""
     case = Case((channels,), outputs=4, size=(3, 4), batch=3)
     (source,), grad = make_inputs(case, torch.float16)
@@ -168,18 +166,3 @@ def check_offsets_beyond_31_bits(channels: int, axis: int, far: str) -> None:
 
     assert launches[0].constants["wide"]
     assert worst(case, [source], grad, total) <= 1
-
-
-@pytest.fixture(scope="module")
-def complaints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What the checks of this file complain about, by check."""
-    return run_checks(Path(__file__), tmp_path_factory.mktemp("interpreter"))
-
-
-@pytest.mark.parametrize("check", [name for name in globals() if name.startswith("check_")])
-def test_in_the_interpreter(check: str, complaints: dict[str, list[str]]) -> None:
-    """The check ran with all its cases, none was skipped, none failed."""
-    texts = complaints[check]
-
-    if any(texts):
-        pytest.fail("\n\n".join(filter(None, texts)), pytrace=False)

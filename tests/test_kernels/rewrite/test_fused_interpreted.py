@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from kernel_checks import run_checks
 from torch import Tensor
 
 from skipcost.kernels.dispatch.call import Call
@@ -41,7 +38,7 @@ def _distance(x: Tensor, exact: Tensor) -> float:
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def check_inference_is_as_exact_as_eager(variant: str, padding: str) -> None:
+def test_inference_is_as_exact_as_eager(variant: str, padding: str) -> None:
     """Crops of any remainder, every node's convolution over maps that are never concatenated, pools in epilogues."""
     size = 46 if padding == "valid" else 19
     image = torch.randn(1, 1, size, size + 2)
@@ -54,7 +51,7 @@ def check_inference_is_as_exact_as_eager(variant: str, padding: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def check_a_step_of_training_is_as_exact_as_eager(variant: str) -> None:
+def test_a_step_of_training_is_as_exact_as_eager(variant: str) -> None:
     """Statistics from epilogues, recipes for the maps, and the gradient of every parameter."""
     image = torch.randn(2, 1, 14, 11)
     fused, eager, exact = (net.train() for net in _networks(ModelSpec(variant, 2, 4, bias=False)))
@@ -66,18 +63,3 @@ def check_a_step_of_training_is_as_exact_as_eager(variant: str) -> None:
     assert _distance(flat[0], flat[2]) <= FACTOR * _distance(flat[1], flat[2])
     for (name, wanted), actual in zip(exact.named_buffers(), fused.buffers(), strict=True):
         torch.testing.assert_close(actual.to(wanted.dtype), wanted, rtol=1e-5, atol=1e-6, msg=name)
-
-
-@pytest.fixture(scope="module")
-def complaints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What the checks of this file complain about, by check."""
-    return run_checks(Path(__file__), tmp_path_factory.mktemp("interpreter"))
-
-
-@pytest.mark.parametrize("check", [name for name in globals() if name.startswith("check_")])
-def test_in_the_interpreter(check: str, complaints: dict[str, list[str]]) -> None:
-    """The check ran with all its cases, none was skipped, none failed."""
-    texts = complaints[check]
-
-    if any(texts):
-        pytest.fail("\n\n".join(filter(None, texts)), pytrace=False)

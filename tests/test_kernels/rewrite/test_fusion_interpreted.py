@@ -1,21 +1,18 @@
 """A fused model on the kernels themselves, in Triton's interpreter.
 
-The checks in this file run in a pytest of their own, see `kernel_checks.py`, and the test at the end reports each by
-its name. By hand, with the usual options of pytest:
+They run in a second pytest, see `helpers/interpreter.py`. To run them in one process:
 
-    TRITON_INTERPRET=1 pytest -o python_functions='check_*' tests/test_kernels/rewrite/test_fusion_interpreted.py
+    TRITON_INTERPRET=1 pytest tests/test_kernels/rewrite/test_fusion_interpreted.py
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from kernel_checks import run_checks
 from torch import nn
 from user_models import PaddingUNet, ValidUNet, trained
 
@@ -62,7 +59,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def check_a_fused_model_runs_on_the_kernels(
+def test_a_fused_model_runs_on_the_kernels(
     name: str, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     """Every convolution with a norm or ReLU is one launch of ours, and the result is as exact as the original's."""
@@ -78,18 +75,3 @@ def check_a_fused_model_runs_on_the_kernels(
     assert {name: launched.count(name) for name in launched} == run.launches
     floor = 4 * torch.finfo(torch.float32).eps * truth.abs().max()
     assert (result - truth).abs().max() <= 2 * (its - truth).abs().max() + floor
-
-
-@pytest.fixture(scope="module")
-def complaints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What the checks of this file complain about, by check."""
-    return run_checks(Path(__file__), tmp_path_factory.mktemp("interpreter"))
-
-
-@pytest.mark.parametrize("check", [name for name in globals() if name.startswith("check_")])
-def test_in_the_interpreter(check: str, complaints: dict[str, list[str]]) -> None:
-    """The check ran with all its cases, none was skipped, none failed."""
-    texts = complaints[check]
-
-    if any(texts):
-        pytest.fail("\n\n".join(filter(None, texts)), pytrace=False)

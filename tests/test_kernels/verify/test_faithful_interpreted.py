@@ -1,23 +1,20 @@
-"""The interpreter computes as a GPU does, and quicker; a triton it does not know is refused, a missing check is seen.
+"""The interpreter computes as a GPU does, and quicker; a triton it does not know is refused.
 
-The `check_*` functions run in Triton's interpreter, see `kernel_checks.py`. By hand, with the usual options of pytest:
+They run in a second pytest, see `helpers/interpreter.py`. To run them in one process:
 
-    TRITON_INTERPRET=1 pytest -o python_functions='check_*' tests/test_kernels/verify/test_faithful.py
+    TRITON_INTERPRET=1 pytest tests/test_kernels/verify/test_faithful_interpreted.py
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import run_checks
-from places import HELPERS
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip(
@@ -54,7 +51,7 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[..., Any]]:
     return methods
 
 
-def check_importing_the_helpers_makes_the_interpreter_faithful() -> None:
+def test_importing_the_helpers_makes_the_interpreter_faithful() -> None:
     """A check file does nothing for it, and doing it again changes nothing."""
     before = {name: getattr(BUILDER, name) for name in REPLACEMENTS}
 
@@ -66,7 +63,7 @@ def check_importing_the_helpers_makes_the_interpreter_faithful() -> None:
 
 @settings(max_examples=40)
 @given(st.lists(BITS, min_size=64, max_size=64))
-def check_casts_of_any_bits_are_pytorchs(numbers: list[int]) -> None:
+def test_casts_of_any_bits_are_pytorchs(numbers: list[int]) -> None:
     """From fp32 to bf16 and back, and to fp16: ties, subnormals, infinities and every NaN."""
     x = from_bits(numbers)
 
@@ -80,7 +77,7 @@ def check_casts_of_any_bits_are_pytorchs(numbers: list[int]) -> None:
 
 @settings(max_examples=40)
 @given(st.lists(st.integers(-(2**15), 2**15 - 1), min_size=128, max_size=128))
-def check_bf16_arithmetic_of_any_bits_is_pytorchs(numbers: list[int]) -> None:
+def test_bf16_arithmetic_of_any_bits_is_pytorchs(numbers: list[int]) -> None:
     """Sums, differences, products, signs, comparisons, and what both maxima do with NaN."""
     a, b = torch.tensor(numbers, dtype=torch.int16).view(torch.bfloat16).view(2, 64)
     result = torch.empty(8, 64, dtype=torch.bfloat16)
@@ -95,7 +92,7 @@ def check_bf16_arithmetic_of_any_bits_is_pytorchs(numbers: list[int]) -> None:
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def check_products_are_of_what_the_operands_are(dtype: torch.dtype, precision: str) -> None:
+def test_products_are_of_what_the_operands_are(dtype: torch.dtype, precision: str) -> None:
     """Random operands of 16 bits are multiplied exactly, those of 32 bits too, or cut to 10 bits of mantissa before."""
     torch.manual_seed(0)
     a, b = torch.randn(2, 16, 16).to(dtype)
@@ -108,7 +105,7 @@ def check_products_are_of_what_the_operands_are(dtype: torch.dtype, precision: s
     torch.testing.assert_close(result.double(), a.double() @ b.double(), rtol=1e-6, atol=1e-5)
 
 
-def check_products_in_float64_stay_exact() -> None:
+def test_products_in_float64_stay_exact() -> None:
     """Gradients are checked against differences in float64, through kernels that ask for "ieee" or "tf32"."""
     torch.manual_seed(0)
     a, b = torch.randn(2, 16, 16, dtype=torch.float64)
@@ -119,7 +116,7 @@ def check_products_in_float64_stay_exact() -> None:
         torch.testing.assert_close(result, a @ b, rtol=1e-14, atol=1e-14)
 
 
-def check_overflow_and_nan_raise_no_warning() -> None:
+def test_overflow_and_nan_raise_no_warning() -> None:
     """Numbers beyond fp16 become infinite, infinity minus itself NaN; numpy's warnings would be errors here."""
     x, result = torch.tensor([1e30, -1e30, float("inf"), float("nan")]), torch.empty(4, dtype=torch.float16)
     faithful._convert[(1,)](x, result, size=4)
@@ -134,7 +131,7 @@ def check_overflow_and_nan_raise_no_warning() -> None:
 
 
 @pytest.mark.parametrize("name", REPLACEMENTS)
-def check_the_self_test_misses_each_replacement(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_self_test_misses_each_replacement(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one method as triton has it, the self-test fails; but where that triton has it right, it may pass."""
     version = tuple(map(int, triton.__version__.split(".")[:2]))
     right = {"unary_op": version < (3, 8), "create_maxnumf": version >= (3, 8), "create_minnumf": version >= (3, 8)}
@@ -149,7 +146,7 @@ def check_the_self_test_misses_each_replacement(name: str, monkeypatch: pytest.M
             self_test()
 
 
-def check_a_method_that_takes_other_arguments_is_refused(
+def test_a_method_that_takes_other_arguments_is_refused(
     stock: dict[str, Callable[..., Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The message names triton's version, the method and its arguments, and nothing is replaced."""
@@ -164,7 +161,7 @@ def check_a_method_that_takes_other_arguments_is_refused(
 
 
 @pytest.mark.usefixtures("stock")
-def check_a_method_that_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_that_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """So is a triton without the class itself."""
     monkeypatch.delattr(BUILDER, "create_masked_load")
 
@@ -179,7 +176,7 @@ def check_a_method_that_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("by 0"), UnfaithfulError("wrong sum")], ids=["breaks", "differs"])
-def check_a_failed_self_test_leaves_triton_as_it_was(
+def test_a_failed_self_test_leaves_triton_as_it_was(
     error: Exception, stock: dict[str, Callable[..., Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Signatures fit, results do not: the error says so, and the interpreter is triton's own again."""
@@ -206,7 +203,7 @@ def _sum_and_largest(x, y, result, size: tl.constexpr) -> None:  # type: ignore[
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint8, torch.float32, torch.bfloat16], ids=str)
-def check_what_is_quicker_gives_what_it_gave(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_quicker_gives_what_it_gave(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums beyond a type wrap without a word, in the interpreter as it comes too; and a kernel may call another."""
     limit = torch.finfo(dtype).max if dtype.is_floating_point else torch.iinfo(dtype).max
     x, y = torch.full((4,), limit, dtype=dtype), torch.arange(4).to(dtype)
@@ -223,7 +220,7 @@ def check_what_is_quicker_gives_what_it_gave(dtype: torch.dtype, monkeypatch: py
     assert tl.core.is_builtin(tl.load)  # after a launch the language is triton's own
 
 
-def check_being_quicker_is_taken_up_once() -> None:
+def test_being_quicker_is_taken_up_once() -> None:
     """A second call changes nothing, and what is not done is the sum whose verdict nobody hears."""
     before = interpreter._get_np_dtype, interpreter._patch_lang
 
@@ -231,104 +228,3 @@ def check_being_quicker_is_taken_up_once() -> None:
 
     assert (interpreter._get_np_dtype, interpreter._patch_lang) == before
     assert not interpreter.interpreter_builder.options.sanitize_overflow
-
-
-def test_without_the_interpreter_nothing_is_replaced() -> None:
-    """In a process where triton compiles, installing is an error, since checks there would run on a GPU."""
-    if triton.knobs.runtime.interpret:
-        pytest.skip("this process interprets")
-
-    with pytest.raises(
-        UnfaithfulError, match=r"does not interpret: set TRITON_INTERPRET=1 before it is first imported"
-    ):
-        install()
-
-    assert not hasattr(BUILDER.create_dot, "replaces")
-
-
-CHECKS = """
-import pytest
-from kernel_checks import run_checks
-
-def check_right(): assert True
-
-def check_wrong(): assert 1 == 2
-
-@pytest.mark.skip(reason="not today")
-def check_skipped(): pass
-
-@pytest.mark.xfail(reason="known")
-def check_expected_to_fail(): assert False
-
-@pytest.mark.parametrize("case", [])
-def check_without_cases(case): pass
-
-@pytest.mark.parametrize("case", [1, 2, 3])
-def check_of_three(case): assert case != 2
-"""
-
-
-@pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Write a file of checks that can import the helpers."""
-    monkeypatch.setenv("PYTHONPATH", str(HELPERS))
-
-    def write(text: str) -> Path:
-        file = tmp_path / "test_written.py"
-        file.write_text(text)
-        return file
-
-    return write
-
-
-def test_checks_that_did_not_run_complain(write: Callable[[str], Path], tmp_path: Path) -> None:
-    """Only what ran and was right is silent: not what was skipped, expected to fail, without cases, or never there."""
-    found = run_checks(write(CHECKS), tmp_path)
-
-    assert found["check_right"] == [""]
-    assert ["" if not text else "complains" for text in found["check_of_three"]] == ["", "complains", ""]
-    for check, reason in (
-        ("check_wrong", "assert 1 == 2"),
-        ("check_skipped", "not today"),
-        ("check_expected_to_fail", "skipped"),
-        ("check_without_cases", "skipped"),
-        ("check_missing", "no case of this check ran"),
-    ):
-        (text,) = found[check]
-        assert reason in text
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("def test_that_is_no_check(): pass", r"ended with 5\n"),
-        ("import kernel_checks\nimport nothing_of_that_name", r"ended with 2\n.*nothing_of_that_name"),
-        (
-            "from triton.runtime import interpreter as i\ndel i.InterpreterBuilder.cast_impl\nimport kernel_checks",
-            r"ended with 2\n.*UnfaithfulError: triton \S+ has no InterpreterBuilder\.cast_impl",
-        ),
-        ("import os\ndef check_it(): os.abort()", r"ended with -6\n"),
-    ],
-    ids=["none", "import", "unfaithful", "crash"],
-)
-def test_a_file_of_checks_that_cannot_run_fails(
-    text: str, message: str, write: Callable[[str], Path], tmp_path: Path
-) -> None:
-    """No check was collected, an import failed, this triton is unknown, the process died: each with what was said."""
-    with pytest.raises(pytest.fail.Exception, match=rf"(?s)the interpreter's pytest {message}"):
-        run_checks(write(text), tmp_path)
-
-
-@pytest.fixture(scope="module")
-def complaints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What the checks of this file complain about, by check."""
-    return run_checks(Path(__file__), tmp_path_factory.mktemp("interpreter"))
-
-
-@pytest.mark.parametrize("check", [name for name in globals() if name.startswith("check_")])
-def test_in_the_interpreter(check: str, complaints: dict[str, list[str]]) -> None:
-    """The check ran with all its cases, none was skipped, none failed."""
-    texts = complaints[check]
-
-    if any(texts):
-        pytest.fail("\n\n".join(filter(None, texts)), pytrace=False)

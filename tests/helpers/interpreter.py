@@ -1,0 +1,75 @@
+"""Tests of kernels in Triton's interpreter are ordinary tests: pytest finds, selects and counts them like all others.
+
+Whether Triton interprets is decided when it is first imported, for the whole process, and other tests need the
+compiler. So what is collected from a file named `*_interpreted.py` runs in a second pytest with TRITON_INTERPRET=1: one
+for a file, with exactly what was selected of it, and each outcome is reported here. A skip is a failure, since the
+interpreter needs no GPU that could be missing. Within a process that interprets, nothing of this happens.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NAMED = "_interpreted.py"
+TOLD = "SKIPCOST_TESTS_TOLD"  # the file that the second pytest tells its outcomes in
+NOT_RUN = "the interpreter's pytest ended with {code} before this test had\n{output}"
+
+
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    """Report what the second pytest said of a test, in place of running it; None for all other tests."""
+    if os.environ.get("TRITON_INTERPRET") == "1" or not item.path.name.endswith(NAMED):
+        return None
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    item.ihook.pytest_runtest_logreport(report=_report(item))
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """In the second pytest: tell the outcome of each phase as a line."""
+    if told := os.environ.get(TOLD):
+        line = {"id": report.nodeid, "when": report.when, "outcome": report.outcome, "text": report.longreprtext}
+        with Path(told).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _report(item: pytest.Item) -> pytest.TestReport:
+    if importlib.util.find_spec("triton") is None:
+        where = (str(item.path), item.location[1], "triton is not installed: pip install 'skipcost[gpu]'")
+        return pytest.TestReport(item.nodeid, item.location, {}, "skipped", where, "setup")
+    selected = tuple(each.nodeid for each in item.session.items if each.path == item.path)
+    phases, output = _run(selected, item.config.rootpath)
+    lines = phases.get(item.nodeid, [])
+    ended = any(line["when"] == "teardown" for line in lines)  # else the process died under it, or before
+    wrong = not ended or any(line["outcome"] != "passed" for line in lines)
+    text = "\n".join([*(line["text"] for line in lines if line["outcome"] != "passed"), *([] if ended else [output])])
+    outcome: Any = "failed" if wrong else "passed"
+    return pytest.TestReport(item.nodeid, item.location, {}, outcome, text or None, "call")
+
+
+@functools.cache
+def _run(selected: tuple[str, ...], root: Path) -> tuple[dict[str, list[dict[str, Any]]], str]:
+    """Run tests in a second pytest: what it told of each, by its id; and how it ended, for those it says nothing of."""
+    with tempfile.TemporaryDirectory() as folder:
+        names, told = Path(folder) / "selected", Path(folder) / "told"
+        names.write_text("\n".join(selected), encoding="utf-8")
+        told.touch()
+        environment = {**os.environ, "TRITON_INTERPRET": "1", TOLD: str(told)}
+        environment.pop("PYTEST_XDIST_WORKER", None)
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"@{names}"]
+        done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
+        phases: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for line in map(json.loads, told.read_text(encoding="utf-8").splitlines()):
+            phases[line["id"]].append(line)
+    return phases, NOT_RUN.format(code=done.returncode, output=done.stdout[-2000:] + done.stderr[-2000:])
