@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from skipcost.kernels.backends import BACKENDS, Backend
-    from skipcost.kernels.rewrite.fusion import Change, fuse
-    from skipcost.kernels.rewrite.rewriting import rewrite
+    from skipcost.kernels.rewriting.fusion import Change, fuse
+    from skipcost.kernels.rewriting.rewrite import rewrite
     from skipcost.kernels.verify.table import KERNELS, Kernel
 
 __all__ = ["BACKENDS", "KERNELS", "Backend", "Change", "Kernel", "fuse", "rewrite"]
@@ -19,11 +19,11 @@ __all__ = ["BACKENDS", "KERNELS", "Backend", "Change", "Kernel", "fuse", "rewrit
 _NEED_TORCH = {
     "BACKENDS": "backends",
     "Backend": "backends",
-    "Change": "rewrite.fusion",
+    "Change": "rewriting.fusion",
     "KERNELS": "verify.table",
     "Kernel": "verify.table",
-    "fuse": "rewrite.fusion",
-    "rewrite": "rewrite.rewriting",
+    "fuse": "rewriting.fusion",
+    "rewrite": "rewriting.rewrite",
 }
 
 

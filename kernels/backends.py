@@ -16,8 +16,8 @@ from typing import cast
 import torch
 from torch import nn
 
-from skipcost.kernels.rewrite.fused import FusedOps
-from skipcost.kernels.rewrite.low import RewrittenOps
+from skipcost.kernels.rewriting.fused import FusedOps
+from skipcost.kernels.rewriting.low import RewrittenOps
 from skipcost.kernels.ways import FusedNetwork
 from skipcost.unet_models.network import SkipNet
 from skipcost.unet_models.ops import REFERENCE, Ops

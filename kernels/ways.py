@@ -18,7 +18,7 @@ from skipcost.kernels.dispatch import rows as winners
 from skipcost.kernels.dispatch.call import Call
 from skipcost.kernels.dispatch.choose import Choice
 from skipcost.kernels.precision import tf32_allowed
-from skipcost.kernels.rewrite.fused import PRECISIONS, FusedOps, card_of
+from skipcost.kernels.rewriting.fused import PRECISIONS, FusedOps, card_of
 from skipcost.unet_models.network import SkipNet
 from skipcost.unet_models.ops import REFERENCE, Ops
 from skipcost.unet_models.spec import ModelSpec

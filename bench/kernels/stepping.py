@@ -22,7 +22,7 @@ from skipcost.bench.kernels.networks import parse_case, why_not
 from skipcost.bench.measure.machine import Machine, arithmetic, machine_of
 from skipcost.bench.measure.process import Row
 from skipcost.bench.measure.timing import Budget, sample
-from skipcost.kernels.rewrite.fused import FusedOps
+from skipcost.kernels.rewriting.fused import FusedOps
 from skipcost.kernels.ways import WAYS
 from skipcost.unet_models import ModelSpec, build
 

@@ -17,7 +17,7 @@ from skipcost.bench.measure.fvcore_handles import HANDLES
 from skipcost.bench.measure.live_bytes import device_to_trace, trace_peaks
 from skipcost.bench.measure.subject import Subject, make_subject
 from skipcost.bench.measure.tracing import trace
-from skipcost.kernels.rewrite.rewiring import Rewired
+from skipcost.kernels.rewriting.rewiring import Rewired
 
 UNLIKE_ON_CUDA = (nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer)  # cuDNN's, and whole layers
 

@@ -18,7 +18,7 @@ from skipcost.bench.cases.factory import Factory, UnsupportedError, make
 from skipcost.bench.cases.modules import as_written, described, is_lazy_in, replace_tensors, require_tensors, settle
 from skipcost.kernels import BACKENDS
 from skipcost.kernels.precision import allow_tf32
-from skipcost.kernels.rewrite.low import RewrittenOps
+from skipcost.kernels.rewriting.low import RewrittenOps
 from skipcost.unet_models import build
 
 SEED = 0

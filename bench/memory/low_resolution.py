@@ -1,6 +1,6 @@
 """Calls of convolutions over up-sampled maps that are computed at low resolution, as `backend=rewritten` makes them.
 
-What kernels/rewrite/low.py and kernels/low_resolution/tap_first.py do, step by step, without tensors; which
+What kernels/rewriting/low.py and kernels/low_resolution/tap_first.py do, step by step, without tensors; which
 convolutions it is done to is the caller's rule, `Takes`. What the steps make and keep is in `tap_operators`.
 """
 

@@ -3,7 +3,7 @@
 The calls say what is done to what and are the same for all widths and image sizes that need the same steps; the
 numbers beside them are this network's. Maps arrive, are merged and are dropped in the executor's order; a `hold` stands
 where its Python frames keep a map longer than its last reader. With a `rule` they are those of `backend=rewritten`
-(kernels/rewrite/low.py, kernels/low_resolution/tap_first.py, kernels/ops/relu_concat.py).
+(kernels/rewriting/low.py, kernels/low_resolution/tap_first.py, kernels/ops/relu_concat.py).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from user_models import trained
 
-from skipcost.kernels.rewrite import lazy as rewrite_calls
+from skipcost.kernels.rewriting import lazy as rewrite_calls
 
 
 class UNet3Plus(reference_models.UNet3Plus):

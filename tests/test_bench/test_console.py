@@ -107,7 +107,7 @@ def test_no_file_is_written_by_another_door() -> None:
         for folder in folders
         for file in folder.rglob("*.py")
         for line in file.read_text().splitlines()
-        if writing.search(line) and "fdopen" not in line
+        if writing.search(line) and "fdopen" not in line and "os.devnull" not in line
     ]
 
     assert found == []

@@ -36,8 +36,6 @@ OUTPUTS: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {  # t
     ("gate", "--verdicts"): ((*GATE, "--verdicts"), ("s.sqlite", "b.jsonl")),
     ("ab", "--junit"): ((*AB, "--junit"), ("t.toml",)),
     ("ab", "--verdicts"): ((*AB, "--verdicts"), ("t.toml",)),
-    ("instructions", "--junit"): (("instructions", "--against", "HEAD", "--junit"), ()),
-    ("instructions", "--verdicts"): (("instructions", "--against", "HEAD", "--verdicts"), ()),
     ("accuracy", "--write"): (("accuracy", "s.sqlite", "--write"), ("s.sqlite",)),
     ("calibrate", "-o"): (("calibrate", "s.sqlite", "-o"), ("s.sqlite",)),
     ("report", "-o"): (

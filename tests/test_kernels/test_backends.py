@@ -14,7 +14,7 @@ import skipcost.kernels
 from skipcost.kernels import BACKENDS, KERNELS, Backend, backends, ways
 from skipcost.kernels.devices import device_named
 from skipcost.kernels.dispatch import rows as winners
-from skipcost.kernels.rewrite.fused import FusedOps
+from skipcost.kernels.rewriting.fused import FusedOps
 from skipcost.kernels.ways import WAYS
 from skipcost.unet_models import REFERENCE, ModelSpec, Ops, build
 

@@ -19,7 +19,7 @@ READERS = """
 import os, sys
 import torch
 from skipcost.kernels.precision import rounding, tf32_allowed
-from skipcost.kernels.running import arithmetic
+from skipcost.bench.measure.machine import arithmetic
 from skipcost.kernels.ways import precision_of
 
 def rounds():

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from skipcost.kernels.dispatch.call import Call
 from skipcost.kernels.recompute import Recipes, remembering, saved_bytes
-from skipcost.kernels.rewrite.fused import FusedOps
+from skipcost.kernels.rewriting.fused import FusedOps
 from skipcost.unet_models import REFERENCE, ModelSpec, build
 from skipcost.unet_models.ops import ConvNormAct, Ops
 

@@ -31,7 +31,7 @@ def _no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without a GPU and without calibrations, whatever this one has."""
     monkeypatch.setattr(fit_gauge, "load_calibration", lambda _: None)
     named = fit_gauge.target_named
-    for module in ("fit", "fit_question"):
+    for module in ("commands.fit", "fitting.question"):
         monkeypatch.setattr(f"skipcost.bench.{module}.target_named", lambda text: named(text, list))
 
 

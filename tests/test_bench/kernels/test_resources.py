@@ -175,8 +175,9 @@ def test_a_tile_that_does_not_fit_fails_the_gate() -> None:
     done = python("""
 import sys
 from functools import partial
-from skipcost.kernels import gated, resources
-from skipcost.kernels.tiles import Tile
+from skipcost.kernels.verify import gated
+from skipcost.bench.kernels import resources
+from skipcost.kernels.ops.tiles import Tile
 
 name = "conv/pointer/64>64@512/bf16"
 gated.default_tile = lambda *_: Tile("pointer", 256, 256, 64, 4, 4)
@@ -200,10 +201,11 @@ def test_a_tuned_tile_that_spills_fails_the_gate() -> None:
 
     done = python("""
 import sys
-from skipcost.kernels import gated, resources
-from skipcost.kernels.calls import Call
-from skipcost.kernels.configurations import need
-from skipcost.kernels.tiles import Tile, tuned_row
+from skipcost.kernels.verify import gated
+from skipcost.bench.kernels import resources
+from skipcost.kernels.dispatch.call import Call
+from skipcost.bench.kernels.cases import need
+from skipcost.kernels.ops.tiles import Tile, tuned_row
 
 call, tile = Call("conv_bn_relu", 8, ((256, 32, 32),), 256), Tile("pointer", 256, 256, 64, 4, 2)
 gated.GATED.clear()
@@ -262,7 +264,8 @@ def test_a_kernel_that_does_not_compile_is_a_problem_of_its_own() -> None:
 
     done = python("""
 from dataclasses import replace
-from skipcost.kernels import gated, resources
+from skipcost.kernels.verify import gated
+from skipcost.bench.kernels import resources
 name, other = "batch_norm/add/fp32", "batch_norm/finish/fp32"
 launch = gated.GATED[name]()
 make = gated.GATED[other]

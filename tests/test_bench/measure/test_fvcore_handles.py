@@ -11,7 +11,7 @@ from torch import Tensor
 from skipcost.bench.measure.counting import preload_fvcore
 from skipcost.bench.measure.fvcore_handles import HANDLES
 from skipcost.kernels.dispatch.call import Call
-from skipcost.kernels.rewrite.fused import FusedOps
+from skipcost.kernels.rewriting.fused import FusedOps
 from skipcost.unet_models import VARIANTS, ModelSpec, build, graph
 
 

@@ -44,7 +44,7 @@ from skipcost.kernels.dispatch.low_resolution import Choice, choose, choose_comp
 from skipcost.kernels.low_resolution import costs as tap_costs
 from skipcost.kernels.low_resolution import tap_first
 from skipcost.kernels.low_resolution.axis import Axis
-from skipcost.kernels.rewrite import low as rewritten
+from skipcost.kernels.rewriting import low as rewritten
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 
 pytestmark = [

@@ -151,9 +151,9 @@ def test_a_killed_writer_loses_no_committed_row(tmp_path: Path) -> None:
     script = f"""
 import os, signal
 from pathlib import Path
-from skipcost.bench.cases import Case
-from skipcost.bench.records import Result
-from skipcost.bench.store import create_store
+from skipcost.bench.cases.case import Case
+from skipcost.bench.cases.record import Result
+from skipcost.bench.store.store import create_store
 store = create_store(Path({str(path)!r}))
 store.add_case(Case(), [])
 run = store.add_run("2026-01-01T00:00:00+00:00", "test", 0, {HERE!r})

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from skipcost.kernels.dispatch.low_resolution import Choice, choose, choose_composed, executed_macs, rewritings
 from skipcost.kernels.low_resolution.axis import Axis
 from skipcost.kernels.low_resolution.composed import composed
-from skipcost.kernels.rewrite.low import RewrittenOps
+from skipcost.kernels.rewriting.low import RewrittenOps
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec, build
 from skipcost.unet_models.spec import CHOICES
 

@@ -22,8 +22,8 @@ from skipcost.kernels.dispatch.low_resolution import calls_to_measure, choose, e
 from skipcost.kernels.errors import MachineError
 from skipcost.kernels.low_resolution.axis import Axis
 from skipcost.kernels.low_resolution.tap_first import tap_first
-from skipcost.kernels.rewrite import low as rewritten
-from skipcost.kernels.rewrite.low import RewrittenOps
+from skipcost.kernels.rewriting import low as rewritten
+from skipcost.kernels.rewriting.low import RewrittenOps
 from skipcost.unet_models import VARIANTS, ModelSpec, build
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -67,7 +67,7 @@ def test_neither_triton_nor_a_gpu_is_needed() -> None:
 import sys
 sys.modules["triton"] = None
 import torch
-from skipcost.kernels.conv_bn_relu import conv_bn_relu, conv_bn_relu_pool
+from skipcost.kernels.ops.conv_bn_relu import conv_bn_relu, conv_bn_relu_pool
 x, weight = torch.ones(1, 2, 4, 4), torch.ones(3, 2, 3, 3)
 assert torch.equal(conv_bn_relu(x, weight, None, None, padding=0), torch.full((1, 3, 2, 2), 18.0))
 assert conv_bn_relu_pool(x, weight, None, None, padding=0)[1].shape == (1, 3, 1, 1)

@@ -42,7 +42,7 @@ sys.modules["triton"] = None
 import skipcost.kernels
 assert "torch" not in sys.modules
 import torch
-from skipcost.kernels.crop_concat import crop_concat
+from skipcost.kernels.ops.crop_concat import crop_concat
 assert crop_concat([torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2)]).shape == (1, 2, 2, 2)
 """
 

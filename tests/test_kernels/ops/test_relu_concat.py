@@ -17,7 +17,7 @@ from torch import Tensor
 
 from skipcost.kernels.ops.relu_concat import relu_concat
 from skipcost.kernels.recompute import saved_bytes
-from skipcost.kernels.rewrite.low import RewrittenOps
+from skipcost.kernels.rewriting.low import RewrittenOps
 from skipcost.unet_models import REFERENCE, SKIPS, ModelSpec, build
 from skipcost.unet_models.ops import crop_all
 

@@ -186,7 +186,7 @@ def test_stored_rows_need_neither_torch_nor_triton() -> None:
     """The report shows them on machines that have neither."""
     program = """
 import sys
-from skipcost.kernels.baseline import stored_rows
+from skipcost.kernels.verify.baseline import stored_rows
 print(len(stored_rows()), "torch" in sys.modules, "triton" in sys.modules)
 """
 

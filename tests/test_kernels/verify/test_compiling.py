@@ -63,9 +63,9 @@ def test_meta_tensors_compile_to_the_kernels_of_real_ones() -> None:
 
     done = python("""
 import torch
-from skipcost.kernels.compiling import compiled
-from skipcost.kernels.conv import conv_launch
-from skipcost.kernels.tiles import Tile
+from skipcost.kernels.verify.compiling import compiled
+from skipcost.kernels.ops.conv import conv_launch
+from skipcost.kernels.ops.tiles import Tile
 
 def key(device, channels=16, size=5, offset=0, shift=True, dtype=torch.float16):
     def tensor(*shape):
@@ -97,9 +97,9 @@ def test_occupancy_by_registers_is_llvms() -> None:
 
     done = python("""
 import re
-from skipcost.kernels.compiling import compile_launch, compiled
-from skipcost.kernels.gated import GATED
-from skipcost.kernels.targets import TARGETS, residency
+from skipcost.kernels.verify.compiling import compile_launch, compiled
+from skipcost.kernels.verify.gated import GATED
+from skipcost.kernels.verify.targets import TARGETS, residency
 for name in ("conv/pointer/64>64@512", "conv/few/3>64@512", "batch_norm/normalize", "up_conv/128>64@512"):
     launch = GATED[f"{name}/bf16"]()
     (waves,) = re.findall(r"; Occupancy: (\\d+)", compiled(launch, "gfx942").asm["amdgcn"])

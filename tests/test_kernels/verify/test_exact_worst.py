@@ -128,7 +128,8 @@ def test_neither_triton_nor_a_gpu_is_needed() -> None:
 import sys
 sys.modules["triton"] = None
 import torch
-from skipcost.kernels import canaries, validate
+from skipcost.kernels.verify import canaries
+from skipcost.kernels.verify import exact as validate
 x, weight = torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)
 exact = validate.conv([canaries.amid(x, "window")], weight, padding=0)
 assert validate.worst(torch.full((1, 1, 1, 1), 9.0), exact.value, validate.allowed(exact, torch.float32)) == 0

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 from user_models import trained
 
-from skipcost.kernels.rewrite.fusion import fuse
+from skipcost.kernels.rewriting.fusion import fuse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CHANNELS = 4

@@ -18,7 +18,7 @@ from torch import Tensor
 from skipcost.kernels.dispatch.call import Call
 from skipcost.kernels.dispatch.network_calls import network_calls
 from skipcost.kernels.recompute import Recipes, saved_bytes
-from skipcost.kernels.rewrite.fused import FusedOps, dispatched
+from skipcost.kernels.rewriting.fused import FusedOps, dispatched
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec, SkipNet, build
 
 Choose = Callable[[Call, Tensor], str]

@@ -14,8 +14,8 @@ from torch.fx import Node
 from torch.nn import functional
 
 from skipcost.kernels.ops.conv import padding_of
-from skipcost.kernels.rewrite.tracing import is_layer, more_than_forward
-from skipcost.kernels.rewrite.wiring import Wiring
+from skipcost.kernels.rewriting.tracing import is_layer, more_than_forward
+from skipcost.kernels.rewriting.wiring import Wiring
 from skipcost.kernels.weights import why_not_fold
 
 

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from skipcost.kernels.dispatch.call import Call
-from skipcost.kernels.rewrite.layer_ops import LayerOps, folded_or_dispatched
-from skipcost.kernels.rewrite.matching import Block, Join, find
-from skipcost.kernels.rewrite.rewiring import Route, calls_of, rewire, twin
-from skipcost.kernels.rewrite.tracing import Traced, in_mode, is_layer
-from skipcost.kernels.rewrite.wiring import Wiring
+from skipcost.kernels.rewriting.layer_ops import LayerOps, folded_or_dispatched
+from skipcost.kernels.rewriting.matching import Block, Join, find
+from skipcost.kernels.rewriting.rewiring import Route, calls_of, rewire, twin
+from skipcost.kernels.rewriting.tracing import Traced, in_mode, is_layer
+from skipcost.kernels.rewriting.wiring import Wiring
 
 Choose = Callable[[Call, Tensor], str]
 TOOL = "_skipcost_ops"  # the name under which a fused module's graph finds its `LayerOps`

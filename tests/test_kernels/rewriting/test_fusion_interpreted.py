@@ -2,7 +2,7 @@
 
 They run in a second pytest, see `helpers/interpreter.py`. To run them in one process:
 
-    TRITON_INTERPRET=1 pytest tests/test_kernels/rewrite/test_fusion_interpreted.py
+    TRITON_INTERPRET=1 pytest tests/test_kernels/rewriting/test_fusion_interpreted.py
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 from user_models import PaddingUNet, ValidUNet, trained
 
 from skipcost.kernels.ops import launch
-from skipcost.kernels.rewrite.fusion import fuse
+from skipcost.kernels.rewriting.fusion import fuse
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from torch import nn
 from torch.fx import Node
 from torch.nn import functional
 
-from skipcost.kernels.rewrite.lazy import MODES, unsuited, whole_factor
-from skipcost.kernels.rewrite.tracing import more_than_forward
-from skipcost.kernels.rewrite.wiring import CONV, Wiring
+from skipcost.kernels.rewriting.lazy import MODES, unsuited, whole_factor
+from skipcost.kernels.rewriting.tracing import more_than_forward
+from skipcost.kernels.rewriting.wiring import CONV, Wiring
 
 INTERPOLATE = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias")
 CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")

@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from skipcost.kernels.dispatch.call import Call
 from skipcost.kernels.precision import computing_type
-from skipcost.kernels.rewrite.fused import FusedOps, dispatched
-from skipcost.kernels.rewrite.rewiring import dense
+from skipcost.kernels.rewriting.fused import FusedOps, dispatched
+from skipcost.kernels.rewriting.rewiring import dense
 from skipcost.kernels.weights import pack
 from skipcost.unet_models.ops import REFERENCE, ConvNormAct
 

@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.fx import Node
 from torch.nn import functional
 
-from skipcost.kernels.rewrite.tracing import WRITING, is_layer, more_than_forward
+from skipcost.kernels.rewriting.tracing import WRITING, is_layer, more_than_forward
 
 RELU = (functional.relu, functional.relu_, torch.relu, torch.relu_)
 CAT = (torch.cat, torch.concat, torch.concatenate)

@@ -22,12 +22,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from skipcost.kernels.rewrite.find import Place, find
-from skipcost.kernels.rewrite.fusion import Change
-from skipcost.kernels.rewrite.lazy import enlarge, enlarge_by
-from skipcost.kernels.rewrite.rewiring import Rewired, Route, rewire, twin
-from skipcost.kernels.rewrite.tracing import Traced, given_of, is_layer, trace
-from skipcost.kernels.rewrite.wiring import Wiring
+from skipcost.kernels.rewriting.find import Place, find
+from skipcost.kernels.rewriting.fusion import Change
+from skipcost.kernels.rewriting.lazy import enlarge, enlarge_by
+from skipcost.kernels.rewriting.rewiring import Rewired, Route, rewire, twin
+from skipcost.kernels.rewriting.tracing import Traced, given_of, is_layer, trace
+from skipcost.kernels.rewriting.wiring import Wiring
 
 AFTER = "tap_first"
 WHY = "in each call for which that counts fewer MACs"

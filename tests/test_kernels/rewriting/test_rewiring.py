@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from user_models import MODELS, PaddingUNet, pickled, trained
 
 from skipcost.kernels import fuse
-from skipcost.kernels.rewrite.rewiring import Rewired
+from skipcost.kernels.rewriting.rewiring import Rewired
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

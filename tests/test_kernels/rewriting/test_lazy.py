@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from skipcost.kernels.dispatch.low_resolution import choose
 from skipcost.kernels.low_resolution.tap_first import axes
-from skipcost.kernels.rewrite import lazy as rewrite_calls
-from skipcost.kernels.rewrite.lazy import Enlarged, Joined, enlarge_by, whole_factor
+from skipcost.kernels.rewriting import lazy as rewrite_calls
+from skipcost.kernels.rewriting.lazy import Enlarged, Joined, enlarge_by, whole_factor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -197,7 +197,7 @@ def test_any_concatenation_is_convolved_part_by_part(
     offset = torch.randn(2, dtype=torch.float64) if bias else None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("skipcost.kernels.rewrite.lazy._counted", lambda *_: next(taken))
+        patch.setattr("skipcost.kernels.rewriting.lazy._counted", lambda *_: next(taken))
         result = torch.conv2d(torch.cat(maps, 1), weight, offset, padding=pad)
 
     made = torch.cat([each.made() if isinstance(each, Enlarged) else each for each in maps], 1)

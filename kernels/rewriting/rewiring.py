@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map
 
-from skipcost.kernels.rewrite.tracing import Traced, hooked, required, trace
+from skipcost.kernels.rewriting.tracing import Traced, hooked, required, trace
 from skipcost.kernels.weights import ATTRIBUTE
 
 SHARED = {"_parameters", "_buffers", "_non_persistent_buffers_set"}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from skipcost.kernels.dispatch.call import Call
-from skipcost.kernels.rewrite.fused import FusedOps
+from skipcost.kernels.rewriting.fused import FusedOps
 from skipcost.unet_models import VARIANTS, ModelSpec, SkipNet, build
 
 FACTOR = 4.0  # of eager's own error against float64: sums are added in another order, and rounded as often

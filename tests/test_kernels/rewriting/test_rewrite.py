@@ -18,7 +18,7 @@ from user_models import NestedUNet, PaddingUNet, pickled
 from skipcost.bench.measure.live_bytes import trace_peaks
 from skipcost.kernels import Change, fuse, rewrite
 from skipcost.kernels.dispatch.low_resolution import executed_macs
-from skipcost.kernels.rewrite.rewiring import Rewired
+from skipcost.kernels.rewriting.rewiring import Rewired
 from skipcost.unet_models import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -21,8 +21,8 @@ from skipcost.bench.cases.case import Case
 from skipcost.bench.measure.counting import predicted_peaks
 from skipcost.kernels.dispatch.low_resolution import Choice, choose, choose_composed, folds, rewritings
 from skipcost.kernels.low_resolution.composed import ATTRIBUTE
-from skipcost.kernels.rewrite import low as rewritten
-from skipcost.kernels.rewrite.low import RewrittenOps
+from skipcost.kernels.rewriting import low as rewritten
+from skipcost.kernels.rewriting.low import RewrittenOps
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec, SkipNet, build
 from skipcost.unet_models.geometry import PlacedConv, place
 from skipcost.unet_models.ops import ConvNormAct, conv_norm_act, merge
