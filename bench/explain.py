@@ -10,7 +10,8 @@ from skipcost.bench.console import Column, Screen, bold
 from skipcost.kernels.tap_choice import rewritings
 from skipcost.unet_models import VARIANTS, ModelSpec, SkipGraph
 from skipcost.unet_models.costs import EdgeCost, costs
-from skipcost.unet_models.geometry import size_note
+from skipcost.unet_models.program import lower
+from skipcost.unet_models.sizes import size_note
 
 COLUMNS = (
     Column("from"),
@@ -41,7 +42,7 @@ def explain(spec: ModelSpec, size: tuple[int, int], batch: int, precision: str, 
         "batch": batch,
         "precision": precision,
         "mode": mode,
-        "note": size_note(graph, *size),
+        "note": size_note(lower(graph), size),
         "params": graph.params(),
         "conv_macs": graph.conv_macs(*size),
         "receptive_field": graph.receptive_field(),

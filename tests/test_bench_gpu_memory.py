@@ -20,7 +20,7 @@ from skipcost.bench.workspaces import Interval, Part
 from skipcost.kernels.devices import Device, devices
 from skipcost.kernels.timing import Budget
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
-from skipcost.unet_models.geometry import PlacedConv
+from skipcost.unet_models.sizes import PlacedConv
 
 MIB = 1 << 20
 CARD = devices()["h100"]

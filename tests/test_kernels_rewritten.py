@@ -24,8 +24,9 @@ from skipcost.kernels.composed_up_conv import ATTRIBUTE
 from skipcost.kernels.rewritten import RewrittenOps
 from skipcost.kernels.tap_choice import Choice, choose, choose_composed, folds, rewritings
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec, SkipNet, build
-from skipcost.unet_models.geometry import PlacedConv, place
 from skipcost.unet_models.ops import ConvNormAct, conv_norm_act, merge
+from skipcost.unet_models.program import lower
+from skipcost.unet_models.sizes import PlacedConv, placed
 from skipcost.unet_models.spec import CHOICES
 from skipcost.unet_models.topology import Conv
 
@@ -303,16 +304,16 @@ def test_composed_networks_hold_no_more(variant: str, skip: str, padding: str) -
     first, steady = _peaks(spec, "rewritten", "inference")
 
     eager = _peaks(spec, "eager", "inference")[1]
+    convolutions = placed(lower(spec.graph()), (64, 64))
     folded = max(
-        (4 * (each.conv.weights + 2 * each.conv.out_channels) for each in place(spec.graph(), 64, 64) if _folds(each)),
-        default=0,
+        (4 * (each.conv.weights + 2 * each.conv.out_channels) for each in convolutions if _folds(each)), default=0
     )
     assert first <= eager + folded
     assert steady <= eager + folded + kept
 
 
-def _folds(placed: PlacedConv) -> bool:
-    return placed.conv.norm == "batch" and folds(placed.conv.weights, placed.outputs)
+def _folds(each: PlacedConv) -> bool:
+    return each.conv.norm == "batch" and folds(each.conv.weights, each.outputs)
 
 
 @pytest.mark.usefixtures("everywhere")

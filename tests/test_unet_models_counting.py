@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from skipcost.unet_models import REFERENCE, SKIPS, VARIANTS, ModelSpec, build, geometry, graph
+from skipcost.unet_models import REFERENCE, SKIPS, VARIANTS, ModelSpec, build, graph, lower, sizes
 from skipcost.unet_models.spec import CHOICES, MAX_DEPTH
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,7 +59,7 @@ def _grid() -> list[tuple[ModelSpec, int, int]]:
     cases = []
     for variant, skip in itertools.product(VARIANTS, SKIPS):
         for spec in _drawn(variant, skip, generator):
-            least = geometry.smallest_size(graph(spec)) + 2**spec.depth
+            least = sizes.smallest_size(lower(graph(spec))) + 2**spec.depth
             height, width = ((least + generator.randrange(2**spec.depth)) | 1 for _ in range(2))
             cases.append((spec, height, width))
     return cases
@@ -218,7 +218,7 @@ def test_conv_macs_of_a_padded_network_scale_with_the_area(variant: str, skip: s
 def test_every_encoder_level_of_a_doubling_network_costs_the_same(level: int) -> None:
     """Half the pixels each way, twice the channels each way: the MACs stay."""
     network = graph(ModelSpec())
-    placed = list(geometry.place(network, 256, 256))
+    placed = list(sizes.placed(lower(network), (256, 256)))
 
     conv_macs = [sum(each.macs for each in placed if each.owner == owner) for owner in ("x1_0", f"x{level}_0")]
 
