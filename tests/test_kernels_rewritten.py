@@ -204,7 +204,7 @@ def test_a_cropped_up_sampled_map_takes_its_own_steps(beside: tuple[int, int]) -
 
     with torch.no_grad():
         wanted = conv_norm_act(layer, merge([maps[0], up(maps[1])], "concat"))
-        result = RewrittenOps().merge_conv(layer, maps, "concat", up)
+        result = RewrittenOps().up_conv_concat_conv(layer, maps, up)
 
     assert torch.equal(result, wanted)
     assert not maps

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from skipcost.unet_models import REFERENCE, SKIPS, VARIANTS, ModelSpec, build, graph, lower, sizes
+from skipcost.unet_models.ops import Step
 from skipcost.unet_models.spec import CHOICES, MAX_DEPTH
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -232,8 +233,8 @@ FIELDS = [
 ]
 
 
-def _average(x: Tensor, factor: int, *, ceil: bool) -> Tensor:
-    return functional.avg_pool2d(x, factor, ceil_mode=ceil)
+def _average(step: Step, _: list[Any], maps: list[Any]) -> Tensor:
+    return functional.avg_pool2d(maps.pop(), step.op.factor, ceil_mode=step.op.how == "ceil")
 
 
 def _seen_rows(spec: ModelSpec, extent: int) -> list[tuple[int, int]]:
@@ -242,7 +243,7 @@ def _seen_rows(spec: ModelSpec, extent: int) -> list[tuple[int, int]]:
     Every weight is positive and every bias 0, so that no two paths cancel and no ReLU closes, and pooling averages, so
     that every pixel of a window counts: a gradient is 0 only where there is no path.
     """
-    net = build(spec, replace(REFERENCE, pool=_average)).double().requires_grad_(False)
+    net = build(spec, REFERENCE.replacing(pool=_average)).double().requires_grad_(False)
     for name, parameter in net.named_parameters():
         parameter.fill_(0.0 if name.endswith("bias") else 1 / parameter[0].numel())
     phases = 2**spec.depth

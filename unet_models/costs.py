@@ -98,17 +98,17 @@ def edge_sizes(graph: SkipGraph, size: Size) -> dict[str, EdgeSizes]:
     made: dict[str, dict[str, Size]] = {}  # by place and part of it, the size of what the last op there makes
     for op, shape in zip(program.ops, shapes(program, size), strict=True):
         made.setdefault(op.where, {})[op.part] = shape[1:]
-    found = {}
+    found: dict[str, EdgeSizes] = {}
     for node in graph.nodes:
-        arriving = []
+        arriving: list[tuple[str, tuple[Size, Size, Size, Size]]] = []
         for edge in node.inputs:
             source = list(made[edge.source].values())[-1]
             parts = made.get(edge.name, {})
             resampled = parts.get("up", parts.get("resample", source))
             gated = parts.get("gate", resampled)
-            arriving.append((edge.name, source, resampled, gated, parts.get("conv", gated)))
-        merged = made[node.name].get("merge", arriving[0][-1])
-        found |= {name: EdgeSizes(*sizes, merged) for name, *sizes in arriving}
+            arriving.append((edge.name, (source, resampled, gated, parts.get("conv", gated))))
+        merged = made[node.name].get("merge", arriving[0][1][-1])
+        found |= {name: EdgeSizes(*sizes, merged) for name, sizes in arriving}
     return found
 
 

@@ -8,7 +8,7 @@ what. Needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
@@ -30,6 +30,10 @@ class Op(NamedTuple):
     floor or ceil) and `up_sample` (factor; how: bilinear or nearest); `crop`, the first of the maps to the smallest of
     all; `join`, all cropped to the smallest (how: concat or sum); a gate's `add`, `sigmoid` and `multiply`; a
     classifier's `dropout`, `amax` and `present`, which is 1 where its maxima say that there is an organ.
+
+    A rewrite makes kinds of its own: one op that stands for several, its `parts`. They are a small program: their reads
+    count what the op itself reads first, then the parts before them. Where it has several results, `outputs` says which
+    parts make them, and a `pick` (factor: which) takes one.
     """
 
     kind: str
@@ -41,6 +45,18 @@ class Op(NamedTuple):
     padding: int = 0
     factor: int = 1
     how: str = ""
+    parts: tuple[Op, ...] = ()
+    outputs: tuple[int, ...] = ()
+
+    @property
+    def layers(self) -> tuple[tuple[str, ...], ...]:
+        """The paths of all modules whose weights it needs, in the order in which they are used."""
+        paths = (path for part in self.parts for path in part.layers) if self.parts else (self.layer,)
+        return tuple(dict.fromkeys(path for path in paths if path))
+
+    def part_of(self, *kinds: str) -> Op | None:
+        """The first of its parts that is of one of the kinds."""
+        return next((part for part in self.parts if part.kind in kinds), None)
 
 
 class Program(NamedTuple):
@@ -61,19 +77,36 @@ class Program(NamedTuple):
 
     def readers(self) -> list[list[int]]:
         """By op, the numbers of those that read its result, in order."""
-        found: list[list[int]] = [[] for _ in self.ops]
-        for number, op in enumerate(self.ops):
-            for read in dict.fromkeys(op.reads):
-                found[read].append(number)
-        return found
+        return readers(self.ops)
 
     def drops(self) -> list[tuple[int, ...]]:
         """By op, the numbers of those whose results nobody needs once it has run; what is returned stays."""
-        drops: list[list[int]] = [[] for _ in self.ops]
-        for number, readers in enumerate(self.readers()):
-            if number not in self.results:
-                drops[readers[-1] if readers else number].append(number)
-        return [tuple(each) for each in drops]
+        return drops(self.ops, self.results)
+
+
+def readers(ops: Sequence[Op], given: int = 0) -> list[list[int]]:
+    """By what is given and by op, the numbers of the ops that read its result, in order; `given` come first."""
+    found: list[list[int]] = [[] for _ in range(given + len(ops))]
+    for number, op in enumerate(ops, given):
+        for read in dict.fromkeys(op.reads):
+            found[read].append(number)
+    return found
+
+
+def drops(ops: Sequence[Op], kept: Container[int], given: int = 0) -> list[tuple[int, ...]]:
+    """By op, the numbers of those whose results nobody needs once it has run, but for those that are kept."""
+    found: list[list[int]] = [[] for _ in ops]
+    for number, reading in enumerate(readers(ops, given)):
+        if number not in kept and (reading or number >= given):
+            found[(reading[-1] if reading else number) - given].append(number)
+    return [tuple(each) for each in found]
+
+
+def near(op: Op) -> tuple[int, ...]:
+    """Return what an op reads the values of, as opposed to a size alone or what passes no gradient."""
+    if op.kind == "present":
+        return ()
+    return op.reads[:1] if op.kind == "crop" else op.reads
 
 
 @lru_cache(maxsize=1024)  # many folds ask for the same few
@@ -88,7 +121,7 @@ def lower(graph: SkipGraph) -> Program:
             logits[node.name] = run.head(heads[node.name], maps[node.name])
         if graph.classifier and graph.classifier.node == node.name:
             scores = run.classify(graph.classifier, maps[node.name])
-    outputs = run.cropped([(f"head of {head.node}", logits[head.node]) for head in graph.heads], "crop")
+    outputs = run.cropped([("heads", logits[head.node]) for head in graph.heads], "")
     if scores is not None:
         outputs = run.mask(outputs, scores)
     return Program(tuple(run.ops), tuple(outputs), graph.in_channels, scores)

@@ -8,12 +8,13 @@ own convolution; without padding a 3x3 convolution takes 2 off.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
-from skipcost.unet_models.program import Op, Program
+from skipcost.unet_models.program import Op, Program, near
 from skipcost.unet_models.topology import Conv
 
 SEARCH_LIMIT = 65536  # pixels a side, the most that a case has: beyond it no workable size is looked for
@@ -59,6 +60,11 @@ def _point(_op: Op, reads: list[Shape]) -> Shape:
     return reads[0][0], *(1 for _ in reads[0][1:])
 
 
+def _pick(op: Op, reads: list[Any]) -> Shape:
+    shape: Shape = reads[0][op.factor]  # of an op with several results, whose "shape" has one for each
+    return shape
+
+
 SHAPES: dict[str, Callable[[Op, list[Shape]], Shape]] = {  # kinds that are not here keep the shape that they read
     "conv": _conv,
     "up_conv": _up_conv,
@@ -68,19 +74,47 @@ SHAPES: dict[str, Callable[[Op, list[Shape]], Shape]] = {  # kinds that are not 
     "join": _join,
     "amax": _point,
     "present": lambda _, reads: (1, *(1 for _ in reads[0][1:])),
+    "pick": _pick,
 }
 
 
 @lru_cache(maxsize=256)  # many folds ask for the same few
 def _shapes(program: Program, size: Size) -> tuple[Shape, ...]:
-    shapes: list[Shape] = [(program.in_channels, *size)]
-    for op in program.ops[1:]:
+    made: list[Any] = [(program.in_channels, *size)]
+    follow(program.ops[1:], made)
+    return tuple(made)
+
+
+def follow(ops: Iterable[Op], made: list[Any]) -> None:
+    """Add the shape of every op's result to those that are there; an op with several has a tuple of theirs."""
+    for op in ops:
+        if op.parts:
+            inside = [made[x] for x in op.reads]
+            follow(op.parts, inside)
+            made.append(tuple(inside[x] for x in op.outputs) if op.outputs else inside[-1])
+            continue
         function = SHAPES.get(op.kind)
-        shape = function(op, [shapes[x] for x in op.reads]) if function else shapes[op.reads[0]]
+        shape = function(op, [made[x] for x in op.reads]) if function else made[op.reads[0]]
         if min(shape) < 1:
             raise _VanishedError(op.where.replace("head of", "the head on"))
-        shapes.append(shape)
-    return tuple(shapes)
+        made.append(shape)
+
+
+Measured = tuple[Op, list[Shape], Shape]  # an op, the shapes that it reads, and its result's
+
+
+def measured(program: Program, size: Size) -> Iterator[Measured]:
+    """Yield every op with its sizes, one that stands for several before its parts, in the order in which they run."""
+    return _measured(program.ops[1:], shapes(program, size), 1)
+
+
+def _measured(ops: Iterable[Op], made: Sequence[Shape], first: int) -> Iterator[Measured]:
+    for number, op in enumerate(ops, first):
+        inside = [made[x] for x in op.reads]
+        yield op, inside[:], made[number]
+        if op.parts:
+            follow(op.parts, inside)
+            yield from _measured(op.parts, inside, len(op.reads))
 
 
 def shapes(program: Program, size: Size) -> tuple[Shape, ...]:
@@ -195,7 +229,7 @@ class PlacedConv:
     def macs(self) -> int:
         """Multiply-adds for one image."""
         at = self.read if self.conv.transposed else self.size
-        return self.conv.in_channels * self.conv.out_channels * self.conv.kernel ** len(at) * math.prod(at)
+        return self.conv.in_channels * self.conv.out_channels * math.prod(self.conv.kernel * side for side in at)
 
     @property
     def outputs(self) -> int:
@@ -208,10 +242,9 @@ CONVOLUTIONS = ("conv", "up_conv")
 
 def placed(program: Program, size: Size) -> Iterator[PlacedConv]:
     """Yield every convolution of a program for one image, in the order in which they run."""
-    made = shapes(program, size)
-    for op, shape in zip(program.ops, made, strict=True):
-        if op.kind in CONVOLUTIONS and op.conv:
-            yield PlacedConv(op, op.conv, made[op.reads[0]][1:], shape[1:])
+    for op, read, shape in measured(program, size):
+        if op.kind in CONVOLUTIONS and op.conv and not op.parts:
+            yield PlacedConv(op, op.conv, read[0][1:], shape[1:])
 
 
 def conv_macs(program: Program, size: Size) -> int:
@@ -319,7 +352,7 @@ def _path(program: Program) -> tuple[dict[int, int], list[Step]]:
     for number, op in enumerate(program.ops[1:], 1):
         own: dict[int, int] = {}
         more = _kernel(op) // 2 if op.kind == "conv" else 0
-        for read in op.reads[:1] if op.kind == "crop" else op.reads:
+        for read in near(op):
             for source, known in windows[read].items():
                 own[source] = max(own.get(source, 0), known + more)
         if op.kind in REACH:

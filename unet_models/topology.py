@@ -184,12 +184,14 @@ class SkipGraph:
     def conv_macs(self, height: int, width: int) -> int:
         """Multiply-adds of every convolution for one image of height x width pixels, exactly."""
         sizes, program = _folds(self)
-        return sizes.conv_macs(program, (height, width))
+        macs: int = sizes.conv_macs(program, (height, width))
+        return macs
 
     def activations(self, height: int, width: int) -> int:
         """Elements of every convolution's output for one image, exactly (fvcore's definition of activations)."""
         sizes, program = _folds(self)
-        return sizes.activations(program, (height, width))
+        elements: int = sizes.activations(program, (height, width))
+        return elements
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the output for an input of height x width pixels."""
@@ -200,7 +202,8 @@ class SkipGraph:
     def receptive_field(self) -> int:
         """Side, in pixels, of the smallest window that holds all inputs of one output pixel; see `sizes`."""
         sizes, program = _folds(self)
-        return sizes.receptive_field(program)
+        side: int = sizes.receptive_field(program)
+        return side
 
     def final(self) -> SkipGraph:
         """Return the network as it is deployed: the first head alone, without what only the others read."""
