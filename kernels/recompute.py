@@ -36,7 +36,7 @@ import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 from weakref import WeakKeyDictionary, WeakSet
@@ -49,7 +49,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from skipcost.kernels.ops.max_pool import pool
-from skipcost.unet_models.ops import ConvNormAct, Ops
+from skipcost.unet_models.ops import Function, Ops, Step
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -186,33 +186,33 @@ class Recipes:
 
 
 def remembering(ops: Ops, recipes: Recipes) -> Ops:
-    """Return the ops with every pooled, up-sampled and merged map remembered, and without indices kept for pooling.
+    """Return the ops with every pooled, up-sampled and joined map remembered, and without indices kept for pooling.
 
     What the convolutions of `ops` give, they have to remember themselves.
     """
-    ours = _Remembering(ops, recipes)
-    entries = {name: getattr(ours, name) for name in ("pool", "up_sample", "up_sample_conv", "merge")}
-    return replace(ops, **entries)
+    copied = {kind: _Remembering(ops.functions[kind], recipes) for kind in ("up_sample", "join")}
+    return ops.replacing(pool=_Pooling(recipes), **copied)
 
 
 @dataclass(frozen=True, slots=True)
 class _Remembering:
-    """Entries of an `Ops` that call those of another, and remember. Methods, which a network can be pickled with."""
+    """A function of an `Ops` that calls another, and remembers. An object, which a network can be pickled with."""
 
-    ops: Ops
+    function: Function
     recipes: Recipes
 
-    def pool(self, x: Tensor, factor: int, *, ceil: bool) -> Tensor:
-        return self.recipes.make(partial(pool, factor=factor, ceil=ceil), x)
+    def __call__(self, step: Step, layers: list[Any], maps: list[Any]) -> Tensor:
+        return self.recipes.make(lambda *each: self.function(step, layers, list(each)), *maps)
 
-    def up_sample(self, x: Tensor, factor: int, mode: str) -> Tensor:
-        return self.recipes.make(lambda each: self.ops.up_sample(each, factor, mode), x)
 
-    def up_sample_conv(self, layer: ConvNormAct, x: Tensor, factor: int, mode: str) -> Tensor:
-        return self.ops.conv_norm_act(layer, self.up_sample(x, factor, mode))
+@dataclass(frozen=True, slots=True)
+class _Pooling:
+    """Max-pooling that keeps no indices, remembered."""
 
-    def merge(self, maps: list[Tensor], how: str) -> Tensor:
-        return self.recipes.make(lambda *each: self.ops.merge(list(each), how), *maps)
+    recipes: Recipes
+
+    def __call__(self, step: Step, _: list[Any], maps: list[Any]) -> Tensor:
+        return self.recipes.make(partial(pool, factor=step.op.factor, ceil=step.op.how == "ceil"), maps.pop())
 
 
 def saved_bytes(function: Callable[[], Any]) -> int:

@@ -30,7 +30,7 @@ Way = Callable[[SkipNet], nn.Module]
 def on(network: SkipNet, ops: Ops) -> SkipNet:
     """Return the same network, its layers and weights shared, on other ops."""
     twin = copy.copy(network)
-    twin.ops = ops
+    twin.use(ops)
     return twin
 
 

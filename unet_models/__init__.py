@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from skipcost.unet_models.program import Op, Program, lower
 from skipcost.unet_models.skips import SKIPS
 from skipcost.unet_models.spec import ModelSpec, graph
 from skipcost.unet_models.topology import Conv, Edge, Head, Node, SkipGraph
@@ -25,11 +26,14 @@ __all__ = [
     "Head",
     "ModelSpec",
     "Node",
+    "Op",
     "Ops",
+    "Program",
     "SkipGraph",
     "SkipNet",
     "build",
     "graph",
+    "lower",
 ]
 
 _NEED_TORCH = {"build": "network", "SkipNet": "network", "Ops": "ops", "REFERENCE": "ops"}

@@ -1,8 +1,8 @@
 """A network as data: nodes, the edges that feed them, and the convolutions on both.
 
-Nothing here knows of tensors. A graph says what is connected to what and with which weights; `geometry` adds sizes,
-`network` executes it. Every convolution of a network is one `Conv` record, so that counting and building read the
-same list.
+Nothing here knows of tensors. A graph says what is connected to what and with which weights; `program` says in which
+order that runs, `sizes` what every map measures, `network` executes it. Every convolution of a network is one `Conv`
+record, so that counting and building read the same.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-from skipcost.unet_models import geometry
+if TYPE_CHECKING:
+    from skipcost.unet_models.program import Program
 
 IMAGE = "image"  # the name of the network's input among the maps
 
@@ -180,20 +183,27 @@ class SkipGraph:
 
     def conv_macs(self, height: int, width: int) -> int:
         """Multiply-adds of every convolution for one image of height x width pixels, exactly."""
-        return sum(placed.macs for placed in geometry.place(self, height, width))
+        sizes, program = _folds(self)
+        macs: int = sizes.conv_macs(program, (height, width))
+        return macs
 
     def activations(self, height: int, width: int) -> int:
         """Elements of every convolution's output for one image, exactly (fvcore's definition of activations)."""
-        return sum(placed.outputs for placed in geometry.place(self, height, width))
+        sizes, program = _folds(self)
+        elements: int = sizes.activations(program, (height, width))
+        return elements
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the output for an input of height x width pixels."""
-        rows, columns = geometry.sizes(self, height, width)
-        return rows.output, columns.output
+        sizes, program = _folds(self)
+        rows, columns = sizes.output_size(program, (height, width))
+        return rows, columns
 
     def receptive_field(self) -> int:
-        """Side, in pixels, of the smallest window that holds all inputs of one output pixel; see `geometry`."""
-        return geometry.receptive_field(self)
+        """Side, in pixels, of the smallest window that holds all inputs of one output pixel; see `sizes`."""
+        sizes, program = _folds(self)
+        side: int = sizes.receptive_field(program)
+        return side
 
     def final(self) -> SkipGraph:
         """Return the network as it is deployed: the first head alone, without what only the others read."""
@@ -208,3 +218,10 @@ class SkipGraph:
             if node.name in wanted:
                 wanted.update(edge.source for edge in node.inputs)
         return replace(self, nodes=tuple(node for node in self.nodes if node.name in wanted))
+
+
+def _folds(graph: SkipGraph) -> tuple[ModuleType, Program]:
+    """Return the module of what a graph is asked for in short, and the graph as a program."""
+    from skipcost.unet_models import program, sizes  # noqa: PLC0415 - both stand on this module
+
+    return sizes, program.lower(graph)

@@ -8,7 +8,8 @@ from typing import Any
 from skipcost.kernels.dispatch.low_resolution import rewritings
 from skipcost.unet_models import VARIANTS, ModelSpec, SkipGraph
 from skipcost.unet_models.costs import EdgeCost, costs
-from skipcost.unet_models.geometry import size_note
+from skipcost.unet_models.program import lower
+from skipcost.unet_models.sizes import size_note
 
 VALUE_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "amp-bf16": 2, "amp-fp16": 2}
 
@@ -26,7 +27,7 @@ def explain(spec: ModelSpec, size: tuple[int, int], batch: int, precision: str, 
         "batch": batch,
         "precision": precision,
         "mode": mode,
-        "note": size_note(graph, *size),
+        "note": size_note(lower(graph), size),
         "params": graph.params(),
         "conv_macs": graph.conv_macs(*size),
         "receptive_field": graph.receptive_field(),

@@ -18,7 +18,8 @@ from skipcost.bench.memory.liveness import peak_bytes, why_not
 from skipcost.bench.store.tables import value_of
 from skipcost.bench.sweeps.driver import Server, request_for
 from skipcost.bench.sweeps.plan import Plan, PlannedCase
-from skipcost.unet_models.geometry import size_note
+from skipcost.unet_models.program import lower
+from skipcost.unet_models.sizes import size_note
 
 MEMORY = ("peak_memory_predicted_bytes", "peak_memory_predicted_first_bytes")
 OVERHEAD_S = 0.5  # a fork, building the network, its first calls
@@ -85,7 +86,7 @@ def _preview_case(plan: Plan, planned: PlannedCase, server: Server, limit: int |
     if refusal:
         return facts
     if planned.case.factory is None:
-        facts["note"] = size_note(planned.case.graph(), planned.case.height, planned.case.width)
+        facts["note"] = size_note(lower(planned.case.graph()), (planned.case.height, planned.case.width))
     if planned.case.factory is None and not why_not(planned.case):
         known: list[float] = [max(peak_bytes(planned.case))]
     else:

@@ -16,7 +16,7 @@ from math import gcd
 from skipcost.kernels.dispatch.call import OPS, Call
 from skipcost.kernels.dispatch.network_calls import network_calls
 from skipcost.kernels.ops.tiles import CANDIDATES, FEW_CHANNELS, Need, Tile, tile_for
-from skipcost.unet_models.geometry import sizes
+from skipcost.unet_models.costs import edge_sizes
 from skipcost.unet_models.spec import ModelSpec, check_integer, suggest
 
 LIBRARIES = ("reference", "cudnn")  # implementations that are PyTorch's own; all others are ours
@@ -56,12 +56,12 @@ class Setting:
     def _up_sampled(self, precision: str) -> list[Call]:
         """Return the convolutions that read nothing but a map that was up-sampled bilinearly, as UNet 3+ has them."""
         network = self.spec.graph()
-        source = sizes(network, self.size, self.size)[0].edges
+        along = edge_sizes(network, (self.size, self.size))
         padding = 0 if network.padding == "valid" else 1
         made = []
         for edge in network.edges:
             if edge.conv and edge.shift > 0 and edge.mode == "bilinear":
-                side = source[edge.name].source
+                side = along[edge.name].source[0]
                 call = Call(
                     "tap_first", self.batch, ((edge.in_channels, side, side),), edge.conv.out_channels,
                     padding=padding, precision=precision, mode=self.mode, factor=1 << edge.shift,

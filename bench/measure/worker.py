@@ -22,7 +22,8 @@ from skipcost.bench.cases.opened import digests, listening
 from skipcost.bench.cases.record import Result
 from skipcost.bench.measure.metrics import MEASURED, METRICS
 from skipcost.bench.measure.timing import Budget
-from skipcost.unet_models.geometry import norm_note
+from skipcost.unet_models.program import lower
+from skipcost.unet_models.sizes import norm_note
 
 MOST_OF_AN_ERROR = 400  # characters; what follows is a stack of C++ frames
 # How torch words a failed allocation on a CPU, and oneDNN inside it.
@@ -90,7 +91,7 @@ def refusal_of(case: Case) -> str:
         return ""
     graph = case.graph()
     try:
-        return norm_note(graph, (case.batch, case.height, case.width), training=case.mode == "training")
+        return norm_note(lower(graph), case.batch, (case.height, case.width), training=case.mode == "training")
     except ValueError as error:
         return str(error)
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from skipcost.unet_models import geometry
+from skipcost.unet_models.program import lower
+from skipcost.unet_models.sizes import shapes
 from skipcost.unet_models.topology import Conv, SkipGraph
 
 MAP, CHANNELS, WEIGHTS, GROUPS, ONE = range(5)  # columns of the table of numbers
@@ -42,9 +43,8 @@ class Calls:
     """The calls so far, with their results' sizes; a map is the number of the call that makes it."""
 
     def __init__(self, graph: SkipGraph, height: int, width: int) -> None:
-        """Begin with the image."""
-        self.graph, self.size = graph, (height, width)
-        self.valid = graph.padding == "valid"
+        """Begin with the image; ValueError where a map would vanish."""
+        shapes(lower(graph), (height, width))
         self.calls: list[Call] = []
         self.numbers: list[tuple[int, int, int, int, int]] = []  # the columns above
         self.shapes: list[Shape] = []
@@ -61,41 +61,35 @@ class Calls:
         groups: int = 0,
     ) -> int:
         """Add a call and return its number; `shape` is its result's."""
-        self.check(shape)
         self.calls.append(Call(op, where, reads, detail))
         self.numbers.append((shape[0] * shape[1] * shape[2], shape[0], weights, groups, 1))
         self.shapes.append(shape)
         return len(self.calls) - 1
 
-    def check(self, shape: Shape) -> None:
-        """Refuse a map without pixels."""
-        if shape[1] < 1 or shape[2] < 1:
-            geometry.sizes(self.graph, *self.size)  # which says what vanishes, and which size would do
-
     def hold(self, *maps: int) -> None:
         """Say that maps are referred to up to here."""
         self.call("hold", "", maps, self.shapes[maps[0]])
 
-    def conv(self, x: int, conv: Conv, where: str, place: Place, *, valid: bool = False) -> int:
-        """Convolve, normalise and activate, in one call."""
+    def convolved(self, x: int, conv: Conv, padding: int) -> Shape:
+        """The shape of a convolution's result."""
         _, height, width = self.shapes[x]
-        lost = conv.kernel - 1 if valid else 0
-        grown = conv.kernel if conv.transposed else 1
-        shape = conv.out_channels, (height - lost) * grown, (width - lost) * grown
+        if conv.transposed:
+            return conv.out_channels, height * conv.kernel, width * conv.kernel
+        lost = conv.kernel - 1 - 2 * padding
+        return conv.out_channels, height - lost, width - lost
+
+    def conv(self, x: int, conv: Conv, where: str, place: Place, padding: int) -> int:
+        """Convolve, normalise and activate, in one call."""
+        shape = self.convolved(x, conv, padding)
         flat = shape[0] == 1 or shape[1] * shape[2] == 1
         detail = ConvDetail(conv.bias, conv.norm, conv.act, flat, x == self.image and self.shapes[x][0] > 1, place)
         groups = conv.norm_groups if conv.norm == "group" else 0
         return self.call("conv", where, (x,), shape, detail, conv.weights, groups)
 
-    def up_sample(self, x: int, shift: int, where: str) -> int:
-        """Enlarge by 2**shift."""
-        channels, height, width = self.shapes[x]
-        return self.call("up_sample", where, (x,), (channels, height << shift, width << shift))
-
-    def crop_all(self, maps: list[int], where: str) -> list[int]:
-        """Crop to the smallest height and width among the maps."""
+    def crop_all(self, maps: list[int], where: str, *, first: bool = False) -> list[int]:
+        """Crop all maps, or the first alone, to the smallest height and width among them."""
         height, width = min(self.shapes[x][1] for x in maps), min(self.shapes[x][2] for x in maps)
-        return [self.crop(x, height, width, where) for x in maps]
+        return [self.crop(x, height, width, where) for x in (maps[:1] if first else maps)]
 
     def crop(self, x: int, height: int, width: int, where: str) -> int:
         """Slice rows, then columns; a slice that takes everything is left out, as Python's indexing does."""
@@ -113,7 +107,8 @@ class Calls:
         if how == "concat":
             channels = sum(self.shapes[x][0] for x in cropped)
             return self.call("cat", f"{where}: concatenation", tuple(cropped), (channels, height, width))
-        result = self.call("add", f"{where}: sum", (cropped[0], cropped[1]), (channels, height, width))
+        first, more = ("add", "add_") if how == "sum" else (how, how)
+        result = self.call(first, f"{where}: {how}", (cropped[0], cropped[1]), (channels, height, width))
         for other in cropped[2:]:
-            result = self.call("add_", f"{where}: sum", (result, other), (channels, height, width))
+            result = self.call(more, f"{where}: {how}", (result, other), (channels, height, width))
         return result

@@ -18,7 +18,10 @@ from skipcost.bench.memory.liveness import LowCall, Storage, Timeline, low_calls
 from skipcost.bench.memory.workspaces import Interval, Part
 from skipcost.kernels.low_resolution import parts as tap_parts
 from skipcost.kernels.low_resolution.costs import FLOAT
-from skipcost.unet_models.geometry import PlacedConv, place
+from skipcost.unet_models.names import moment_name
+from skipcost.unet_models.program import lower
+from skipcost.unet_models.sizes import PlacedConv
+from skipcost.unet_models.sizes import placed as placed_convolutions
 
 if TYPE_CHECKING:
     from skipcost.bench.cases.case import Case
@@ -57,20 +60,7 @@ class _Script:
 
 def named_convolutions(graph: SkipGraph, height: int, width: int) -> dict[str, PlacedConv]:
     """Every convolution by the name that a timeline has for it. ValueError for an image that is too small."""
-    steps_of = {
-        edge.name: [
-            *(["transposed convolution"] if edge.up else []),
-            *(["gate, map", "gate, signal", "gate, coefficients"] if edge.gate else []),
-            *(["convolution"] if edge.conv else []),
-            *(["projection"] if edge.project else []),
-        ]
-        for edge in graph.edges
-    } | {node.name: [f"convolution {at + 1}" for at in range(len(node.convs))] for node in graph.nodes}
-    named = {}
-    for placed in place(graph, height, width):
-        names = steps_of.get(placed.owner)
-        named[f"{placed.owner}: {names.pop(0)}" if names else placed.owner] = placed
-    return named
+    return {moment_name(each.op): each for each in placed_convolutions(lower(graph), (height, width))}
 
 
 def running_convolutions(case: Case, low: dict[str, LowCall]) -> dict[str, PlacedConv]:

@@ -13,7 +13,9 @@ from typing import NamedTuple, cast
 from skipcost.bench.memory.calls import WEIGHTS, Calls, ConvDetail, Place, Shape
 from skipcost.kernels.dispatch.low_resolution import folds
 from skipcost.kernels.low_resolution.axis import Axis
-from skipcost.unet_models.topology import Conv, Edge
+from skipcost.unet_models.names import moment_name
+from skipcost.unet_models.program import Op
+from skipcost.unet_models.topology import Conv
 
 Takes = Callable[[Axis, Axis, tuple[int, int]], bool]  # whether rows, columns and channels (in, out) go tap-first
 Composes = Callable[[tuple[int, int], tuple[int, int, int], int], bool]  # size, channels (in, between, out), padding
@@ -33,26 +35,30 @@ class Rule(NamedTuple):
 
 
 class Joint(NamedTuple):
-    """A convolution over concatenated maps, the last of which, `x`, an edge up-samples; `others` may be none."""
+    """A convolution over concatenated maps, the last of which, `x`, is up-sampled by `up`; `others` may be none."""
 
     others: tuple[int, ...]
     x: int
-    edge: Edge
+    up: Op
     conv: Conv
+    padding: int
+
+    @property
+    def factor(self) -> int:
+        """How many times the sides of `x` are enlarged."""
+        return self.up.conv.kernel if self.up.conv else self.up.factor
 
 
 def is_low(calls: Calls, joint: Joint, rule: Rule) -> bool:
-    """Whether the rule takes a convolution to low resolution; ValueError where its result would vanish."""
-    edge, conv = joint.edge, joint.conv
-    calls.check(_shape(calls, joint))
+    """Whether the rule takes a convolution to low resolution."""
+    conv, factor = joint.conv, joint.factor
     channels, *small = calls.shapes[joint.x]
-    padding, factor = 0 if calls.valid else conv.kernel // 2, 1 << edge.shift
-    if edge.up:
+    if joint.up.conv:
         whole = _seen(calls, joint) == (small[0] * factor, small[1] * factor)
-        through = channels, edge.up.out_channels, conv.out_channels
-        return bool(joint.others) and whole and rule.composes((small[0], small[1]), through, padding)
+        through = channels, joint.up.conv.out_channels, conv.out_channels
+        return bool(joint.others) and whole and rule.composes((small[0], small[1]), through, joint.padding)
     rows, columns = (
-        _axis(side, factor, edge.mode or "", (side * factor - length) // 2, length, conv.kernel, padding)
+        _axis(side, factor, joint.up.how, (side * factor - length) // 2, length, conv.kernel, joint.padding)
         for side, length in zip(small, _seen(calls, joint), strict=True)
     )
     return rule.takes(rows, columns, (channels, conv.out_channels))
@@ -75,7 +81,7 @@ def fold(calls: Calls, conv: Conv, weight: int, where: str) -> tuple[int, int]:
 def at_low(calls: Calls, joint: Joint, rule: Rule, where: str, places: tuple[Place, Place]) -> int:
     """Add the calls of a convolution at low resolution, its norm and ReLU; the op's frame holds what it has cast.
 
-    places: that of the convolution's weights, and of those that the edge up-samples with, if any.
+    places: that of the convolution's weights, and of those that `x` is up-sampled with, if any.
     """
     conv, shape, alone, place = joint.conv, _shape(calls, joint), not joint.others, places[0]
     narrow = alone and calls.shapes[joint.x][0] == 1
@@ -86,12 +92,12 @@ def at_low(calls: Calls, joint: Joint, rule: Rule, where: str, places: tuple[Pla
     groups = conv.norm_groups if conv.norm == "group" else 0
     weight = calls.call("weight", where, (), vector, detail, conv.weights, groups)
     layer: tuple[int, ...] = (weight,)
-    folded = is_folded(conv, shape, rule) and not joint.edge.up
+    folded = is_folded(conv, shape, rule) and not joint.up.conv
     if folded:
         layer = fold(calls, conv, weight, where)
     elif conv.bias:
         layer = weight, calls.call("bias", where, (weight,), vector)
-    if joint.edge.up:
+    if joint.up.conv:
         result = _compose(calls, joint._replace(x=x), weight, where, places[1])
     elif alone:
         result = calls.call("tap_first", where, (x, *layer), shape)
@@ -101,7 +107,7 @@ def at_low(calls: Calls, joint: Joint, rule: Rule, where: str, places: tuple[Pla
         result = calls.call("norm_act", where, (result, weight), shape, detail)
     elif conv.act:
         result = calls.call("relu", where, (result,), shape)
-    calls.hold(*layer) if joint.edge.up else calls.hold(x, *layer)
+    calls.hold(*layer) if joint.up.conv else calls.hold(x, *layer)
     return result
 
 
@@ -130,11 +136,11 @@ def _compose(calls: Calls, joint: Joint, weight: int, where: str, place: Place) 
 
     What kernels/low_resolution/composed.py does. The composed weights are kept from the first step on.
     """
-    up, conv, shape = cast("Conv", joint.edge.up), joint.conv, _shape(calls, joint)
+    up, conv, shape = cast("Conv", joint.up.conv), joint.conv, _shape(calls, joint)
     channels, height, width = calls.shapes[joint.x]
-    vector, more = calls.shapes[weight], 1 - 2 * calls.valid
+    vector, more = calls.shapes[weight], 2 * joint.padding - 1
     own = ConvDetail(up.bias, up.norm, up.act, flat=True, first=False, place=place)
-    name = f"{joint.edge.name}: transposed convolution"
+    name = moment_name(joint.up)
     layer = calls.call("layer", name, (), (up.out_channels, 1, 1), own, up.weights)
     others = [calls.call("cast", where, (each,), calls.shapes[each]) for each in joint.others]
     kept = calls.call("compose", where, (layer,), (conv.out_channels, 3, 3), weights=16 * channels * conv.out_channels)
@@ -144,7 +150,7 @@ def _compose(calls: Calls, joint: Joint, weight: int, where: str, place: Place) 
     result = calls.call("convolve", where, (calls.merge(cropped, "concat", where), first), shape)
     positions = 4 * conv.out_channels, height + more, width + more
     calls.call("convolve", f"{where}, four phases", (joint.x, kept), positions)  # added to the result, and dropped
-    if not calls.valid:
+    if joint.padding:
         result = calls.call("border", where, (result, kept), shape)
     calls.hold(joint.x)
     return result
@@ -154,12 +160,12 @@ def _seen(calls: Calls, joint: Joint) -> tuple[int, int]:
     """Height and width of what is left of the up-sampled map beside the others."""
     _, height, width = calls.shapes[joint.x]
     sides = [calls.shapes[each][1:] for each in joint.others]
-    sides.append((height << joint.edge.shift, width << joint.edge.shift))
+    sides.append((height * joint.factor, width * joint.factor))
     return min(side[0] for side in sides), min(side[1] for side in sides)
 
 
 def _shape(calls: Calls, joint: Joint) -> Shape:
-    lost = joint.conv.kernel - 1 if calls.valid else 0
+    lost = joint.conv.kernel - 1 - 2 * joint.padding
     height, width = _seen(calls, joint)
     return joint.conv.out_channels, height - lost, width - lost
 

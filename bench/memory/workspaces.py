@@ -13,7 +13,8 @@ from skipcost.bench.memory.allocator import MIB
 from skipcost.kernels.devices import capability
 from skipcost.kernels.low_resolution import costs as tap_costs
 from skipcost.kernels.low_resolution import parts as tap_parts
-from skipcost.unet_models.geometry import place
+from skipcost.unet_models.program import lower
+from skipcost.unet_models.sizes import placed as placed_convolutions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from skipcost.bench.cases.case import Case
     from skipcost.bench.memory.liveness import LowCall, Storage
     from skipcost.kernels.devices import Device
-    from skipcost.unet_models.geometry import PlacedConv
+    from skipcost.unet_models.sizes import PlacedConv
 
 VALUE_BYTES = {"fp32": 4, "tf32": 4}  # of what a convolution reads and writes; 2 in every other precision
 CUDNN_NORM = ("fp32", "tf32", "amp-fp16")  # where PyTorch leaves batch norm to cuDNN (Normalization.cpp)
@@ -209,7 +210,7 @@ def cublas_workspace(device: Device, threads: int = 0) -> Interval:
 def norm_reserve(case: Case) -> Interval:
     """What cuDNN's batch norm keeps from forward to backward, over all layers."""
     cudnn = case.mode == "training" and case.layout == "channels_last" and case.precision in CUDNN_NORM
-    convolutions = place(case.graph(), case.height, case.width)
+    convolutions = placed_convolutions(lower(case.graph()), (case.height, case.width))
     elements = sum(placed.outputs for placed in convolutions if placed.conv.norm == "batch") * case.batch
     return Interval(0, -(-elements // 8) if cudnn else 0, 0)
 

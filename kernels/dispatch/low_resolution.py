@@ -8,15 +8,16 @@ but keeps weights of its own, so there the rule sees both. Arithmetic alone, no 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from skipcost.kernels.dispatch import low_rows as tap_measured
 from skipcost.kernels.dispatch.call import Call
 from skipcost.kernels.low_resolution import costs as tap_costs
 from skipcost.kernels.low_resolution.axis import Axis
-from skipcost.unet_models.geometry import AxisSizes, EdgeSize, sizes
-from skipcost.unet_models.topology import Edge, Node, SkipGraph
+from skipcost.kernels.programs.low import UPS, low
+from skipcost.unet_models.program import Op, lower
+from skipcost.unet_models.sizes import Shape, measured
+from skipcost.unet_models.topology import SkipGraph
 
 BAND = 2.5  # a MAC of the banded products takes as long as this many of a convolution: two cores, Xeon, AVX-512, fp32
 # How many MACs of the direct form a CPU does in the time of one of tap-first's, which is in fp32. Measured with AMX,
@@ -197,19 +198,18 @@ def rewritings(
     batch: int = 1, precision: str = "fp32", device: str = "cpu", mode: str = "inference",
 ) -> tuple[Rewriting, ...]:  # fmt: skip
     """List every edge that can be rewritten, with both forms counted and the one that runs."""
-    along_rows, along_columns = sizes(graph, height, width)
     where = {"kind": precision_kind(precision), "device": device}
-    padding = 0 if graph.padding == "valid" else 1
     made = []
-    for node in graph.nodes:
-        for edge, (rows, columns, channels) in _interpolated(node, along_rows, along_columns, padding):
-            made.append(Rewriting(edge.name, choose(rows, columns, channels, batch, **where)))
-        for edge, three in _transposed(node):
-            y, x = along_rows.edges[edge.name], along_columns.edges[edge.name]
-            if (y.merged, x.merged) == (y.resampled, x.resampled):
-                alone = len(node.inputs) == 1
-                choice = choose_composed((y.source, x.source), three, padding, batch, **where, mode=mode, alone=alone)
-                made.append(Rewriting(edge.name, choice))
+    for op, reads, _ in measured(low(lower(graph)), (height, width)):
+        up, conv = (op.parts[0], op.conv) if op.kind in UPS else (None, None)
+        if up and conv and not up.conv:
+            rows, columns, channels = _call(op, reads)
+            made.append(Rewriting(up.where, choose(rows, columns, channels, batch, **where)))
+        elif up and conv and up.conv and not _crops(reads):
+            three, alone = (up.conv.in_channels, up.conv.out_channels, conv.out_channels), len(reads) == 1
+            size = reads[-1][1], reads[-1][2]
+            choice = choose_composed(size, three, _padding(op), batch, **where, mode=mode, alone=alone)
+            made.append(Rewriting(up.where, choice))
     return tuple(made)
 
 
@@ -228,51 +228,30 @@ def executed_macs(
 
 def calls_to_measure(graph: SkipGraph, height: int, width: int, *, precision: str, device: str) -> tuple[Call, ...]:
     """List, once each, the calls over interpolated maps whose both forms can be measured: those of uncropped maps."""
-    sides, padding, kind = sizes(graph, height, width), 0 if graph.padding == "valid" else 1, precision_kind(precision)
-    found = (call for node in graph.nodes for _, call in _interpolated(node, *sides, padding))
-    calls = (tap_measured.call_of(*each, kind, device) for each in found)
+    found = measured(low(lower(graph)), (height, width))
+    linear = [_call(op, reads) for op, reads, _ in found if op.kind in UPS and not op.parts[0].conv]
+    calls = (tap_measured.call_of(*each, precision_kind(precision), device) for each in linear)
     return tuple(dict.fromkeys(call for call in calls if call))
 
 
-def _interpolated(
-    node: Node, along_rows: AxisSizes, along_columns: AxisSizes, padding: int
-) -> Iterator[tuple[Edge, tuple[Axis, Axis, tuple[int, int]]]]:  # fmt: skip
-    """Yield the edges of `_linear` with rows, columns and channels of their convolution."""
-    for edge, channels in _linear(node):
-        y, x = along_rows.edges[edge.name], along_columns.edges[edge.name]
-        rows, columns = (_axis(edge, size, padding, merged=not edge.conv) for size in (y, x))
-        yield edge, (rows, columns, channels)
+def _padding(op: Op) -> int:
+    conv = op.part_of("conv")
+    return conv.padding if conv else 0
 
 
-def _linear(node: Node) -> Iterator[tuple[Edge, tuple[int, int]]]:
-    """Yield the edges of a node between whose up-sampling and convolution nothing stands, with (in, out) channels.
-
-    The map that steers a gate is up-sampled for the gate as well, so it stays as it is.
-    """
-    gated = any(edge.gate for edge in node.inputs)
-    for edge in node.inputs:
-        if edge.shift <= 0 or edge.up or (gated and edge is node.deeper):
-            continue
-        if edge.conv:
-            yield edge, (edge.in_channels, edge.conv.out_channels)
-        elif edge is node.inputs[-1] and edge is node.deeper and not edge.project and node.merge == "concat":
-            yield edge, (edge.in_channels, node.convs[0].out_channels)
+def _crops(reads: list[Shape]) -> bool:
+    """Whether the up-sampled map, the last of those read, is larger than another one."""
+    return any(other < 2 * side for each in reads[:-1] for other, side in zip(each[1:], reads[-1][1:], strict=True))
 
 
-def _transposed(node: Node) -> Iterator[tuple[Edge, tuple[int, int, int]]]:
-    """Yield the edge whose transposed convolution the node's first convolution reads, concatenated and not gated.
-
-    With it the channels before, behind the transposed convolution, and behind the node's.
-    """
-    edge = node.inputs[-1]
-    plain = edge is node.deeper and not edge.conv and not edge.project and not any(each.gate for each in node.inputs)
-    if plain and edge.up and node.merge == "concat":
-        yield edge, (edge.in_channels, edge.up.out_channels, node.convs[0].out_channels)
-
-
-def _axis(edge: Edge, size: EdgeSize, padding: int, *, merged: bool) -> Axis:
-    """Return one axis of an edge's convolution, or of its part of the node's, which reads the map cropped."""
-    length = size.merged if merged else size.resampled
-    start = (size.resampled - length) // 2
-    mode = edge.mode or "bilinear"
-    return Axis(size.source, 1 << edge.shift, mode, False, start, length, 3, padding)
+def _call(op: Op, reads: list[Shape]) -> tuple[Axis, Axis, tuple[int, int]]:
+    """Rows, columns and channels of the convolution over an up-sampled map, the last of those that an op reads."""
+    assert op.conv is not None
+    up, (channels, *small) = op.parts[0], reads[-1]
+    sides = []
+    for axis, side in enumerate(small, 1):
+        whole = side * up.factor
+        length = min([whole, *(each[axis] for each in reads[:-1])])
+        sides.append(Axis(side, up.factor, up.how, False, (whole - length) // 2, length, op.conv.kernel, _padding(op)))
+    rows, columns = sides
+    return rows, columns, (channels, op.conv.out_channels)

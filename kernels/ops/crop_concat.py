@@ -29,7 +29,8 @@ from torch import Tensor
 
 from skipcost.kernels.ops.checks import check_maps
 from skipcost.kernels.ops.launch import Launch, on_triton, run, span
-from skipcost.unet_models.ops import REFERENCE, crop, crop_all
+from skipcost.unet_models.ops import crop, crop_all
+from skipcost.unet_models.ops import merge as reference_merge
 
 DTYPES = (
     torch.float32,
@@ -66,11 +67,11 @@ def merge(maps: list[Tensor], how: str) -> Tensor:
     So are maps of different types, which autocast leaves behind group norm: the kernel copies and does not convert.
     """
     if how != "concat":
-        return REFERENCE.merge(maps, how)
+        return reference_merge(maps, how)
     if len({each.dtype for each in maps}) > 1:
         message = "merging maps of different types runs as the PyTorch reference: the crop_concat kernel converts none"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
-        return REFERENCE.merge(maps, how)
+        return reference_merge(maps, how)
     return crop_concat(maps)
 
 

@@ -1,7 +1,8 @@
 """`backend=fused`: the executor's ops on the suite's kernels, each call on the implementation that dispatch chooses.
 
-`FusedOps.ops()` is the reference with entries replaced, and two joined ones: a node's merge with its first convolution
-(no concatenated map, or one written in place), and an encoder node's last convolution with its pool.
+`FusedOps.ops()` is the reference with functions replaced, and with those of the ops that `fuse` makes of several: a
+convolution with its norm and ReLU, that with the concatenation in front of it (no concatenated map, or one written in
+place), and that with the pool behind it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +28,13 @@ from skipcost.kernels.ops.launch import architecture_of
 from skipcost.kernels.ops.max_pool import pool
 from skipcost.kernels.ops.up_conv import up_conv, up_conv_concat
 from skipcost.kernels.precision import computing_type, tf32_allowed
+from skipcost.kernels.programs.fuse import fuse
 from skipcost.kernels.recompute import Recipes, remembering
 from skipcost.kernels.weights import affine, pack, run_folded, why_not_fold
-from skipcost.unet_models.ops import REFERENCE, ConvNormAct, Ops
+from skipcost.unet_models.ops import REFERENCE, ConvNormAct, Ops, Step, conv_norm_act
+from skipcost.unet_models.ops import merge as reference_merge
+from skipcost.unet_models.ops import pool as reference_pool
+from skipcost.unet_models.ops import up_conv as reference_up_conv
 
 OURS = ("triton", "tma")
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -53,16 +58,35 @@ class FusedOps:
 
     def ops(self) -> Ops:
         """Return the table to build a network on."""
-        ours = replace(
-            REFERENCE,
-            conv_norm_act=self.conv_norm_act,
-            up_conv=self.up_conv,
-            merge=self.merge,
-            merge_conv=self.merge_conv,
-            conv_pool=self.conv_pool,
-            around=self.around,
-        )
+        functions = {
+            "up_conv": self._run_up_conv,
+            "join": self._run_join,
+            "layer": self._run_layer,
+            "layer_pool": self._run_layer_pool,
+            "join_layer": self._run_join_layer,
+            "join_up": self._run_join_up,
+        }
+        ours = replace(REFERENCE.replacing(**functions), rewrite=fuse, around=self.around)
         return remembering(ours, self.recipes)
+
+    def _run_up_conv(self, _: Step, layers: list[Any], maps: list[Any]) -> Tensor:
+        return self.up_conv(layers[0], maps.pop())
+
+    def _run_join(self, step: Step, _: list[Any], maps: list[Any]) -> Tensor:
+        return self.merge(maps, step.op.how)
+
+    def _run_layer(self, _: Step, layers: list[Any], maps: list[Any]) -> Tensor:
+        return self.conv_norm_act(layers[0], maps.pop())
+
+    def _run_layer_pool(self, _: Step, layers: list[Any], maps: list[Any]) -> tuple[Tensor, Tensor]:
+        return self.conv_pool(layers[0], maps.pop())
+
+    def _run_join_layer(self, _: Step, layers: list[Any], maps: list[Any]) -> Tensor:
+        *ups, layer = layers
+        return self.merge_conv(layer, maps, ups[0] if ups else None)
+
+    def _run_join_up(self, _: Step, layers: list[Any], maps: list[Any]) -> Tensor:
+        return self._joined(maps, layers[0])
 
     def around(self) -> AbstractContextManager[object]:
         """Return what a forward pass runs in: with gradients, where maps are filed under how they are made."""
@@ -70,36 +94,34 @@ class FusedOps:
         return self.recipes if filed else nullcontext()
 
     def conv_norm_act(self, layer: ConvNormAct, x: Tensor) -> Tensor:
-        """Take the place of `Ops.conv_norm_act`."""
+        """Convolve one map, with norm and ReLU."""
         return self._convolve(layer, [x], "conv_bn_relu")
 
     def up_conv(self, layer: nn.ConvTranspose2d, x: Tensor) -> Tensor:
-        """Take the place of `Ops.up_conv`."""
+        """2x2 transposed convolution, stride 2."""
         x, weight = _cast(x, layer.weight)
         if self._ask("up_conv", _sizes([x]), x, layer) == "triton":
             return up_conv(x, weight, _bias(layer, x))
-        return REFERENCE.up_conv(layer, x)
+        return reference_up_conv(layer, x)
 
     def merge(self, maps: list[Tensor], how: str) -> Tensor:
-        """Take the place of `Ops.merge`: the crop-concat kernel where it wins."""
+        """Crop and concatenate, with the crop-concat kernel where it wins, or add."""
         if how == "concat" and len(maps) > 1 and self._ask("crop_concat", _sizes(maps), maps[0]) == "triton":
             return merge(maps, how)
-        return REFERENCE.merge(maps, how)
+        return reference_merge(maps, how)
 
-    def merge_conv(
-        self, layer: ConvNormAct, maps: list[Tensor], how: str, up: nn.ConvTranspose2d | None
-    ) -> Tensor:  # fmt: skip
-        """Take the place of merging, and up-sampling the last map before, and convolving."""
-        if how == "concat" and len(maps) > 1 and self._reads_apart(layer, maps, up):
+    def merge_conv(self, layer: ConvNormAct, maps: list[Tensor], up: nn.ConvTranspose2d | None) -> Tensor:
+        """Concatenate, the last map up-sampled before where `up` is given, and convolve. It empties the list."""
+        if self._reads_apart(layer, maps, up):
             if up is not None:
                 maps.append(self.up_conv(up, maps.pop()))
             return self._convolve(layer, maps, "concat_conv_bn_relu")
-        merged = [self._joined(maps, how, up)]
+        merged = [self._joined(maps, up)]
         maps.clear()
         return self._convolve(layer, merged, "conv_bn_relu")
 
     def conv_pool(self, layer: ConvNormAct, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Take the place of convolving, then 2x2 max-pooling."""
+        """Convolve; return the map and its 2x2 maximum, floored."""
         if why_not_fold(layer.norm) or _needs_gradients(layer, [x]):
             full = self.conv_norm_act(layer, x)
             return full, self.recipes.make(partial(pool, factor=2, ceil=False), full)
@@ -110,18 +132,18 @@ class FusedOps:
             form = form_of(chosen, [x], made.weight)
             weights = (made.weight, made.scale, made.shift)
             return conv_bn_relu_pool(x, *weights, padding=padding, relu=layer.act, form=form)
-        full = run_folded(x, made, padding, relu=layer.act) if chosen == "cudnn" else REFERENCE.conv_norm_act(layer, x)
-        return full, REFERENCE.pool(full, 2, ceil=False)
+        full = run_folded(x, made, padding, relu=layer.act) if chosen == "cudnn" else conv_norm_act(layer, x)
+        return full, reference_pool(full, 2, ceil=False)
 
-    def _joined(self, maps: list[Tensor], how: str, up: nn.ConvTranspose2d | None) -> Tensor:
-        """Merge the maps; a transposed convolution writes into its part of the concatenated map."""
+    def _joined(self, maps: list[Tensor], up: nn.ConvTranspose2d | None) -> Tensor:
+        """Concatenate the maps; a transposed convolution writes into its part of the concatenated map."""
         if up is None:
-            return self.merge(maps, how)
+            return self.merge(maps, "concat")
         deeper, weight, *others = _cast(maps.pop(), up.weight, *maps)
-        fits = how == "concat" and all(_fits(deeper, each) for each in others)
+        fits = all(_fits(deeper, each) for each in others)
         if fits and self._ask("up_conv", _sizes([deeper]), deeper, up) == "triton":
             return up_conv_concat(others, deeper, weight, _bias(up, deeper))
-        return self.merge([*others, self.up_conv(up, deeper)], how)
+        return self.merge([*others, self.up_conv(up, deeper)], "concat")
 
     def _reads_apart(self, layer: ConvNormAct, maps: list[Tensor], up: nn.ConvTranspose2d | None) -> bool:
         """Whether the convolution is to read the maps where they are, rather than concatenated."""
@@ -140,7 +162,7 @@ class FusedOps:
         if _trains(layer):
             return self._train(layer, maps)
         if why_not_fold(layer.norm):
-            return REFERENCE.conv_norm_act(layer, self.merge(maps, "concat"))
+            return conv_norm_act(layer, self.merge(maps, "concat"))
         chosen = self._ask(op, _sizes(maps), maps[0], layer.conv, relu=layer.act)
         if chosen in OURS:
             return self._on_kernels(layer, maps, chosen)
@@ -148,13 +170,13 @@ class FusedOps:
         if chosen == "cudnn" and not _needs_gradients(layer, maps):
             made = pack(layer.conv, layer.norm, joined.dtype)
             return run_folded(joined, made, padding_of(layer.conv)[0], relu=layer.act)
-        return REFERENCE.conv_norm_act(layer, joined)
+        return conv_norm_act(layer, joined)
 
     def _train(self, layer: ConvNormAct, maps: list[Tensor]) -> Tensor:
         """A step of training: batch norm takes the statistics of the batch."""
         chosen = self._ask("conv_bn_relu_train", _sizes(maps), maps[0], layer.conv, relu=layer.act)
         if chosen == "reference":
-            return REFERENCE.conv_norm_act(layer, self.merge(maps, "concat"))
+            return conv_norm_act(layer, self.merge(maps, "concat"))
         implementation = "aten" if chosen == "cudnn" else chosen
         batch_norm = cast("nn.BatchNorm2d", layer.norm)
         out, y, norm = train_step(maps, layer.conv, batch_norm, relu=layer.act, implementation=implementation)

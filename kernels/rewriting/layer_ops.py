@@ -19,7 +19,7 @@ from skipcost.kernels.precision import computing_type
 from skipcost.kernels.rewriting.fused import FusedOps, dispatched
 from skipcost.kernels.rewriting.rewiring import dense
 from skipcost.kernels.weights import pack
-from skipcost.unet_models.ops import REFERENCE, ConvNormAct
+from skipcost.unet_models.ops import ConvNormAct, conv_norm_act, pool
 
 DEVICES = ("cpu", "cuda")  # what our ops run on
 
@@ -83,7 +83,7 @@ class LayerOps(FusedOps):
         if isinstance(read, list):
             return self._convolve(_layer(conv, norm, relu), read, "concat_conv_bn_relu")
         if not _fits([read], conv):
-            return REFERENCE.conv_norm_act(_layer(conv, norm, relu), read)
+            return conv_norm_act(_layer(conv, norm, relu), read)
         return self._convolve(_layer(conv, norm, relu), [read], "conv_bn_relu")
 
     def convolve_pool(
@@ -91,14 +91,14 @@ class LayerOps(FusedOps):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Convolve, then also return the 2x2 maximum."""
         if not _fits([x], conv):
-            full = REFERENCE.conv_norm_act(_layer(conv, norm, relu), x)
-            return full, REFERENCE.pool(full, 2, ceil=False)
+            full = conv_norm_act(_layer(conv, norm, relu), x)
+            return full, pool(full, 2, ceil=False)
         return self.conv_pool(_layer(conv, norm, relu), x)
 
     def fold(self, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, relu: bool) -> Tensor:
         """Convolve with any stride, groups, dilation and padding, the norm folded into the weights."""
         if not _fits([x], conv):
-            return REFERENCE.conv_norm_act(_layer(conv, norm, relu), x)
+            return conv_norm_act(_layer(conv, norm, relu), x)
         made = pack(conv, norm, computing_type(x))
         result = conv._conv_forward(x, made.folded, made.bias)  # noqa: SLF001 - where PyTorch pads by mode
         return functional.relu(result, inplace=True) if relu else result
@@ -133,7 +133,7 @@ class LayerOps(FusedOps):
             return torch.cat([*ready, last.made() if isinstance(last, Later) else last], 1)
         layer = None if conv is None else _layer(conv, norm, relu)
         if layer is None or not _fits(ready, layer.conv) or not self._reads_apart(layer, [*ready, known], up):
-            return self._joined([*ready, known], "concat", up)
+            return self._joined([*ready, known], up)
         return [*ready, known if up is None else self.up_conv(up, known)]
 
     def dense(self, *given: Any) -> bool:

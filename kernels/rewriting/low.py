@@ -1,9 +1,9 @@
 """`backend=rewritten`: the executor's ops, with convolutions over up-sampled maps computed at low resolution.
 
-Three rows of the reference are replaced: an edge's up-sampling and convolution (`tap_first`), a node's convolution over
-a concatenation with an up-sampled map (`split_concat`), and at inference over one with the map of a transposed
-convolution (`composed_up_conv`). Every call counts both forms and takes the cheaper (`tap_choice`). One row is added:
-maps that edges convolve for a concatenation go through ReLU into their place (`relu_concat`). At inference in 32 bits a
+It runs the ops that `low` makes of several: an edge's up-sampling and convolution (`tap_first`), a node's convolution
+over a concatenation with an up-sampled map (`split_concat`), and at inference over one with the map of a transposed
+convolution (`composed_up_conv`). Every call counts both forms and takes the cheaper (`tap_choice`). Maps that edges
+convolve for a concatenation go through ReLU into their place (`relu_concat`). At inference in 32 bits a
 batch norm goes into the weights in front of it, anew in every call, where they are few beside the map's values
 (`tap_choice.folds`): a pass over the map less, and nothing kept. The functions are the reference's but for rounding;
 parameters and state_dict stay as they are.
@@ -11,9 +11,10 @@ parameters and state_dict stay as they are.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,13 @@ from torch.nn import functional
 from skipcost.kernels.compilers import constant
 from skipcost.kernels.dispatch.low_resolution import choose, choose_composed, folds
 from skipcost.kernels.low_resolution.composed import composed, composed_up_conv
-from skipcost.kernels.low_resolution.tap_first import axes, seen_of, split_concat, tap_first
+from skipcost.kernels.low_resolution.tap_first import axes, seen_of, split_concat
 from skipcost.kernels.ops.relu_concat import relu_concat
 from skipcost.kernels.precision import tf32_allowed
+from skipcost.kernels.programs.low import low
 from skipcost.kernels.weights import affine, why_not_fold
-from skipcost.unet_models.ops import REFERENCE, ConvNormAct, Ops
+from skipcost.unet_models.ops import REFERENCE, ConvNormAct, Ops, Step, merge, run, take, up_conv, up_sample
+from skipcost.unet_models.sizes import follow
 
 HALF = 2  # bytes
 AUTOCAST = ("cpu", "cuda")  # PyTorch refuses the question for others
@@ -42,18 +45,38 @@ class RewrittenOps:
     device: str | None = None
 
     def ops(self) -> Ops:
-        """Return the table to build a network on."""
-        return replace(
-            REFERENCE,
-            conv_norm_act=self.conv_norm_act,
-            up_sample_conv=self.up_sample_conv,
-            merge_conv=self.merge_conv,
-            up_concat_conv=self.up_concat_conv,
-            relu_concat=relu_concat,
-        )
+        """Return the functions to build a network on."""
+        functions = {
+            "layer": self._run_layer,
+            "up_layer": self._run_up_layer,
+            "up_join_layer": self._run_up_layer,
+            "up_conv_layer": self._run_up_conv_layer,
+            "relu_join": self._run_relu_join,
+        }
+        return replace(REFERENCE.replacing(**functions), rewrite=low)
+
+    def _run_layer(self, step: Step, layers: list[Any], maps: list[Any]) -> Tensor:
+        return self.conv_norm_act(_layer(step, layers), maps.pop())
+
+    def _run_up_layer(self, step: Step, layers: list[Any], maps: list[Any]) -> Tensor:
+        up = step.op.parts[0]
+        return self.up_concat_conv(_layer(step, layers), maps, up.factor, up.how)
+
+    def _run_up_conv_layer(self, step: Step, layers: list[Any], maps: list[Any]) -> Tensor:
+        return self.up_conv_concat_conv(_layer(step, layers), maps, layers[0])
+
+    def _run_relu_join(self, step: Step, layers: list[Any], maps: list[Any]) -> Tensor:
+        find = dict(zip(step.layers, layers, strict=True)).__getitem__
+        if torch.compiler.is_compiling():  # no generators there
+            run(step.inside, find, maps)
+            joined: Tensor = maps.pop()
+            return joined
+        shapes: list[tuple[int, ...]] = [tuple(map(int, each.shape[1:])) for each in maps]
+        follow(step.op.parts, shapes)
+        return relu_concat(_arriving(step, find, maps), cast("tuple[int, int, int]", shapes[-1]))
 
     def conv_norm_act(self, layer: ConvNormAct, x: Tensor) -> Tensor:
-        """Take the place of `Ops.conv_norm_act`."""
+        """Convolve, then norm and ReLU."""
         if not _folds(layer, x, (int(x.shape[2]), int(x.shape[3]))):
             held = [layer.conv(x)]
             del x
@@ -62,24 +85,14 @@ class RewrittenOps:
         x = functional.conv2d(x, weight, bias, padding=_padding(layer))
         return _act(layer, x)
 
-    def up_sample_conv(self, layer: ConvNormAct, x: Tensor, factor: int, mode: str) -> Tensor:
-        """Take the place of `Ops.up_sample_conv`."""
-        window = (0, 0, int(x.shape[2]) * factor, int(x.shape[3]) * factor)
-        if not self._takes(layer, x, factor, mode, window):
-            return self.conv_norm_act(layer, REFERENCE.up_sample(x, factor, mode))
-        folded = _folds(layer, x, window[2:])
-        x, weight, bias = _cast(layer, x, folded=folded)
-        held = [tap_first(x, weight, bias, factor=factor, mode=mode, padding=_padding(layer))]
-        return _norm_act(layer, held, normed=folded)
-
     def up_concat_conv(self, layer: ConvNormAct, maps: list[Tensor], factor: int, mode: str) -> Tensor:
-        """Take the place of up-sampling the last of the maps, concatenating, and convolving."""
+        """Up-sample the last of the maps, concatenate, if there are others, and convolve. It empties the list."""
         x = maps.pop()
         window = seen_of((x.shape[2], x.shape[3]), factor, [(each.shape[2], each.shape[3]) for each in maps])
         if not self._takes(layer, x, factor, mode, window):
-            maps.append(REFERENCE.up_sample(x, factor, mode))
+            maps.append(up_sample(x, factor, mode))
             del x
-            merged = [REFERENCE.merge(maps, "concat")]
+            merged = [merge(maps, "concat")]
             maps.clear()
             return self.conv_norm_act(layer, merged.pop())
         folded = _folds(layer, x, window[2:])
@@ -91,14 +104,11 @@ class RewrittenOps:
         del others
         return _norm_act(layer, held, normed=folded)
 
-    def merge_conv(
-        self, layer: ConvNormAct, maps: list[Tensor], how: str, up: nn.ConvTranspose2d | None
-    ) -> Tensor:  # fmt: skip
-        """Take the place of merging, and up-sampling the last map before, and convolving."""
-        if up is None or how != "concat" or not self._composes(layer, maps, up):
-            if up is not None:
-                maps.append(REFERENCE.up_conv(up, maps.pop()))
-            merged = [REFERENCE.merge(maps, how)]
+    def up_conv_concat_conv(self, layer: ConvNormAct, maps: list[Tensor], up: nn.ConvTranspose2d) -> Tensor:
+        """Up-sample the last of the maps by `up`, concatenate, if there are others, and convolve."""
+        if not self._composes(layer, maps, up):
+            maps.append(up_conv(up, maps.pop()))
+            merged = [merge(maps, "concat")]
             maps.clear()
             return self.conv_norm_act(layer, merged.pop())
         x, weight, _ = _cast(layer, maps.pop())
@@ -139,6 +149,36 @@ class RewrittenOps:
         channels = in_channels, layer.conv.out_channels
         taken: bool = _taken((height, width), layer.conv.kernel_size, settings, channels, batch, kind, device)
         return taken
+
+
+def _layer(step: Step, layers: list[Any]) -> ConvNormAct:
+    """The layer of a step; without its ReLU where that is left to what follows."""
+    layer: ConvNormAct = layers[-1]
+    return layer if step.op.parts[-1].kind == "relu" else layer.without_act()
+
+
+def _arriving(step: Step, find: Callable[[tuple[str, ...]], Any], maps: list[Any]) -> Iterator[Tensor]:
+    """Make the maps of a concatenation one after the other, each without its ReLU, and keep none."""
+    *inside, join = step.inside
+    for each in inside:
+        if each.op.kind == "relu":
+            maps.append(take(each, maps).pop())
+        else:
+            run([_without_relu(each)], find, maps)
+        if len(maps) - 1 in join.op.reads:
+            yield _let_go(maps)
+
+
+def _without_relu(step: Step) -> Step:
+    parts = step.op.parts
+    ends = parts and parts[-1].kind == "relu"
+    return step._replace(op=step.op._replace(parts=parts[:-1])) if ends else step
+
+
+def _let_go(maps: list[Any]) -> Any:
+    """Return the last of the maps, and keep its place alone."""
+    last, maps[-1] = maps[-1], None
+    return last
 
 
 @constant  # sizes are constants to a compiler here

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec, SkipNet
+from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec, Program, SkipNet
+from skipcost.unet_models.rewriting import Group, apply, layer_at
 
 
 def cells(depths: tuple[int, ...], width: int = 2, **values: Any) -> list[ModelSpec]:
@@ -29,6 +30,13 @@ def outputs_of(result: Any) -> list[Tensor]:
     """Everything that a network returned, as a flat list: the maps, then class logits where there are any."""
     parts = result if isinstance(result, tuple) else (result,)
     return [each for part in parts for each in (part if isinstance(part, list) else [part])]
+
+
+def layered(program: Program) -> Program:
+    """The program with every convolution, its norm and its ReLU as one op of kind "layer"."""
+    readers = program.readers()
+    layers = [layer_at(program, number, readers) for number, op in enumerate(program.ops) if op.kind == "conv"]
+    return apply(program, [Group("layer", each, each[-1], program.ops[each[0]].reads) for each in layers])
 
 
 def maps_of(net: SkipNet, image: Tensor) -> list[Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipcost.unet_models import REFERENCE
+from skipcost.unet_models import ops as reference_ops
 
 SIZES = ((5, 9, 8), (3, 7, 9), (1, 8, 8))  # each map is cropped in one direction at least, one by an odd remainder
 CHANNELS = 9
@@ -38,7 +38,7 @@ def make_vectors(*, grad: bool) -> list[Tensor]:
 
 def reference(maps: Sequence[Tensor], conv: nn.Module, norm: nn.Module, *, relu: bool = True) -> Tensor:
     """Join the maps, convolve, normalise and clip, op by op."""
-    out: Tensor = norm(conv(REFERENCE.merge(list(maps), "concat")))
+    out: Tensor = norm(conv(reference_ops.merge(list(maps), "concat")))
     return out.relu() if relu else out
 
 

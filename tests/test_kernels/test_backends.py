@@ -16,7 +16,7 @@ from skipcost.kernels.devices import device_named
 from skipcost.kernels.dispatch import rows as winners
 from skipcost.kernels.rewriting.fused import FusedOps
 from skipcost.kernels.ways import WAYS
-from skipcost.unet_models import REFERENCE, ModelSpec, Ops, build
+from skipcost.unet_models import REFERENCE, ModelSpec, build
 
 DEVICES = ("cpu", "cuda")
 Machine = Callable[[pytest.MonkeyPatch], None]
@@ -96,22 +96,19 @@ def test_compile_is_the_reference_under_torch_compile() -> None:
 
 
 def test_fused_joins_steps_and_leaves_the_rest() -> None:
-    """What has a kernel is replaced, two joined ops are added; the rest is the reference's."""
+    """What has a kernel, or is remembered, has a function of its own; four joined ops are added."""
     fused = BACKENDS["fused"].ops()
 
-    same = [
-        field.name for field in dataclasses.fields(Ops) if getattr(fused, field.name) == getattr(REFERENCE, field.name)
-    ]
-    assert same == ["gate", "up_concat_conv", "relu_concat"]
-    assert fused.merge_conv is not None
-    assert fused.conv_pool is not None
+    other = {kind for kind, function in fused.functions.items() if REFERENCE.functions.get(kind) != function}
+    assert other - set(REFERENCE.functions) == {"layer", "layer_pool", "join_layer", "join_up"}
+    assert other & set(REFERENCE.functions) == {"join", "pool", "up_conv", "up_sample"}
 
 
 def test_every_network_has_ops_of_its_own() -> None:
     """What training files for its backward pass is filed per network."""
     first, second = BACKENDS["fused"].ops(), BACKENDS["fused"].ops()
 
-    assert first.merge_conv != second.merge_conv
+    assert first.functions["layer"] != second.functions["layer"]
 
 
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "compile"])

@@ -13,6 +13,7 @@ from typing import Any, Self
 import pytest
 import torch
 from kernel_checks import assert_same
+from model_cells import layered
 from recompute_cases import FORMATS
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,7 +23,8 @@ from skipcost.kernels.dispatch.call import Call
 from skipcost.kernels.recompute import Recipes, remembering, saved_bytes
 from skipcost.kernels.rewriting.fused import FusedOps
 from skipcost.unet_models import REFERENCE, ModelSpec, build
-from skipcost.unet_models.ops import ConvNormAct, Ops
+from skipcost.unet_models.ops import ConvNormAct, Ops, Step
+from skipcost.unet_models.program import Op
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,15 +59,16 @@ class _NormAct(torch.autograd.Function):
 def lean_ops(recipes: Recipes) -> Ops:
     """Replace what PyTorch keeps too much for, by PyTorch's own ops."""
 
-    def conv_norm_act(layer: ConvNormAct, x: Tensor) -> Tensor:
-        y: Tensor = layer.conv(x)
+    def conv_norm_act(_: Step, layers: list[ConvNormAct], maps: list[Tensor]) -> Tensor:
+        (layer,) = layers
+        y: Tensor = layer.conv(maps.pop())
         if not isinstance(norm := layer.norm, nn.BatchNorm2d):
             return y
         z: Tensor = _NormAct.apply(y, norm.weight, norm.bias, norm, layer.act)
         recipes.remember(z, partial(normalized, eps=norm.eps, act=layer.act), y, norm.weight, norm.bias)
         return z
 
-    return remembering(replace(REFERENCE, conv_norm_act=conv_norm_act), recipes)
+    return remembering(replace(REFERENCE.replacing(layer=conv_norm_act), rewrite=layered), recipes)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +207,12 @@ def test_saved_bytes_needs_no_memory_to_count() -> None:
     assert kept == [outputs + 4 * 2 * 2 * (4 + 8 + 16 + 8 + 4)] * 6  # mean and deviation of each norm
 
 
+def _call(table: Ops, op: Op, *maps: Tensor) -> Tensor:
+    function = table.functions[op.kind]
+    result: Tensor = function(Step(function, op, (), ()), [], list(maps))
+    return result
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
@@ -216,9 +225,9 @@ def test_a_gpu_has_the_same_gradients(dtype: torch.dtype, memory_format: torch.m
 
     def forward(table: Ops) -> Tensor:
         z = x * 3
-        low = table.pool(z, 2, ceil=False)
-        up = table.up_sample(low.relu(), 2, "nearest")
-        joined = table.merge([z, up, z], "concat")
+        low = _call(table, Op("pool", "", "", (), factor=2, how="floor"), z)
+        up = _call(table, Op("up_sample", "", "", (), factor=2, how="nearest"), low.relu())
+        joined = _call(table, Op("join", "", "", (), how="concat"), z, up, z)
         return (joined * joined.sin()).float().mean() + (low * low).float().mean()
 
     with recipes:

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from skipcost.kernels.ops.max_pool import pool
 from skipcost.kernels.recompute import Recipes
-from skipcost.unet_models import REFERENCE
+from skipcost.unet_models import ops as reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -65,7 +65,7 @@ class _Program:
         return self.make(lambda y: functional.interpolate(y, scale_factor=2.0)[..., :9, :9].clone(), one)
 
     def joined(self, one: Tensor, other: Tensor) -> Tensor:
-        return self.make(lambda *each: REFERENCE.merge(list(each), "concat")[:, -3:].clone(), one, other)
+        return self.make(lambda *each: reference.merge(list(each), "concat")[:, -3:].clone(), one, other)
 
     def cropped(self, one: Tensor, _: Tensor) -> Tensor:
         return one[..., one.shape[-2] // 3 :, :]

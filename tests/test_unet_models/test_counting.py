@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from skipcost.unet_models import REFERENCE, SKIPS, VARIANTS, ModelSpec, build, geometry, graph
+from skipcost.unet_models import REFERENCE, SKIPS, VARIANTS, ModelSpec, build, graph, lower, sizes
+from skipcost.unet_models.ops import Step
 from skipcost.unet_models.spec import CHOICES, MAX_DEPTH
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,7 +60,7 @@ def _grid() -> list[tuple[ModelSpec, int, int]]:
     cases = []
     for variant, skip in itertools.product(VARIANTS, SKIPS):
         for spec in _drawn(variant, skip, generator):
-            least = geometry.smallest_size(graph(spec)) + 2**spec.depth
+            least = sizes.smallest_size(lower(graph(spec))) + 2**spec.depth
             height, width = ((least + generator.randrange(2**spec.depth)) | 1 for _ in range(2))
             cases.append((spec, height, width))
     return cases
@@ -218,7 +219,7 @@ def test_conv_macs_of_a_padded_network_scale_with_the_area(variant: str, skip: s
 def test_every_encoder_level_of_a_doubling_network_costs_the_same(level: int) -> None:
     """Half the pixels each way, twice the channels each way: the MACs stay."""
     network = graph(ModelSpec())
-    placed = list(geometry.place(network, 256, 256))
+    placed = list(sizes.placed(lower(network), (256, 256)))
 
     conv_macs = [sum(each.macs for each in placed if each.owner == owner) for owner in ("x1_0", f"x{level}_0")]
 
@@ -232,8 +233,8 @@ FIELDS = [
 ]
 
 
-def _average(x: Tensor, factor: int, *, ceil: bool) -> Tensor:
-    return functional.avg_pool2d(x, factor, ceil_mode=ceil)
+def _average(step: Step, _: list[Any], maps: list[Any]) -> Tensor:
+    return functional.avg_pool2d(maps.pop(), step.op.factor, ceil_mode=step.op.how == "ceil")
 
 
 def _seen_rows(spec: ModelSpec, extent: int) -> list[tuple[int, int]]:
@@ -242,7 +243,7 @@ def _seen_rows(spec: ModelSpec, extent: int) -> list[tuple[int, int]]:
     Every weight is positive and every bias 0, so that no two paths cancel and no ReLU closes, and pooling averages, so
     that every pixel of a window counts: a gradient is 0 only where there is no path.
     """
-    net = build(spec, replace(REFERENCE, pool=_average)).double().requires_grad_(False)
+    net = build(spec, REFERENCE.replacing(pool=_average)).double().requires_grad_(False)
     for name, parameter in net.named_parameters():
         parameter.fill_(0.0 if name.endswith("bias") else 1 / parameter[0].numel())
     phases = 2**spec.depth

@@ -10,7 +10,7 @@ import pytest
 import torch
 from model_cells import by_label, cells, maps_of
 
-from skipcost.unet_models import VARIANTS, ModelSpec, build, geometry, graph
+from skipcost.unet_models import VARIANTS, ModelSpec, build, graph, lower, sizes
 from skipcost.unet_models.ops import crop, crop_all
 from skipcost.unet_models.spec import CHOICES
 
@@ -59,7 +59,7 @@ SIZED = [
 @by_label(SIZED)
 def test_the_smallest_size_runs(spec: ModelSpec) -> None:
     """At the least size every map has a pixel, the output too."""
-    side = geometry.smallest_size(graph(spec))
+    side = sizes.smallest_size(lower(graph(spec)))
 
     maps = maps_of(build(spec), torch.randn(1, 1, side, side + 1))
 
@@ -70,7 +70,7 @@ def test_the_smallest_size_runs(spec: ModelSpec) -> None:
 @by_label(SIZED)
 def test_one_pixel_less_than_the_smallest_size_does_not_run(spec: ModelSpec) -> None:
     """The least size is not merely safe: PyTorch itself refuses the next smaller one."""
-    side = geometry.smallest_size(graph(spec)) - 1
+    side = sizes.smallest_size(lower(graph(spec))) - 1
 
     with pytest.raises(RuntimeError, match=r"(?i)output size is too small|kernel size|negative|non-empty|expected"):
         build(spec)(torch.randn(1, 1, side, side))
@@ -79,7 +79,7 @@ def test_one_pixel_less_than_the_smallest_size_does_not_run(spec: ModelSpec) -> 
 @by_label(SIZED)
 def test_a_size_too_small_is_refused_with_sizes_that_run(spec: ModelSpec) -> None:
     """One pixel below the least size; every size that the message names is executed."""
-    least = geometry.smallest_size(graph(spec))
+    least = sizes.smallest_size(lower(graph(spec)))
     wording = rf"^an input of {least - 1}x{least + 3} leaves no pixel at .*: this network needs at least {least} pixels"
 
     with pytest.raises(ValueError, match=wording) as refusal:
@@ -90,13 +90,13 @@ def test_a_size_too_small_is_refused_with_sizes_that_run(spec: ModelSpec) -> Non
     for height, width in named:
         maps = maps_of(build(spec), torch.randn(1, 1, height, width))
         assert tuple(maps[0].shape[2:]) == graph(spec).output_size(height, width)
-    assert geometry.size_note(graph(spec), *named[-1]) == ""
+    assert sizes.size_note(lower(graph(spec)), named[-1]) == ""
 
 
 @by_label(SIZED)
 def test_every_size_above_the_smallest_works(spec: ModelSpec) -> None:
     """The least size is a limit, without gaps above it."""
-    least = geometry.smallest_size(graph(spec))
+    least = sizes.smallest_size(lower(graph(spec)))
 
     outputs = [min(graph(spec).output_size(side, side)) for side in range(least, least + 40)]
 
@@ -106,10 +106,10 @@ def test_every_size_above_the_smallest_works(spec: ModelSpec) -> None:
 
 def test_a_network_too_deep_for_any_image_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """The search for a size ends."""
-    monkeypatch.setattr(geometry, "SEARCH_LIMIT", 64)
+    monkeypatch.setattr(sizes, "SEARCH_LIMIT", 64)
 
     with pytest.raises(ValueError, match="no input of up to 64 pixels keeps every map of this network"):
-        geometry.smallest_size(graph(ModelSpec(padding="valid")))
+        sizes.smallest_size(lower(graph(ModelSpec(padding="valid"))))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -118,7 +118,7 @@ def test_a_size_without_loss_has_no_note(variant: str, size: tuple[int, int]) ->
     """Multiples of 2**depth pass through."""
     network = graph(ModelSpec(variant))
 
-    assert geometry.size_note(network, *size) == ""
+    assert sizes.size_note(lower(network), size) == ""
     assert network.output_size(*size) == size
 
 
@@ -130,7 +130,7 @@ def test_a_size_with_loss_is_noted(
     variant: str, size: tuple[int, int], output: tuple[int, int], padded: tuple[int, int]
 ) -> None:
     """The note names what comes out, and the next size at which nothing is dropped."""
-    note = geometry.size_note(graph(ModelSpec(variant)), *size)
+    note = sizes.size_note(lower(graph(ModelSpec(variant))), size)
 
     (height, width), (y, x), (padded_y, padded_x) = size, output, padded
     assert note.startswith(f"{height}x{width} gives {y}x{x}: pooling drops a row or column of an odd map")
@@ -141,7 +141,7 @@ def test_the_valid_network_is_lossless_at_the_papers_sizes() -> None:
     """12 mod 16, from 188 on; 572 among them."""
     network = graph(ModelSpec(padding="valid"))
 
-    lossless = [side for side in range(188, 580) if not geometry.size_note(network, side, side)]
+    lossless = [side for side in range(188, 580) if not sizes.size_note(lower(network), (side, side))]
 
     assert lossless == list(range(188, 580, 16))
 
@@ -172,7 +172,7 @@ def test_a_note_says_where_pytorch_refuses_a_norm(
     """Over the one pixel of the deepest map of 8x8, and only there; at these widths groups have 1, 5 and 2 channels."""
     case = (batch, *size)
 
-    note = geometry.norm_note(graph(spec), case, training=training)
+    note = sizes.norm_note(lower(graph(spec)), batch, size, training=training)
 
     assert bool(note) == (not _runs(spec, case, training=training))
 
@@ -183,7 +183,7 @@ def test_what_a_norms_note_advises_works(norm: str, width: int) -> None:
     """Each remedy that is named: another size, a larger batch, group norm."""
     spec = ModelSpec("unet", 3, width, norm=norm)
 
-    note = geometry.norm_note(graph(spec), (1, 8, 8), training=True)
+    note = sizes.norm_note(lower(graph(spec)), 1, (8, 8), training=True)
 
     assert not note or "use 16x16" in note
     assert _runs(spec, (1, 16, 16), training=True)
@@ -193,7 +193,7 @@ def test_what_a_norms_note_advises_works(norm: str, width: int) -> None:
 
 def test_a_norms_note_says_what_where_and_why() -> None:
     """All on one line."""
-    note = geometry.norm_note(graph(ModelSpec()), (1, 16, 16), training=True)
+    note = sizes.norm_note(lower(graph(ModelSpec())), 1, (16, 16), training=True)
 
     assert note == (
         "batch norm at x4_0 would normalise over a single value, because 16x16 leaves a 1x1 map there; "

@@ -15,7 +15,7 @@ from places import TESTS
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from skipcost.unet_models import ModelSpec, build, geometry, graph
+from skipcost.unet_models import ModelSpec, build, graph, lower, sizes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -122,7 +122,9 @@ def test_unet_plus_plus_costs_the_same_all_along_a_column(owner: str, conv_macs:
     """The known MACs of each node of the authors' UNet++, with its up-sampling, at 3x256x256."""
     network = graph(ModelSpec("unet++", width=32, norm="none", in_channels=3, classes=1))
 
-    placed = [each for each in geometry.place(network, 256, 256) if each.owner.endswith(owner)]  # node and its edges
+    placed = [
+        each for each in sizes.placed(lower(network), (256, 256)) if each.owner.endswith(owner)
+    ]  # node and its edges
 
     assert sum(each.macs for each in placed if not each.owner.startswith("head")) == conv_macs
 

@@ -21,7 +21,7 @@ from skipcost.bench.measure import counters
 from skipcost.bench.measure.arithmetic import CONVOLUTION, PRODUCT, TRANSPOSED, Place, arithmetic
 from skipcost.bench.measure.counters import BEYOND, COUNTERS, Count, Counter, Part, court, hear, judge
 from skipcost.bench.measure.subject import make_subject
-from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec, geometry
+from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec, lower, sizes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 UNET = Case(spec=ModelSpec.parse("unet/d2/w4/concat"), height=16, width=24, batch=2)
@@ -42,7 +42,7 @@ def test_arithmetic_on_operators_is_arithmetic_on_the_graph(variant: str, skip: 
     case = replace(UNET, spec=ModelSpec.parse(f"{variant}/d2/w4/{skip}"))
     subject = make_subject(case, "meta")
     expected: Tally[str] = Tally()
-    for placed in geometry.place(case.graph(), case.height, case.width):
+    for placed in sizes.placed(lower(case.graph()), (case.height, case.width)):
         expected[TRANSPOSED if placed.conv.transposed else CONVOLUTION] += case.batch * placed.macs
 
     places = arithmetic(subject.network, subject.tensors[-1])

@@ -21,7 +21,7 @@ from skipcost.bench.memory.on_gpu import SCENARIOS, GpuMemory, predict
 from skipcost.bench.memory.workspaces import Interval, Part
 from skipcost.kernels.devices import Device, devices
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
-from skipcost.unet_models.geometry import PlacedConv
+from skipcost.unet_models.sizes import PlacedConv
 
 MIB = 1 << 20
 CARD = devices()["h100"]

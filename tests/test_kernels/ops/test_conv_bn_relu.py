@@ -21,7 +21,7 @@ from skipcost.kernels.ops import conv_bn_relu as module
 from skipcost.kernels.ops.conv_bn_relu import concat_conv_bn_relu, conv_bn_relu, conv_bn_relu_pool
 from skipcost.kernels.ops.launch import Launch
 from skipcost.kernels.verify.exact import allowed, conv, worst
-from skipcost.unet_models.ops import REFERENCE, ConvNormAct, crop_all
+from skipcost.unet_models.ops import ConvNormAct, conv_norm_act, crop_all
 from skipcost.unet_models.topology import Conv
 
 LAST = torch.channels_last
@@ -96,7 +96,7 @@ def test_a_cpu_computes_what_the_executors_op_does(dtype: torch.dtype, valid: bo
 
     result = conv_bn_relu(x, layer.conv.weight, scale, shift, padding=0 if valid else 1)
 
-    expected = REFERENCE.conv_norm_act(layer, x)
+    expected = conv_norm_act(layer, x)
     tolerance = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {}  # of a norm's own parameters, rounded
     torch.testing.assert_close(result, expected, **tolerance)
     assert result.is_contiguous(memory_format=LAST)

@@ -27,12 +27,13 @@ from conv_cases import (
 from kernel_checks import far_apart
 from torch import Tensor, nn
 
+from skipcost.kernels.programs.fuse import fuse
 from skipcost.kernels.ops import conv_bn_relu as module
 from skipcost.kernels.ops.conv_bn_relu import concat_conv_bn_relu, conv_bn_relu, conv_bn_relu_pool, launches
 from skipcost.kernels.ops.launch import Launch, run
 from skipcost.kernels.verify.canaries import LAYOUTS, amid
 from skipcost.unet_models import REFERENCE, ModelSpec, build
-from skipcost.unet_models.ops import ConvNormAct, crop_all
+from skipcost.unet_models.ops import ConvNormAct, Step, crop_all
 
 FORMS = tuple(TILES)
 LAST = torch.channels_last
@@ -210,16 +211,14 @@ def test_opcheck_passes(wanted: bool) -> None:  # noqa: FBT001 - a parameter of 
 class Kernels:
     """The executor's ops on the convolution kernels, batch norm folded as it is at inference."""
 
-    def conv_norm_act(self, layer: ConvNormAct, x: Tensor) -> Tensor:
-        return self.merge_conv(layer, [x], "concat", None)
-
-    def merge_conv(self, layer: ConvNormAct, maps: list[Tensor], how: str, up: nn.Module | None) -> Tensor:
-        assert how == "concat"
-        maps = [*maps[:-1], up(maps[-1])] if up is not None else maps
+    def layer(self, _: Step, layers: list[Any], maps: list[Any]) -> Tensor:
+        *ups, layer = layers
+        maps = [*maps[:-1], ups[0](maps[-1])] if ups else maps
         options = {"padding": layer.conv.padding[0], "relu": layer.act}
         return concat_conv_bn_relu(maps, layer.conv.weight, *self._affine(layer), **options)
 
-    def conv_pool(self, layer: ConvNormAct, x: Tensor) -> tuple[Tensor, Tensor]:
+    def layer_pool(self, _: Step, layers: list[Any], maps: list[Any]) -> tuple[Tensor, Tensor]:
+        (layer,), (x,) = layers, maps
         options = {"padding": layer.conv.padding[0], "relu": layer.act}
         return conv_bn_relu_pool(x, layer.conv.weight, *self._affine(layer), **options)
 
@@ -236,9 +235,8 @@ def test_a_network_errs_no_more_than_pytorchs_own(spec: ModelSpec, launched: lis
     """Joined merges, pooled epilogues and plain convolutions of a whole network, against it in float64."""
     torch.manual_seed(0)
     ours = Kernels()
-    ops = replace(
-        REFERENCE, conv_norm_act=ours.conv_norm_act, merge_conv=ours.merge_conv, conv_pool=ours.conv_pool
-    )  # fmt: skip
+    functions = {"layer": ours.layer, "join_layer": ours.layer, "layer_pool": ours.layer_pool}
+    ops = replace(REFERENCE.replacing(**functions), rewrite=fuse)
     network, reference = build(spec, ops).eval(), build(spec)
     size = 44 if spec.padding == "valid" else 16
     image = torch.randn(1, 1, size, size)

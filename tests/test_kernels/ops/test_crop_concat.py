@@ -17,7 +17,7 @@ from torch import Tensor
 from skipcost.kernels.ops import crop_concat as module
 from skipcost.kernels.ops.crop_concat import crop_concat, like_channels_last, merge
 from skipcost.kernels.ops.launch import Launch
-from skipcost.unet_models import REFERENCE
+from skipcost.unet_models import ops as reference
 
 LARGE, MIDDLE, SMALL = (2, 3, 7, 9), (2, 1, 4, 6), (2, 2, 4, 5)
 FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -61,7 +61,7 @@ def test_a_cpu_runs_the_reference(memory_format: torch.memory_format, monkeypatc
     monkeypatch.setattr(module, "run", refuse)
     maps, references = _maps(memory_format), _maps(memory_format)
 
-    result, expected = crop_concat(maps), REFERENCE.merge(references, "concat")
+    result, expected = crop_concat(maps), reference.merge(references, "concat")
 
     assert torch.equal(result, expected)
     assert result.stride() == expected.stride()
@@ -117,7 +117,7 @@ def test_compiled_code_calls_the_op_without_a_break() -> None:
 
     result = program(*maps)
 
-    assert torch.equal(result, REFERENCE.merge(maps, "concat") * 2)
+    assert torch.equal(result, reference.merge(maps, "concat") * 2)
     (grad,) = torch.autograd.grad(result.sum(), maps[:1])
     assert int(grad.sum()) == 2 * result[:, : LARGE[1]].numel()
 
@@ -157,7 +157,7 @@ def test_other_merges_are_the_references() -> None:
     """A sum is no business of this kernel."""
     maps = [torch.randn(1, 2, 5, 5), torch.randn(1, 2, 3, 4)]
 
-    assert torch.equal(merge(maps, "sum"), REFERENCE.merge(maps, "sum"))
+    assert torch.equal(merge(maps, "sum"), reference.merge(maps, "sum"))
 
 
 def test_maps_of_different_types_take_the_reference_loudly() -> None:
@@ -167,7 +167,7 @@ def test_maps_of_different_types_take_the_reference_loudly() -> None:
     with pytest.warns(RuntimeWarning, match="different types runs as the PyTorch reference"):
         result = merge(maps, "concat")
 
-    assert torch.equal(result, REFERENCE.merge(maps, "concat"))
+    assert torch.equal(result, reference.merge(maps, "concat"))
 
 
 @pytest.mark.gpu
@@ -180,7 +180,7 @@ def test_a_gpu_gives_the_references_bits(dtype: torch.dtype, memory_format: torc
     maps = [torch.randn(shape, device="cuda", dtype=dtype) for shape in shapes]
     maps = [each.to(memory_format=memory_format).requires_grad_() for each in maps]
 
-    result, expected = crop_concat(maps), REFERENCE.merge(maps, "concat")
+    result, expected = crop_concat(maps), reference.merge(maps, "concat")
 
     assert torch.equal(result, expected)
     assert result.stride() == expected.stride()

@@ -7,7 +7,7 @@ They run in a second pytest, see `helpers/interpreter.py`. To run them in one pr
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ from skipcost.kernels.ops import crop_concat as module
 from skipcost.kernels.ops.crop_concat import DTYPES, Move, crop_concat, launches, merge
 from skipcost.kernels.ops.launch import run
 from skipcost.unet_models import REFERENCE, VARIANTS, ModelSpec, build
+from skipcost.unet_models import ops as reference_ops
 
 FLOATS = tuple(dtype for dtype in DTYPES if dtype.is_floating_point)
 
@@ -127,7 +128,7 @@ def test_the_result_is_the_references(case: Shapes) -> None:
         patch.setattr(module, "TILE", case.tile)
         result = crop_concat(maps)
 
-    expected = REFERENCE.merge(maps, "concat")
+    expected = reference_ops.merge(maps, "concat")
     assert_same(result, expected)
     assert result.stride() == expected.stride()
 
@@ -138,7 +139,7 @@ def test_the_result_is_the_references(case: Shapes) -> None:
 def test_the_gradients_are_the_references(case: Shapes, layout: str) -> None:
     """Any sizes, strides and float types: every gradient has the bits of autograd's; a cropped map's is dense."""
     kernels, references = differentiable(make_maps(case)), differentiable(make_maps(case))
-    expected = REFERENCE.merge(references, "concat")
+    expected = reference_ops.merge(references, "concat")
     grad = amid(torch.randn(expected.shape).to(case.dtype), layout, float("nan"))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -192,7 +193,7 @@ def test_special_values_keep_their_bits(dtype: torch.dtype) -> None:
     result = crop_concat([*maps, large])
     grads = torch.autograd.grad(result, [*maps, large], result.detach().flip(3))
 
-    expected = REFERENCE.merge([*maps, large], "concat")
+    expected = reference_ops.merge([*maps, large], "concat")
     assert_same(result, expected)
     for actual, wanted in zip(
         grads, torch.autograd.grad(expected, [*maps, large], expected.detach().flip(3)), strict=True
@@ -220,7 +221,7 @@ def test_ambiguous_layouts_follow_torch_cat(sizes: tuple[tuple[int, int, int], .
 
     result = crop_concat(maps)
 
-    expected = REFERENCE.merge(maps, "concat")
+    expected = reference_ops.merge(maps, "concat")
     assert_same(result, expected)
     assert result.stride() == expected.stride()
 
@@ -292,12 +293,15 @@ def test_opcheck_passes_backwards() -> None:
     )
 
 
+OURS = REFERENCE.replacing(join=lambda step, _, maps: merge(maps, step.op.how))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_network_has_the_references_bits(variant: str, moved: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """With the kernel in it, a network that crops every skip gives and learns the reference's bits."""
     monkeypatch.setattr(module, "TILE", 1 << 15)  # the interpreter's time goes by programs, whatever their size
     spec = ModelSpec(variant=variant, depth=2, width=3, padding="valid")
-    network, reference = build(spec, replace(REFERENCE, merge=merge)), build(spec)
+    network, reference = build(spec, OURS), build(spec)
     network.load_state_dict(reference.state_dict())
     image = torch.randn(1, 1, 44, 44)
 
@@ -320,7 +324,7 @@ def test_a_channels_last_network_has_the_references_bits(
     """The layout that GPUs run in; forwards only, since autograd's NCHW gradients let convolutions round otherwise."""
     monkeypatch.setattr(module, "TILE", 1 << 15)
     spec = ModelSpec(variant=variant, depth=2, width=3, padding="valid")
-    network, reference = build(spec, replace(REFERENCE, merge=merge)), build(spec)
+    network, reference = build(spec, OURS), build(spec)
     network.load_state_dict(reference.state_dict())
     image = torch.randn(1, 1, 44, 44).contiguous(memory_format=torch.channels_last)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from skipcost.kernels.ops.max_pool import pool
 from skipcost.kernels.recompute import saved_bytes
-from skipcost.unet_models import REFERENCE
+from skipcost.unet_models import ops as reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,7 +31,7 @@ def test_pool_has_pytorchs_values_and_gradients(
     values = torch.tensor([0.0, -0.0, 1.0, -2.0, float("nan"), float("inf"), -float("inf"), 0.0], dtype=dtype)
     x = values[torch.randint(0, 8, (2, 3, 7, 9))].to(memory_format=memory_format).requires_grad_()
 
-    result, expected = pool(x, factor, ceil=ceil), REFERENCE.pool(x, factor, ceil=ceil)
+    result, expected = pool(x, factor, ceil=ceil), reference.pool(x, factor, ceil=ceil)
     assert_same(result, expected)
     assert result.stride() == expected.stride()
     grad = torch.randn_like(result)
@@ -45,7 +45,7 @@ def test_pool_keeps_no_indices() -> None:
     """It keeps its input, which is given here, and nothing else; PyTorch adds 8 bytes for each window."""
     x = leaf()
 
-    ours, theirs = (saved_bytes(partial(op, x * 3, 2, ceil=False)) for op in (pool, REFERENCE.pool))
+    ours, theirs = (saved_bytes(partial(op, x * 3, 2, ceil=False)) for op in (pool, reference.pool))
 
     assert ours == 0
     assert theirs == 8 * 18

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from skipcost.kernels.programs.low import relu_joins
 from skipcost.kernels.ops.relu_concat import relu_concat
 from skipcost.kernels.recompute import saved_bytes
 from skipcost.kernels.rewriting.low import RewrittenOps
@@ -130,7 +131,7 @@ def test_maps_that_do_not_fill_the_result_are_refused(channels: int) -> None:
         relu_concat(maps, (channels, 3, 3))
 
 
-ALONE = replace(REFERENCE, relu_concat=relu_concat)
+ALONE = replace(REFERENCE.replacing(relu_join=RewrittenOps().ops().functions["relu_join"]), rewrite=relu_joins)
 
 
 @pytest.mark.parametrize("padding", ["same", "valid"])

@@ -22,7 +22,7 @@ from skipcost.kernels.ops import up_conv as module
 from skipcost.kernels.ops.launch import Launch
 from skipcost.kernels.ops.up_conv import up_conv, up_conv_concat, up_conv_into
 from skipcost.kernels.verify import exact as validate
-from skipcost.unet_models import REFERENCE
+from skipcost.unet_models import ops as reference
 from skipcost.unet_models.ops import crop
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -46,7 +46,7 @@ def _concat(first: Tensor, second: Tensor, *rest: Tensor) -> Tensor:
 def _reference(first: Tensor, second: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     layer = nn.ConvTranspose2d(4, 3, 2, stride=2)
     up = torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x,))
-    return REFERENCE.merge([first, second, up], "concat")
+    return reference.merge([first, second, up], "concat")
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from up_conv_cases import Case, cases, no_tf32  # noqa: F401 - a fixture, named 
 
 from skipcost.kernels.ops.up_conv import up_conv_concat
 from skipcost.kernels.verify import exact as validate
-from skipcost.unet_models import REFERENCE
+from skipcost.unet_models import ops as reference_ops
 
 pytestmark = [pytest.mark.usefixtures("no_tf32"), pytest.mark.numeric]
 
@@ -49,7 +49,7 @@ def test_the_gradients_are_within_the_bound(case: Case) -> None:
     def reference(*inputs: Tensor) -> Tensor:
         x, weight, *bias = inputs[count:]
         up = functional.conv_transpose2d(x, weight, bias[0] if bias else None, stride=2)
-        return REFERENCE.merge([*inputs[:count], up], "concat")
+        return reference_ops.merge([*inputs[:count], up], "concat")
 
     result = up_conv_concat(leaves[:count], *leaves[count:])
     grad = torch.randn(result.shape).to(result.dtype)

@@ -20,7 +20,7 @@ from skipcost.kernels.ops.launch import Launch, run
 from skipcost.kernels.ops.tiles import Tile
 from skipcost.kernels.ops.up_conv import launches, pack_weight, up_conv, up_conv_concat, up_conv_into
 from skipcost.kernels.verify.canaries import CHANNELS_ADJACENT, blank, unwritten, written_beside
-from skipcost.unet_models import REFERENCE
+from skipcost.unet_models import ops as reference
 
 pytestmark = pytest.mark.usefixtures("no_tf32")
 
@@ -44,7 +44,7 @@ def test_the_concatenation_is_within_the_bound(case: Case) -> None:
         patch.setattr(torch.backends.cudnn, "allow_tf32", case.precision == "tf32")
         result = up_conv_concat(maps, *inputs)
 
-    windows = REFERENCE.merge([*maps, functional.conv_transpose2d(*inputs, stride=2)], "concat")
+    windows = reference.merge([*maps, functional.conv_transpose2d(*inputs, stride=2)], "concat")
     assert result.shape == windows.shape
     assert result.stride() == torch.empty_like(windows, memory_format=torch.channels_last).stride()
     assert_same(result[:, : -case.outputs], windows[:, : -case.outputs])

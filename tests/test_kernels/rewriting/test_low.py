@@ -24,8 +24,9 @@ from skipcost.kernels.low_resolution.composed import ATTRIBUTE
 from skipcost.kernels.rewriting import low as rewritten
 from skipcost.kernels.rewriting.low import RewrittenOps
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec, SkipNet, build
-from skipcost.unet_models.geometry import PlacedConv, place
 from skipcost.unet_models.ops import ConvNormAct, conv_norm_act, merge
+from skipcost.unet_models.program import lower
+from skipcost.unet_models.sizes import PlacedConv, placed
 from skipcost.unet_models.spec import CHOICES
 from skipcost.unet_models.topology import Conv
 
@@ -203,7 +204,7 @@ def test_a_cropped_up_sampled_map_takes_its_own_steps(beside: tuple[int, int]) -
 
     with torch.no_grad():
         wanted = conv_norm_act(layer, merge([maps[0], up(maps[1])], "concat"))
-        result = RewrittenOps().merge_conv(layer, maps, "concat", up)
+        result = RewrittenOps().up_conv_concat_conv(layer, maps, up)
 
     assert torch.equal(result, wanted)
     assert not maps
@@ -303,16 +304,16 @@ def test_composed_networks_hold_no_more(variant: str, skip: str, padding: str) -
     first, steady = _peaks(spec, "rewritten", "inference")
 
     eager = _peaks(spec, "eager", "inference")[1]
+    convolutions = placed(lower(spec.graph()), (64, 64))
     folded = max(
-        (4 * (each.conv.weights + 2 * each.conv.out_channels) for each in place(spec.graph(), 64, 64) if _folds(each)),
-        default=0,
+        (4 * (each.conv.weights + 2 * each.conv.out_channels) for each in convolutions if _folds(each)), default=0
     )
     assert first <= eager + folded
     assert steady <= eager + folded + kept
 
 
-def _folds(placed: PlacedConv) -> bool:
-    return placed.conv.norm == "batch" and folds(placed.conv.weights, placed.outputs)
+def _folds(each: PlacedConv) -> bool:
+    return each.conv.norm == "batch" and folds(each.conv.weights, each.outputs)
 
 
 @pytest.mark.usefixtures("everywhere")

@@ -1,0 +1,120 @@
+"""A variant with a way to join of its own, added here alone: every fold, both rewrites and the executor take it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from skipcost.bench.cases.case import Case
+from skipcost.bench.cases.places import explain
+from skipcost.bench.measure.counting import predicted_peaks
+from skipcost.bench.memory import derivatives
+from skipcost.bench.memory.liveness import peak_bytes
+from skipcost.bench.time.passes import passes
+from skipcost.kernels.backends import BACKENDS
+from skipcost.kernels.dispatch.low_resolution import executed_macs
+from skipcost.kernels.dispatch.network_calls import network_calls
+from skipcost.unet_models import VARIANTS, ModelSpec, SkipGraph, SkipNet, build, graph, ops, spec
+from skipcost.unet_models.costs import costs
+from skipcost.unet_models.variants import Variant
+
+UPS = ("transpose", "bilinear")
+
+
+def _wire(asked: ModelSpec) -> SkipGraph:
+    """U-Net, but that decoder nodes take the larger of both values, brought to one width by projections."""
+    summed = ModelSpec.graph(replace(asked, variant="unet", skip="sum"))
+    nodes = tuple(replace(node, merge="maximum") if node.deeper else node for node in summed.nodes)
+    return replace(summed, nodes=nodes)
+
+
+def _maximum(maps: list[Tensor]) -> Tensor:
+    result = torch.maximum(maps[0], maps[1])
+    for other in maps[2:]:
+        result = torch.maximum(result, other)
+    return result
+
+
+@pytest.fixture(autouse=True)
+def _another_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of each table that a way to join is in."""
+    monkeypatch.setitem(VARIANTS, "largest", Variant(_wire, "Largest", "nobody's", UPS))
+    monkeypatch.setitem(spec.CHOICES, "variant", tuple(VARIANTS))
+    monkeypatch.setitem(ops.JOINS, "maximum", _maximum)
+    monkeypatch.setitem(derivatives.OPERATORS, "maximum", derivatives.add)
+
+
+def _network(upsample: str = "transpose", backend: str = "eager") -> SkipNet:
+    torch.manual_seed(0)
+    return build(ModelSpec("largest", 2, 4, upsample=upsample), BACKENDS[backend].ops()).eval()
+
+
+def test_the_executor_runs_it() -> None:
+    """Depth 1, step by step with the network's own layers."""
+    net, image = build(ModelSpec("largest", 1, 2, norm="none")).eval(), torch.randn(1, 1, 6, 8)
+
+    output = net(image)
+
+    def node(name: str, x: Tensor) -> Tensor:
+        for layer in net.nodes[name].children():
+            x = layer.conv(x).relu()
+        return x
+
+    whole = node("x0_0", image)
+    below = node("x1_0", torch.max_pool2d(whole, 2))
+    joined = torch.maximum(whole, net.edges["x1_0->x0_1"].up(below))
+    assert torch.equal(output, net.heads["x0_1"].conv(node("x0_1", joined)))
+
+
+@pytest.mark.parametrize("upsample", UPS)
+@pytest.mark.parametrize("backend", ["fused", "rewritten"])
+def test_both_rewrites_run_it(upsample: str, backend: str) -> None:
+    """The same numbers, but for rounding, at an odd size."""
+    net, reference = _network(upsample, backend), _network(upsample)
+    image = torch.randn(1, 1, 21, 18)
+
+    with torch.no_grad():
+        result, expected = net(image), reference(image)
+
+    torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("upsample", UPS)
+def test_every_count_agrees_with_pytorchs(upsample: str) -> None:
+    """Multiply-adds of the network, by place, by kernel call, and by pass over memory."""
+    asked = ModelSpec("largest", 2, 4, upsample=upsample)
+    network, case = graph(asked), Case(spec=asked, height=20, width=28)
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        _network(upsample)(torch.randn(1, 1, 20, 28))
+
+    counted = counter.get_total_flops() // 2
+    assert network.conv_macs(20, 28) == counted
+    assert costs(network, 20, 28).total_macs == counted
+    assert sum(call.macs for _, call in network_calls(asked, 1, 20, 28, "inference", "fp32")) == counted
+    assert sum(each.macs for each in passes(case)) == counted
+    assert executed_macs(network, 20, 28) == counted
+
+
+@pytest.mark.parametrize("backend", ["eager", "rewritten"])
+@pytest.mark.parametrize("upsample", UPS)
+def test_its_live_bytes_are_those_of_a_trace(upsample: str, backend: str) -> None:
+    """To the byte, at inference."""
+    case = Case(spec=ModelSpec("largest", 2, 4, upsample=upsample), height=20, width=28, backend=backend)
+
+    assert peak_bytes(case)[1] == predicted_peaks(case)[1]
+
+
+def test_it_is_told_in_words() -> None:
+    """What `explain` shows has each of its edges, and its joins are named among the passes."""
+    asked = ModelSpec("largest", 2, 4)
+
+    told = explain(asked, (20, 28), 1, "fp32", "inference")
+
+    assert [edge["source"] for edge in told["edges"] if edge["skip"]] == ["x1_0", "x0_0"]
+    names = [each.name for each in passes(Case(spec=asked, height=20, width=28)) if each.kind == "merge"]
+    assert names == ["x1_1: maximum 1", "x0_2: maximum 1"]
