@@ -2,8 +2,8 @@
 
 The calls say what is done to what and are the same for all widths and image sizes that need the same steps; the
 numbers beside them are this network's. A result ends with its last reader; a `hold` stands where a function of
-`backend=rewritten` keeps a map longer. With a `rule` the list is that backend's (kernels/low.py), and the rule says of
-each op that can be done at low resolution whether it is.
+`backend=rewritten` keeps a map longer. With a `rule` the list is that backend's (kernels/low_program.py), and the rule
+says of each op that can be done at low resolution whether it is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from skipcost.bench.calls import Call, Calls, ConvDetail, Place
 from skipcost.bench.low_resolution import Joint, Rule, at_low, fold, is_folded, is_low
-from skipcost.kernels.low import low
+from skipcost.kernels.low_program import low
 from skipcost.unet_models.names import moment_name
 from skipcost.unet_models.program import MASK, Op, lower
 from skipcost.unet_models.sizes import follow

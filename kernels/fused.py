@@ -24,7 +24,7 @@ from skipcost.kernels.conv_bn_relu_train import train_step
 from skipcost.kernels.crop_concat import merge
 from skipcost.kernels.devices import Device, device_or_guess
 from skipcost.kernels.dispatch import choose
-from skipcost.kernels.fuse import fuse
+from skipcost.kernels.fused_program import fuse
 from skipcost.kernels.launch import architecture_of
 from skipcost.kernels.max_pool import pool
 from skipcost.kernels.precision import computing_type, tf32_allowed

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from skipcost.kernels.calls import Call
-from skipcost.kernels.fuse import fuse
+from skipcost.kernels.fused_program import fuse
 from skipcost.unet_models.names import call_name
 from skipcost.unet_models.program import Op, Program, lower
 from skipcost.unet_models.sizes import Shape, follow, shapes

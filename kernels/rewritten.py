@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from skipcost.kernels.composed_up_conv import composed, composed_up_conv
-from skipcost.kernels.low import low
+from skipcost.kernels.low_program import low
 from skipcost.kernels.precision import tf32_allowed
 from skipcost.kernels.prepack import affine, why_not_fold
 from skipcost.kernels.relu_concat import relu_concat

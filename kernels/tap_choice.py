@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from skipcost.kernels import tap_costs, tap_measured
 from skipcost.kernels.calls import Call
-from skipcost.kernels.low import UPS, low
+from skipcost.kernels.low_program import UPS, low
 from skipcost.kernels.tap_axis import Axis
 from skipcost.unet_models.program import Op, lower
 from skipcost.unet_models.sizes import Shape, measured

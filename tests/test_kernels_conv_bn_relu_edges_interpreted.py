@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from skipcost.kernels import conv_bn_relu as module
 from skipcost.kernels.canaries import LAYOUTS, amid
 from skipcost.kernels.conv_bn_relu import concat_conv_bn_relu, conv_bn_relu, conv_bn_relu_pool, launches
-from skipcost.kernels.fuse import fuse
+from skipcost.kernels.fused_program import fuse
 from skipcost.kernels.launch import Launch, run
 from skipcost.unet_models import REFERENCE, ModelSpec, build
 from skipcost.unet_models.ops import ConvNormAct, Step, crop_all

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skipcost.kernels.low import relu_joins
+from skipcost.kernels.low_program import relu_joins
 from skipcost.kernels.recompute import saved_bytes
 from skipcost.kernels.relu_concat import relu_concat
 from skipcost.kernels.rewritten import RewrittenOps

@@ -17,8 +17,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from skipcost.kernels.fuse import fuse
-from skipcost.kernels.low import low
+from skipcost.kernels.fused_program import fuse
+from skipcost.kernels.low_program import low
 from skipcost.unet_models import (
     REFERENCE,
     SKIPS,
