@@ -27,10 +27,10 @@ from conv_cases import (
 from kernel_checks import far_apart
 from torch import Tensor, nn
 
-from skipcost.kernels.programs.fuse import fuse
 from skipcost.kernels.ops import conv_bn_relu as module
 from skipcost.kernels.ops.conv_bn_relu import concat_conv_bn_relu, conv_bn_relu, conv_bn_relu_pool, launches
 from skipcost.kernels.ops.launch import Launch, run
+from skipcost.kernels.programs.fuse import fuse
 from skipcost.kernels.verify.canaries import LAYOUTS, amid
 from skipcost.unet_models import REFERENCE, ModelSpec, build
 from skipcost.unet_models.ops import ConvNormAct, Step, crop_all

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skipcost.kernels.programs.low import relu_joins
 from skipcost.kernels.ops.relu_concat import relu_concat
+from skipcost.kernels.programs.low import relu_joins
 from skipcost.kernels.recompute import saved_bytes
 from skipcost.kernels.rewriting.low import RewrittenOps
 from skipcost.unet_models import REFERENCE, SKIPS, ModelSpec, build
