@@ -102,9 +102,14 @@ def crop(x: Tensor, height: int, width: int) -> Tensor:
     return x[..., top : top + height, left : left + width]
 
 
+def smallest(maps: Sequence[Tensor]) -> tuple[int, int]:
+    """Return the smallest height and width among maps."""
+    return min(m.shape[-2] for m in maps), min(m.shape[-1] for m in maps)
+
+
 def crop_all(maps: Sequence[Tensor]) -> list[Tensor]:
     """Centre-crop all maps to the smallest height and width among them."""
-    height, width = min(m.shape[-2] for m in maps), min(m.shape[-1] for m in maps)
+    height, width = smallest(maps)
     return [crop(m, height, width) for m in maps]
 
 
@@ -177,7 +182,7 @@ def _pool(step: Step, _: list[Any], maps: list[Any]) -> Tensor:
 
 
 def _crop(_step: Step, _layers: list[Any], maps: list[Any]) -> Tensor:
-    return crop_all(maps)[0]
+    return crop(maps[0], *smallest(maps))
 
 
 def _join(step: Step, _: list[Any], maps: list[Any]) -> Tensor:

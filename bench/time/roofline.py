@@ -9,6 +9,7 @@ Arithmetic alone; needs no torch and makes no CUDA call.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from skipcost.bench.cases.case import Case
@@ -42,7 +43,7 @@ class Bound:
     @property
     def fused_s(self) -> float:
         """The lower line: the convolutions alone, each with its maps read and written once."""
-        return sum(layer.seconds for layer in self.layers if layer.macs)
+        return math.fsum(layer.seconds for layer in self.layers if layer.macs)
 
 
 def bound(case: Case, device: Device) -> Bound:
@@ -60,10 +61,9 @@ def stored_bound(case: Case, result: Result) -> Bound:
 
 def _bound(case: Case, flop_per_s: float, bandwidth_bytes_per_s: float) -> Bound:
     mac_s, byte_s = FLOP_PER_MAC / flop_per_s, 1 / bandwidth_bytes_per_s
-    layers, total = [], 0.0
+    layers = []
     for each in passes(case):
         compute, traffic = each.macs * mac_s, each.bytes * byte_s
         seconds = max(compute, traffic)
-        total += seconds
         layers.append(LayerBound(each.name, each.kind, each.macs, each.bytes, seconds, WHAT[traffic > compute]))
-    return Bound(total, tuple(layers))
+    return Bound(math.fsum(layer.seconds for layer in layers), tuple(layers))
