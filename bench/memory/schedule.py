@@ -16,7 +16,7 @@ from skipcost.bench.memory.calls import Call, Calls, ConvDetail, Place
 from skipcost.bench.memory.low_resolution import Joint, Rule, at_low, fold, is_folded, is_low
 from skipcost.kernels.programs.low import low
 from skipcost.unet_models.names import moment_name
-from skipcost.unet_models.program import MASK, Op, lower
+from skipcost.unet_models.program import Op, lower
 from skipcost.unet_models.sizes import follow
 from skipcost.unet_models.topology import Conv, SkipGraph
 
@@ -121,7 +121,7 @@ class _Fold(Calls):
 
     def multiply(self, op: Op, reads: list[int]) -> int:
         """Weigh by one channel; its gradient, where it has one, is summed over the channels of the map."""
-        summed = op.where != MASK and self.shapes[reads[0]][0] > 1
+        summed = self.shapes[reads[0]][0] > 1
         return self.call("weigh", moment_name(op), tuple(reads), self.shapes[reads[0]], (summed,))
 
     def dropout(self, op: Op, reads: list[int]) -> int:

@@ -82,6 +82,16 @@ def test_sizes_are_of_any_number_of_dimensions(size: tuple[int, ...]) -> None:
     assert together == tuple((each[0][0], *(one[1] for one in each)) for each in zip(*alone, strict=True))
 
 
+def test_pooling_rounds_down_in_the_encoder_and_up_on_skips() -> None:
+    """UNet 3+ at 13x14: the bottleneck's way down, and the skip that is halved too."""
+    program = lower(graph(ModelSpec("unet3+", 2, 2)))
+
+    made = dict(zip((op.where + op.kind for op in program.ops), sizes.shapes(program, (13, 14)), strict=True))
+
+    assert made["x0_0->x1_0pool"] == (2, 6, 7)
+    assert made["x0_0->x1_1pool"] == (2, 7, 7)
+
+
 def test_multiply_adds_in_three_dimensions() -> None:
     """3x3x3 weights at every voxel, 2x2x2 at every voxel that is up-sampled; by hand for the network of depth 1."""
     program = lower(graph(SMALL))

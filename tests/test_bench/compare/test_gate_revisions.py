@@ -26,7 +26,7 @@ size = 16
 threads = 1
 metrics = ["params", "operators"]
 """
-LINE = "            return self._run(image)\n"
+LINE = "        results = [image]\n"
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Repository:
 @pytest.mark.parametrize(
     ("change", "code"),
     [
-        pytest.param("            return self._run(image.clone())\n", 1, id="a clone in the executor"),
-        pytest.param("            # The graph decides.\n" + LINE, 0, id="a comment"),
+        pytest.param("        results = [image.clone()]\n", 1, id="a clone in the executor"),
+        pytest.param("        # The program decides.\n" + LINE, 0, id="a comment"),
     ],
 )
 def test_a_clone_in_the_executor_fails_by_name_and_a_comment_passes(
