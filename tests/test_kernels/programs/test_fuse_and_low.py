@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from skipcost.kernels.fused_program import fuse
-from skipcost.kernels.low_program import low
+from skipcost.kernels.programs.fuse import fuse
+from skipcost.kernels.programs.low import low
 from skipcost.unet_models import ModelSpec, Op, Program, graph, lower
 from skipcost.unet_models.topology import Conv
 
