@@ -11,10 +11,10 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from skipcost.unet_models.program import lower
+from skipcost.unet_models.program import IMAGE, lower
 from skipcost.unet_models.sizes import Size, by, shapes
 from skipcost.unet_models.sizes import placed as convolutions
-from skipcost.unet_models.topology import IMAGE, Edge, Node, SkipGraph
+from skipcost.unet_models.topology import Edge, Node, SkipGraph
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from skipcost.unet_models.topology import IMAGE, Conv, Edge, Gate, Head, Node, SkipGraph
+if TYPE_CHECKING:
+    from skipcost.unet_models.topology import Conv, Edge, Gate, Head, Node, SkipGraph
 
+IMAGE = "image"  # the name of the network's input among the maps
 MASK = "mask"  # where a classifier's verdict is applied to the heads' maps
 
 

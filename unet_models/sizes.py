@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from skipcost.unet_models.program import Op, Program, near
-from skipcost.unet_models.topology import Conv
+
+if TYPE_CHECKING:
+    from skipcost.unet_models.topology import Conv
 
 SEARCH_LIMIT = 65536  # pixels a side, the most that a case has: beyond it no workable size is looked for
 

@@ -10,13 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from types import ModuleType
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from skipcost.unet_models.program import Program
-
-IMAGE = "image"  # the name of the network's input among the maps
+from skipcost.unet_models import sizes
+from skipcost.unet_models.program import lower
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,27 +179,20 @@ class SkipGraph:
 
     def conv_macs(self, height: int, width: int) -> int:
         """Multiply-adds of every convolution for one image of height x width pixels, exactly."""
-        sizes, program = _folds(self)
-        macs: int = sizes.conv_macs(program, (height, width))
-        return macs
+        return sizes.conv_macs(lower(self), (height, width))
 
     def activations(self, height: int, width: int) -> int:
         """Elements of every convolution's output for one image, exactly (fvcore's definition of activations)."""
-        sizes, program = _folds(self)
-        elements: int = sizes.activations(program, (height, width))
-        return elements
+        return sizes.activations(lower(self), (height, width))
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the output for an input of height x width pixels."""
-        sizes, program = _folds(self)
-        rows, columns = sizes.output_size(program, (height, width))
+        rows, columns = sizes.output_size(lower(self), (height, width))
         return rows, columns
 
     def receptive_field(self) -> int:
         """Side, in pixels, of the smallest window that holds all inputs of one output pixel; see `sizes`."""
-        sizes, program = _folds(self)
-        side: int = sizes.receptive_field(program)
-        return side
+        return sizes.receptive_field(lower(self))
 
     def final(self) -> SkipGraph:
         """Return the network as it is deployed: the first head alone, without what only the others read."""
@@ -218,10 +207,3 @@ class SkipGraph:
             if node.name in wanted:
                 wanted.update(edge.source for edge in node.inputs)
         return replace(self, nodes=tuple(node for node in self.nodes if node.name in wanted))
-
-
-def _folds(graph: SkipGraph) -> tuple[ModuleType, Program]:
-    """Return the module of what a graph is asked for in short, and the graph as a program."""
-    from skipcost.unet_models import program, sizes  # noqa: PLC0415 - both stand on this module
-
-    return sizes, program.lower(graph)

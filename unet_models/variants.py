@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from skipcost.unet_models.topology import IMAGE, Conv, Edge, Head, Node, SkipGraph
+from skipcost.unet_models.program import IMAGE
+from skipcost.unet_models.topology import Conv, Edge, Head, Node, SkipGraph
 
 if TYPE_CHECKING:
     from skipcost.unet_models.spec import ModelSpec

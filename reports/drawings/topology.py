@@ -10,7 +10,8 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from skipcost.bench import figures
-from skipcost.unet_models.topology import IMAGE, Edge, SkipGraph
+from skipcost.unet_models.program import IMAGE
+from skipcost.unet_models.topology import Edge, SkipGraph
 
 STEP_X, STEP_Y = 76, 84  # pixels of the drawing between neighbours
 NODE_W, NODE_H = 58, 34

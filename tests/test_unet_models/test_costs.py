@@ -6,7 +6,7 @@ import pytest
 
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec, graph
 from skipcost.unet_models.costs import costs
-from skipcost.unet_models.topology import IMAGE
+from skipcost.unet_models.program import IMAGE
 
 SIZE = (61, 90)
 
