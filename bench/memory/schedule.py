@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from skipcost.bench.memory.calls import Call, Calls, ConvDetail, Place
@@ -53,20 +54,23 @@ def schedule(
     return Schedule(tuple(walk.calls), tuple(outputs), scores, walk.numbers)
 
 
+@lru_cache(maxsize=256)
 def _places(graph: SkipGraph) -> dict[tuple[str, ...], Place]:
     """Where a layer's weights are registered, by its path."""
-    places: dict[tuple[str, ...], Place] = {
-        ("edges", edge.name, *part.split(".")): (0, at, which)
-        for at, edge in enumerate(graph.edges)
-        for which, part in enumerate(ON_EDGES)
-    }
-    places |= {
-        ("nodes", node.name, str(which)): (1, at, which)
-        for at, node in enumerate(graph.nodes)
-        for which in range(len(node.convs))
-    }
-    places |= {("heads", head.node): (2, at, 0) for at, head in enumerate(graph.heads)}
-    return {**places, ("classifier",): (3, 0, 0)}
+    edges = {edge.name: at for at, edge in enumerate(graph.edges)}
+    nodes = {node.name: at for at, node in enumerate(graph.nodes)}
+    heads = {head.node: at for at, head in enumerate(graph.heads)}
+    places: dict[tuple[str, ...], Place] = {}
+    for op in lower(graph).ops:
+        if op.layer:
+            room, *names = op.layer
+            if room == "edges":
+                places[op.layer] = 0, edges[op.where], ON_EDGES.index(op.part)
+            elif room == "nodes":
+                places[op.layer] = 1, nodes[op.where], int(op.part)
+            else:
+                places[op.layer] = (2, heads[names[0]], 0) if names else (3, 0, 0)
+    return places
 
 
 class _Fold(Calls):

@@ -45,11 +45,12 @@ def graph_calls(
 
 def _calls(program: Program, size: tuple[int, int], mode: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield what each call of a fused program is, but for what all have alike."""
-    made = shapes(program, size)
+    made: Any = shapes(program, size)
     for op in program.ops[1:]:
-        inside = [made[read] for read in op.reads]
-        parts = op.parts or (op._replace(reads=tuple(range(len(inside)))),)
-        follow(parts, inside)
+        parts, inside = op.parts or (op,), made
+        if op.parts:
+            inside = [made[read] for read in op.reads]
+            follow(parts, inside)
         joined: tuple[Shape, ...] = ()
         for part in parts:
             reads = tuple(inside[read] for read in part.reads)

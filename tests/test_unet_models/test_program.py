@@ -123,3 +123,14 @@ def test_what_an_output_sees_through_up_sampling(factor: int, how: str, field: i
     )
 
     assert sizes.receptive_field(Program(ops, (2,), 1)) == field
+
+
+def test_an_output_sees_as_far_as_its_farthest_way_back() -> None:
+    """A map and what a 3x3 convolution makes of it, added."""
+    ops = (
+        Op("image", "image", "", ()),
+        Op("conv", "conv", "", (0,), (), Conv(1, 1, 3), padding=1),
+        Op("add", "sum", "", (1, 0)),
+    )
+
+    assert sizes.receptive_field(Program(ops, (2,), 1)) == 3
