@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from skipcost.kernels.devices import Device
-from skipcost.kernels.dispatch import rows as winners
+from skipcost.kernels.dispatch import winners
 from skipcost.kernels.dispatch.call import Call
 from skipcost.kernels.dispatch.choose import Choice
 from skipcost.kernels.precision import tf32_allowed

@@ -52,7 +52,7 @@ THROUGH = {  # long modules that no test names, by the tests that run all of the
     "unet_models/variants.py": "test_unet_models/test_reference.py: against networks written by hand",
 }
 DOORS = {
-    "skipcost.unet_models": {"ModelSpec", "graph", "build", "VARIANTS", "SKIPS"},
+    "skipcost.unet_models": {"ModelSpec", "graph", "lower", "Program", "build", "VARIANTS", "SKIPS"},
     "skipcost.kernels": {"BACKENDS", "KERNELS", "fuse", "rewrite"},
     "skipcost.bench": {"Case", "METRICS", "load_plan", "sweep", "open_store", "wide_table", "predict", "fit"},
     "skipcost.reports": {"write_report"},

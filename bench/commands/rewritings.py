@@ -16,7 +16,7 @@ from skipcost.bench.console import BATCH, ERR, JSON, OUT, SIZE, Column, Screen, 
 from skipcost.bench.errors import BenchError, MachineError
 from skipcost.bench.units import MAX_THREADS, parse_size
 from skipcost.kernels import errors
-from skipcost.kernels.dispatch import rows as winners
+from skipcost.kernels.dispatch import winners
 from skipcost.kernels.dispatch.low_resolution import calls_to_measure, executed_macs, rewritings
 from skipcost.unet_models import ModelSpec
 

@@ -20,8 +20,7 @@ from skipcost.bench.cases.case import CHOICES as CASE_CHOICES
 from skipcost.bench.cases.case import SPEC_KEYS, Case
 from skipcost.bench.errors import BenchError
 from skipcost.bench.measure.worker import refusal_of
-from skipcost.bench.memory import liveness
-from skipcost.bench.memory import on_gpu as gpu_memory
+from skipcost.bench.memory import liveness, on_gpu
 from skipcost.bench.sweeps.plan import make_case
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec, SkipGraph
 from skipcost.unet_models.spec import CHOICES as SPEC_CHOICES
@@ -143,7 +142,7 @@ def _line(chosen: dict[str, Any], widths: tuple[int, ...], batch: int | None) ->
     """The line of one combination; ValueError where it cannot be, or cannot run at this size."""
     machine = {"device": chosen["device"], "threads": 1}
     case = make_case(chosen | {"width": widths[0], "batch": batch or 1}, machine)
-    unknown = (gpu_memory.why_not(case) if case.device == "cuda" else "") or liveness.why_no_envelope(case)
+    unknown = (on_gpu.why_not(case) if case.device == "cuda" else "") or liveness.why_no_envelope(case)
     if unknown:
         raise ValueError(unknown)
     cap = coerce({"max_width": chosen.get("max_width")})["max_width"]

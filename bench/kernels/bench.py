@@ -24,7 +24,7 @@ from skipcost.bench.kernels.measuring import Bench, open_bench
 from skipcost.bench.measure.journal import identity
 from skipcost.bench.measure.process import Row
 from skipcost.bench.streams import Progress, tell, visible, write_table
-from skipcost.kernels.dispatch import rows as winners
+from skipcost.kernels.dispatch import winners
 from skipcost.kernels.dispatch.call import OPS, Call
 from skipcost.kernels.errors import MachineError
 from skipcost.kernels.ops.launch import architecture_of

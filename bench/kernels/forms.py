@@ -1,4 +1,4 @@
-"""Measure both forms of convolutions over up-sampled maps on this machine's CPU, for `tap_measured` to read.
+"""Measure both forms of convolutions over up-sampled maps on this machine's CPU, for `low_winners` to read.
 
 A GPU's rows are made by `skipcost kernels bench`, which measures them beside everything else there.
 """
@@ -14,9 +14,9 @@ from torch.nn import functional
 
 from skipcost.bench.measure.journal import Journal, code_hash
 from skipcost.bench.measure.timing import Budget, cpu_clock, sample
-from skipcost.kernels.dispatch import rows as winners
+from skipcost.kernels.dispatch import winners
 from skipcost.kernels.dispatch.call import Call
-from skipcost.kernels.dispatch.low_rows import CPU, TAP_FIRST
+from skipcost.kernels.dispatch.low_winners import CPU, TAP_FIRST
 from skipcost.kernels.errors import MachineError
 from skipcost.kernels.low_resolution.tap_first import tap_first
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import skipcost.kernels
 import skipcost.unet_models
-from skipcost.kernels.dispatch.rows import no_row, read_rows
+from skipcost.kernels.dispatch.winners import no_row, read_rows
 from skipcost.kernels.outputs import append_file, write_file
 
 Row = dict[str, Any]

@@ -22,7 +22,7 @@ from skipcost.bench.memory.low_resolution import Rule
 from skipcost.bench.memory.schedule import Schedule, schedule
 from skipcost.bench.memory.tape import KINDS
 from skipcost.kernels.dispatch.low_resolution import COMPOSED, choose, choose_composed, precision_kind
-from skipcost.kernels.low_resolution import costs as tap_costs
+from skipcost.kernels.low_resolution import costs
 from skipcost.kernels.low_resolution.axis import Axis
 
 __all__ = [
@@ -214,7 +214,7 @@ def workspace_bytes(case: Case) -> int:
     value = HALF if precision_kind(case.precision) == "16 bits" else FLOAT
     ways = (False, True) if case.mode == "training" else (False,)
     calls = [(call.rows, call.columns, call.channels) for call in low_calls(case).values()]
-    sizes = (tap_costs.workspace_bytes(*call, value, backward=backward) for call in calls for backward in ways)
+    sizes = (costs.workspace_bytes(*call, value, backward=backward) for call in calls for backward in ways)
     return max(sizes, default=0)
 
 

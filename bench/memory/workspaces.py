@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from skipcost.bench.memory.allocator import MIB
 from skipcost.kernels.devices import capability
-from skipcost.kernels.low_resolution import costs as tap_costs
+from skipcost.kernels.low_resolution import costs
 from skipcost.kernels.low_resolution import parts as tap_parts
 from skipcost.unet_models.program import lower
 from skipcost.unet_models.sizes import placed as placed_convolutions
@@ -188,7 +188,7 @@ def blocks(call: LowCall, case: Case) -> Interval:
 
     It is taken as one piece, which it is not, so the allocator may find room for less than that.
     """
-    most = tap_costs.workspace_bytes(call.rows, call.columns, call.channels, value_bytes(case), backward=True)
+    most = costs.workspace_bytes(call.rows, call.columns, call.channels, value_bytes(case), backward=True)
     return Interval(0, most, most)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from skipcost.kernels.devices import Device, has_copy_engine, has_tensor_products
-from skipcost.kernels.dispatch import rows as winners
+from skipcost.kernels.dispatch import winners
 from skipcost.kernels.dispatch.call import Call
 from skipcost.kernels.low_resolution.costs import KERNEL_SUMS
 from skipcost.kernels.ops.tiles import FEW_CHANNELS

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from skipcost.kernels.dispatch import low_rows as tap_measured
+from skipcost.kernels.dispatch import low_winners
 from skipcost.kernels.dispatch.call import Call
-from skipcost.kernels.low_resolution import costs as tap_costs
+from skipcost.kernels.low_resolution import costs
 from skipcost.kernels.low_resolution.axis import Axis
 from skipcost.kernels.programs.low import UPS, low
 from skipcost.unet_models.program import Op, lower
@@ -97,13 +97,13 @@ def choose(
 
     Where both were measured on this machine, by one image, the faster is taken.
     """
-    direct = tap_costs.direct(rows, columns, channels, batch)
-    products = tap_costs.forward(rows, columns, channels, batch)
+    direct = costs.direct(rows, columns, channels, batch)
+    products = costs.forward(rows, columns, channels, batch)
     value = 2 if kind == "16 bits" else 4
     low = batch * channels[0] * rows.extent * columns.extent * value
     up = batch * channels[0] * rows.length * columns.length * value
     out = batch * channels[1] * rows.output * columns.output * value
-    if both := tap_measured.measured(rows, columns, channels, kind, device):
+    if both := low_winners.measured(rows, columns, channels, kind, device):
         taken = both.tap_first < both.direct
         verdict = "less" if taken else "not less"
         why = (
@@ -116,7 +116,7 @@ def choose(
     return Choice(direct, products.macs, low + 2 * up + out, low + out, up + out, out, taken, why)
 
 
-def _weigh_on_cpu(products: tap_costs.Products, direct: int, rate: float) -> tuple[bool, str]:
+def _weigh_on_cpu(products: costs.Products, direct: int, rate: float) -> tuple[bool, str]:
     """Return whether tap-first is taken, and why: MACs, in those of a convolution."""
     taken = rate * (products.taps + BAND * products.bands) < direct
     why = (
@@ -133,10 +133,10 @@ def _weigh_on_gpu(
     """Return whether tap-first is taken, and why: predicted time, each side its products and the bytes beside them."""
     low, up = batch * rows.extent * columns.extent, batch * rows.length * columns.length
     tap_maps = 4 * low * rows.kernel * columns.kernel * channels[1]  # bytes, in fp32
-    sums = tap_costs.KERNEL_SUMS * batch * rows.output * columns.output * channels[1] / GPU_MACS["fp32"]
+    sums = costs.KERNEL_SUMS * batch * rows.output * columns.output * channels[1] / GPU_MACS["fp32"]
     ours = tap_maps / 4 * channels[0] / GPU_MACS[kind] + max(sums, 2 * tap_maps / GPU_BYTES)
     up_bytes = up * channels[0] * (2 if kind == "16 bits" else 4)
-    theirs = tap_costs.direct(rows, columns, channels, batch) / GPU_MACS[kind] + 2 * up_bytes / GPU_BYTES
+    theirs = costs.direct(rows, columns, channels, batch) / GPU_MACS[kind] + 2 * up_bytes / GPU_BYTES
     why = (
         f"{ours * 1e6:,.1f} us for products, tap maps and sums are {'less' if ours < theirs else 'not less'} than "
         f"{theirs * 1e6:,.1f} us for the up-sampled map and its convolution, by an H100's data sheet, not measured"
@@ -230,7 +230,7 @@ def calls_to_measure(graph: SkipGraph, height: int, width: int, *, precision: st
     """List, once each, the calls over interpolated maps whose both forms can be measured: those of uncropped maps."""
     found = measured(low(lower(graph)), (height, width))
     linear = [_call(op, reads) for op, reads, _ in found if op.kind in UPS and not op.parts[0].conv]
-    calls = (tap_measured.call_of(*each, precision_kind(precision), device) for each in linear)
+    calls = (low_winners.call_of(*each, precision_kind(precision), device) for each in linear)
     return tuple(dict.fromkeys(call for call in calls if call))
 
 

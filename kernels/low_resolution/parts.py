@@ -1,7 +1,7 @@
 """How tap-first up-sampling is cut on a GPU, and what a call allocates there forwards: arithmetic alone, no torch.
 
 `tap_upsample_add` follows it. What a matrix product allocates inside is not in it: a library's workspace. Backwards a
-GPU runs the blocks of `tap_blocks`, which `tap_costs.workspace_bytes` counts.
+GPU runs the blocks of `blocks`, which `costs.workspace_bytes` counts.
 """
 
 from __future__ import annotations

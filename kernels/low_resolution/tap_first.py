@@ -2,11 +2,11 @@
 
 Both steps are linear and nothing stands between them, so conv(up(x)) = sum over taps of shift(up(W_tap x)): the
 products over channels, one for each tap, run on the small map, factor**2 fewer MACs, and what is left is a sum over
-taps of shifted means, which is one banded matrix for rows and one for columns (`tap_axis`). Exact at the borders too,
+taps of shifted means, which is one banded matrix for rows and one for columns (`axis`). Exact at the borders too,
 where zeros surround the up-sampled map: a tap outside of it has no entry. docs/rewritten.md derives it.
 
 What is fused: up-sampling, crop, convolution, and in `tap_first_into` the sum or the concatenation that follows.
-On a CPU these are products of dense blocks (`tap_blocks`), on a GPU one product and a kernel (`tap_upsample_add`).
+On a CPU these are products of dense blocks (`blocks`), on a GPU one product and a kernel (`tap_upsample_add`).
 
 Bytes saved: the up-sampled map, forwards and backwards, is never formed and never kept; the tap maps exist for 18 rows
 of the small map at a time, on a GPU for up to 256 MiB of them. Backward is in closed form and keeps the small map and
@@ -35,9 +35,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
-from skipcost.kernels.low_resolution import blocks as tap_blocks
-from skipcost.kernels.low_resolution import costs as tap_costs
-from skipcost.kernels.low_resolution import tap_upsample_add
+from skipcost.kernels.low_resolution import blocks, costs, tap_upsample_add
 from skipcost.kernels.low_resolution.axis import Axis
 from skipcost.kernels.ops.checks import check_result_buffer
 from skipcost.unet_models.ops import crop
@@ -167,7 +165,7 @@ def _tap_first_into(
 def _fill(
     out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, made: tuple[Axis, Axis], *, add: bool = False
 ) -> None:
-    way = tap_upsample_add if tap_upsample_add.takes(x) else tap_blocks
+    way = tap_upsample_add if tap_upsample_add.takes(x) else blocks
     with torch.autocast(x.device.type, enabled=False):  # it would take the products in fp32 apart
         way.fill(out, x, weight, bias, made, add=add)
 
@@ -179,7 +177,7 @@ def _tap_first_backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     made = axes(x.shape[2:], weight.shape[2:], factor, mode, align_corners, padding, window)
     with torch.autocast(x.device.type, enabled=False):
-        return tap_blocks.gradients(grad, x, weight, made, (of_map, of_weight))
+        return blocks.gradients(grad, x, weight, made, (of_map, of_weight))
 
 
 @_tap_first.register_fake
@@ -203,7 +201,7 @@ def _(_grad: Tensor, x: Tensor, weight: Tensor, *settings: Any) -> tuple[Tensor,
 def _flops(x: Any, weight: Any, _bias: Any, *settings: Any, **__: Any) -> int:
     """2 for each MAC of the matrix products, as they are computed in blocks."""
     made = axes(x[2:], weight[2:], *settings)
-    return 2 * tap_costs.forward(*made, (weight[1], weight[0]), x[0]).macs
+    return 2 * costs.forward(*made, (weight[1], weight[0]), x[0]).macs
 
 
 @register_flop_formula(torch.ops.skipcost.tap_first_into)
@@ -218,7 +216,7 @@ def _into_flops(
 def _backward_flops(_grad: Any, x: Any, weight: Any, *settings: Any, **__: Any) -> int:
     *geometry, of_map, of_weight = settings
     made = axes(x[2:], weight[2:], *geometry)
-    counted = tap_costs.backward(*made, (weight[1], weight[0]), x[0], of_map=of_map, of_weight=of_weight)
+    counted = costs.backward(*made, (weight[1], weight[0]), x[0], of_map=of_map, of_weight=of_weight)
     return 2 * counted.macs
 
 

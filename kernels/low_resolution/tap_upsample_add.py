@@ -54,7 +54,7 @@ def _has_triton() -> bool:
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the kernel runs for maps on x's device; elsewhere `tap_blocks` does."""
+    """Whether the kernel runs for maps on x's device; elsewhere `blocks` does."""
     return on_triton(x) and _has_triton()
 
 

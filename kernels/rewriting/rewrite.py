@@ -2,7 +2,7 @@
 
 Found are bilinear and nearest up-sampling by a whole factor, as a layer or a function, whose map goes into a
 convolution as it is, alone or concatenated with others. Both forms are counted in each call, on the maps that it gets,
-and the cheaper runs: `tap_first`, or the model's own layers, called as they are (docs/rewritten.md, tap_choice).
+and the cheaper runs: `tap_first`, or the model's own layers, called as they are (docs/rewritten.md).
 
 The function is the same in inference and in training, gradients included, differentiable once, and weights stay where
 they are. A module is followed in both modes; where its Python is another in training, each mode has a graph of its own,

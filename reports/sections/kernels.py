@@ -12,7 +12,7 @@ from typing import Any
 from skipcost.bench.kernels.explain import explain
 from skipcost.kernels.devices import device_named
 from skipcost.kernels.dispatch.choose import CUDNN_SHARE, TRITON_SHARE
-from skipcost.kernels.dispatch.rows import published
+from skipcost.kernels.dispatch.winners import published
 from skipcost.kernels.verify.baseline import stored_rows
 from skipcost.reports.data import Data
 from skipcost.reports.grid import Cell, Grid, number, whole, words

@@ -26,7 +26,7 @@ from skipcost.bench.store.store import create_store, open_store
 from skipcost.bench.store.tables import newest_environment, wide_table
 from skipcost.bench.sweeps.driver import pending
 from skipcost.bench.sweeps.plan import load_plan
-from skipcost.kernels.dispatch.rows import read_rows
+from skipcost.kernels.dispatch.winners import read_rows
 from skipcost.reports.page import write_report
 from skipcost.unet_models import ModelSpec
 

@@ -13,7 +13,7 @@ from torch import nn
 import skipcost.kernels
 from skipcost.kernels import BACKENDS, KERNELS, Backend, backends, ways
 from skipcost.kernels.devices import device_named
-from skipcost.kernels.dispatch import rows as winners
+from skipcost.kernels.dispatch import winners
 from skipcost.kernels.rewriting.fused import FusedOps
 from skipcost.kernels.ways import WAYS
 from skipcost.unet_models import REFERENCE, ModelSpec, build

@@ -20,7 +20,7 @@ from skipcost.bench.errors import BenchError, MachineError
 from skipcost.bench.kernels import forms as tap_measuring
 from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.measure.timing import Budget
-from skipcost.kernels.dispatch import rows as winners
+from skipcost.kernels.dispatch import winners
 from skipcost.unet_models import VARIANTS, ModelSpec
 
 NETWORKS = [(variant, upsample) for variant, row in VARIANTS.items() for upsample in row.upsamples]

@@ -21,7 +21,7 @@ from skipcost.bench.measure.journal import Journal, identity
 from skipcost.bench.measure.process import Row
 from skipcost.bench.measure.timing import Budget
 from skipcost.kernels.dispatch.call import Call
-from skipcost.kernels.dispatch.rows import own_file, read_rows
+from skipcost.kernels.dispatch.winners import own_file, read_rows
 from skipcost.kernels.errors import MachineError
 from skipcost.kernels.ops.tiles import default_tile
 from skipcost.kernels.outputs import OutputError

@@ -12,7 +12,7 @@ import pytest
 
 from skipcost.bench.kernels.explain import explain, main
 from skipcost.kernels.devices import Device, device_named, device_or_guess, devices
-from skipcost.kernels.dispatch import rows as winners
+from skipcost.kernels.dispatch import winners
 from skipcost.kernels.dispatch.call import OPS, Call
 from skipcost.kernels.dispatch.choose import IMPLEMENTATIONS, choose, extra_bytes, predict, why_not
 from skipcost.kernels.dispatch.network_calls import network_calls

@@ -16,8 +16,7 @@ from skipcost.bench.cases.case import Case
 from skipcost.bench.kernels import forms as tap_measuring
 from skipcost.bench.measure.timing import Budget
 from skipcost.bench.memory import liveness
-from skipcost.kernels.dispatch import low_rows as tap_measured
-from skipcost.kernels.dispatch import rows as winners
+from skipcost.kernels.dispatch import winners
 from skipcost.kernels.dispatch.low_resolution import calls_to_measure, choose, executed_macs, rewritings
 from skipcost.kernels.errors import MachineError
 from skipcost.kernels.low_resolution.axis import Axis
@@ -40,14 +39,14 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     gpu.parent.mkdir(parents=True)
     gpu.write_text(f"IRQ:   17\nModel: \t\t {CARD}\n")
     monkeypatch.setenv("SKIPCOST_KERNELS", str(tmp_path))
-    monkeypatch.setattr(tap_measured, "GPUS", gpu.parents[1])
+    monkeypatch.setattr(low_winners, "GPUS", gpu.parents[1])
     _forget()
     yield winners.own_file()
     _forget()
 
 
 def _forget() -> None:
-    for cached in (winners.table, tap_measured.card_here, rewritten._counted, liveness._taken):
+    for cached in (winners.table, low_winners.card_here, rewritten._counted, liveness._taken):
         cached.cache_clear()
 
 
@@ -57,7 +56,7 @@ def _axis(**changes: object) -> Axis:
 
 
 def _write(rows: Path, kind: str, device: str, **milliseconds: float) -> None:
-    call = tap_measured.call_of(_axis(), _axis(), (64, 32), kind, device)
+    call = low_winners.call_of(_axis(), _axis(), (64, 32), kind, device)
     card = {"cpu": "cpu", "cuda": CARD}[device]
     lines = [
         {"call": call.key, "implementation": name, "outcome": "ok", "seconds": [each / 1e3], "device": {"name": card}}
@@ -68,7 +67,7 @@ def _write(rows: Path, kind: str, device: str, **milliseconds: float) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fp32", "tf32", "16 bits"])
-@pytest.mark.parametrize(("device", "ours"), tap_measured.TAP_FIRST.items())
+@pytest.mark.parametrize(("device", "ours"), low_winners.TAP_FIRST.items())
 def test_the_faster_form_is_taken(rows: Path, device: str, ours: str, kind: str) -> None:
     """Whatever counting says, for every batch; the reason has both times."""
     for direct, tap, taken in ((3, 2, True), (2, 3, False)):
@@ -98,7 +97,7 @@ def test_no_gpu_no_rows(rows: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     _write(rows, "fp32", "cuda", reference=1, triton=9)
     assert not choose(_axis(), _axis(), (64, 32), device="cuda").taken
 
-    monkeypatch.setattr(tap_measured, "GPUS", tmp_path / "nothing")
+    monkeypatch.setattr(low_winners, "GPUS", tmp_path / "nothing")
     _forget()
 
     assert "measured here" not in choose(_axis(), _axis(), (64, 32), device="cuda").why
@@ -118,9 +117,9 @@ def test_no_gpu_no_rows(rows: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: P
 )
 def test_other_calls_have_no_rows(changes: dict[str, object]) -> None:
     """Rows are of whole maps, up-sampled bilinearly, and of the kernels that the networks have."""
-    assert tap_measured.call_of(_axis(), _axis(**changes), (64, 32), "fp32", "cpu") is None
-    assert tap_measured.call_of(_axis(**changes), _axis(), (64, 32), "fp32", "cpu") is None
-    assert tap_measured.call_of(_axis(**changes), _axis(**changes), (64, 32), "fp32", "cpu") is None
+    assert low_winners.call_of(_axis(), _axis(**changes), (64, 32), "fp32", "cpu") is None
+    assert low_winners.call_of(_axis(**changes), _axis(), (64, 32), "fp32", "cpu") is None
+    assert low_winners.call_of(_axis(**changes), _axis(**changes), (64, 32), "fp32", "cpu") is None
 
 
 @pytest.mark.parametrize(("variant", "upsample"), [(name, up) for name in VARIANTS for up in VARIANTS[name].upsamples])

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from skipcost.kernels.dispatch import rows as winners
+from skipcost.kernels.dispatch import winners
 from skipcost.kernels.dispatch.call import Call
 from skipcost.kernels.low_resolution.axis import Axis
 
