@@ -2,7 +2,7 @@
 
 `enlarge` and `enlarge_by` take the place of `interpolate` and of an up-sampling layer. They give an `Enlarged`, which
 PyTorch's functions accept like a tensor: a crop narrows it, a concatenation holds on to it, and a convolution of the
-user's own, called as it is, counts and takes the cheaper form of it (`dispatch.low_resolution`): `tap_first` over the small map, or
+user's own, called as it is, counts and takes the cheaper form of it: `tap_first` over the small map, or
 the map itself. To any other function it is the map, made there and then by the call that it stands for.
 
 Left out: what is no whole factor, the same for both axes, bilinear or nearest, is up-sampled at once.

@@ -2,7 +2,7 @@
 
 It runs the ops that `low` makes of several: an edge's up-sampling and convolution (`tap_first`), a node's convolution
 over a concatenation with an up-sampled map (`split_concat`), and at inference over one with the map of a transposed
-convolution (`composed_up_conv`). Every call counts both forms and takes the cheaper (`dispatch.low_resolution`). Maps that edges
+convolution (`composed_up_conv`). Every call counts both forms and takes the cheaper. Maps that edges
 convolve for a concatenation go through ReLU into their place (`relu_concat`). At inference in 32 bits a
 batch norm goes into the weights in front of it, anew in every call, where they are few beside the map's values
 (`folds`): a pass over the map less, and nothing kept. The functions are the reference's but for rounding;

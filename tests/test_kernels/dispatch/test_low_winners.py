@@ -16,7 +16,7 @@ from skipcost.bench.cases.case import Case
 from skipcost.bench.kernels import forms as tap_measuring
 from skipcost.bench.measure.timing import Budget
 from skipcost.bench.memory import liveness
-from skipcost.kernels.dispatch import winners
+from skipcost.kernels.dispatch import low_winners, winners
 from skipcost.kernels.dispatch.low_resolution import calls_to_measure, choose, executed_macs, rewritings
 from skipcost.kernels.errors import MachineError
 from skipcost.kernels.low_resolution.axis import Axis
