@@ -31,7 +31,7 @@ THROUGH = {  # long modules that no test names, by the tests that run all of the
     "bench/measure/counts.py": "test_bench/measure/test_metrics.py: through the table",
     **dict.fromkeys(
         (
-            *("bench/memory/calls.py", "bench/memory/derivatives.py", "bench/memory/forward.py"),
+            *("bench/memory/calls.py", "bench/memory/forward.py"),
             *("bench/memory/losses.py", "bench/memory/normalising.py", "bench/memory/optimizers.py"),
             *("bench/memory/schedule.py", "bench/memory/step.py", "bench/memory/tap_operators.py"),
         ),
@@ -49,7 +49,7 @@ THROUGH = {  # long modules that no test names, by the tests that run all of the
         ),
         "test_reports/test_page.py: the page",
     ),
-    "unet_models/variants.py": "test_unet_models/test_reference.py: against networks written by hand",
+    "unet_models/names.py": "test_bench/time/test_passes.py: names of passes, of moments and of calls",
 }
 DOORS = {
     "skipcost.unet_models": {"ModelSpec", "graph", "lower", "Program", "build", "VARIANTS", "SKIPS"},
