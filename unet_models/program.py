@@ -8,7 +8,7 @@ what. Needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -71,6 +71,10 @@ class Program(NamedTuple):
     outputs: tuple[int, ...]
     in_channels: int
     class_logits: int | None = None
+
+    def __hash__(self) -> int:
+        """Hash a part of it, which tells most networks apart: folds are cached by program, and ask each time."""
+        return hash((len(self.ops), self.ops[-1], self.outputs))
 
     @property
     def results(self) -> tuple[int, ...]:
@@ -136,16 +140,28 @@ class _Lowering:
     valid: bool
     ops: list[Op] = field(default_factory=list)
 
-    def add(self, kind: str, where: str, part: str, reads: Iterable[int], *more: object, **settings: object) -> int:
-        self.ops.append(Op(kind, where, part, tuple(reads), *more, **settings))  # type: ignore[arg-type]
+    def add(
+        self,
+        kind: str,
+        where: str,
+        part: str,
+        reads: tuple[int, ...],
+        layer: tuple[str, ...] = (),
+        conv: Conv | None = None,
+        padding: int = 0,
+        factor: int = 1,
+        how: str = "",
+    ) -> int:
+        self.ops.append(Op(kind, where, part, reads, layer, conv, padding, factor, how))
         return len(self.ops) - 1
 
     def layer(self, x: int, conv: Conv, at: tuple[str, str], path: tuple[str, ...], *, valid: bool = False) -> int:
         """Convolve, then norm and ReLU where the record has them."""
-        x = self.add("conv", *at, (x,), path, conv, padding=0 if valid else conv.kernel // 2)
+        where, part = at
+        x = self.add("conv", where, part, (x,), path, conv, 0 if valid else conv.kernel // 2)
         if conv.norm != "none":
-            x = self.add("norm", *at, (x,), path, conv)
-        return self.add("relu", *at, (x,), path, conv) if conv.act else x
+            x = self.add("norm", where, part, (x,), path, conv)
+        return self.add("relu", where, part, (x,), path, conv) if conv.act else x
 
     def cropped(self, maps: list[tuple[str, int]], part: str) -> list[int]:
         """Crop maps, each with where it is, to the smallest of them."""
@@ -171,7 +187,7 @@ class _Lowering:
             arriving.append(x)
         x = arriving[0]
         if len(arriving) > 1:
-            x = self.add("join", node.name, "merge", arriving, how=node.merge)
+            x = self.add("join", node.name, "merge", tuple(arriving), how=node.merge)
         for index, conv in enumerate(node.convs):
             path = "nodes", node.name, str(index)
             x = self.layer(x, conv, (node.name, str(index)), path, valid=self.valid)
@@ -181,7 +197,7 @@ class _Lowering:
         if edge.up:
             return self.add("up_conv", edge.name, "up", (x,), ("edges", edge.name, "up"), edge.up)
         if edge.shift > 0:
-            return self.add("up_sample", edge.name, "resample", (x,), factor=1 << edge.shift, how=edge.mode)
+            return self.add("up_sample", edge.name, "resample", (x,), factor=1 << edge.shift, how=edge.mode or "")
         if edge.shift < 0:
             how = "ceil" if edge.skip else "floor"
             return self.add("pool", edge.name, "resample", (x,), factor=1 << -edge.shift, how=how)

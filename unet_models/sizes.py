@@ -242,11 +242,14 @@ class PlacedConv:
 CONVOLUTIONS = ("conv", "up_conv")
 
 
-def placed(program: Program, size: Size) -> Iterator[PlacedConv]:
-    """Yield every convolution of a program for one image, in the order in which they run."""
-    for op, read, shape in measured(program, size):
-        if op.kind in CONVOLUTIONS and op.conv and not op.parts:
-            yield PlacedConv(op, op.conv, read[0][1:], shape[1:])
+@lru_cache(maxsize=256)  # several figures of a case ask for the same
+def placed(program: Program, size: Size) -> tuple[PlacedConv, ...]:
+    """Return every convolution of a program for one image, in the order in which they run."""
+    return tuple(
+        PlacedConv(op, op.conv, read[0][1:], shape[1:])
+        for op, read, shape in measured(program, size)
+        if op.kind in CONVOLUTIONS and op.conv and not op.parts
+    )
 
 
 def conv_macs(program: Program, size: Size) -> int:
