@@ -56,6 +56,10 @@ class Op(NamedTuple):
         paths = (path for part in self.parts for path in part.layers) if self.parts else (self.layer,)
         return tuple(dict.fromkeys(path for path in paths if path))
 
+    def reading(self, reads: tuple[int, ...]) -> Op:
+        """Return the same op on other results. A rewrite makes most of its ops so: a third of `_replace`'s time."""
+        return Op._make((*self[:3], reads, *self[4:]))
+
     def part_of(self, *kinds: str) -> Op | None:
         """The first of its parts that is of one of the kinds."""
         return next((part for part in self.parts if part.kind in kinds), None)

@@ -54,7 +54,7 @@ def apply(program: Program, groups: Iterable[Group]) -> Program:
             if not group.outputs:
                 numbers[group.members[-1]] = len(ops) - 1
         elif number not in gone:
-            ops.append(op._replace(reads=tuple(numbers[read] for read in op.reads)))
+            ops.append(op.reading(tuple([numbers[read] for read in op.reads])))
             numbers[number] = len(ops) - 1
     scores = None if program.class_logits is None else numbers[program.class_logits]
     return program._replace(
@@ -68,7 +68,7 @@ def _joined(program: Program, group: Group, reads: tuple[int, ...]) -> Op:
     parts = []
     for member in group.members:
         op = program.ops[member]
-        parts.append(op._replace(reads=tuple(inside[read] for read in op.reads)))
+        parts.append(op.reading(tuple([inside[read] for read in op.reads])))
         inside[member] = len(reads) + len(parts) - 1
     outputs = tuple(inside[each] for each in group.outputs)
     conv = program.ops[group.at]
