@@ -1,6 +1,6 @@
 """Peak live bytes of a case by arithmetic: no tensor, no torch.
 
-A case's structure (which steps its network runs, in which setting) gives a program, kept for all cases that share it;
+A case's structure (which steps its network runs, in which setting) gives events, kept for all cases that share it;
 its numbers (elements of maps, weights) turn that into bytes: every storage has `fixed + batch * per_image` of them.
 What is counted is what operators return to the program; workspaces inside them, an allocator's rounding and a GPU's
 context are not. backend=eager and backend=rewritten.
@@ -109,9 +109,9 @@ class Envelope:
 
 @dataclass(frozen=True, slots=True)
 class _Compiled:
-    """A program as arrays: for each storage where its number stands, for each event which storage and its sign."""
+    """Events as arrays: for each storage where its number stands, for each event which storage and its sign."""
 
-    program: step.Program
+    told: step.Events
     row: Whole
     column: Whole
     item: Whole
@@ -132,12 +132,12 @@ class _Compiled:
 
 @lru_cache(maxsize=512)
 def _compiled(structure: step.Structure, *, traced: bool) -> _Compiled:
-    program = step.write(structure, traced=traced)
-    rows, columns, items, per_image = zip(*program.sizes, strict=True)
-    events = np.array(program.events, dtype=np.int64)
+    told = step.write(structure, traced=traced)
+    rows, columns, items, per_image = zip(*told.sizes, strict=True)
+    events = np.array(told.events, dtype=np.int64)
     row, column, item = (np.array(each, dtype=np.int64) for each in (rows, columns, items))
     scaled = np.array(per_image, dtype=bool)
-    return _Compiled(program, row, column, item, scaled, np.abs(events) - 1, np.sign(events))
+    return _Compiled(told, row, column, item, scaled, np.abs(events) - 1, np.sign(events))
 
 
 def _setting(case: Case) -> Setting:
@@ -157,7 +157,7 @@ def _setting(case: Case) -> Setting:
 
 
 def _resolve(case: Case, *, traced: bool) -> tuple[_Compiled, Whole]:
-    """The program of a case and its numbers."""
+    """The events of a case and their numbers."""
     reason = why_not(case)
     if reason:
         raise ValueError(reason)
@@ -242,16 +242,16 @@ def peak_bytes(case: Case, *, traced: bool = False) -> tuple[int, int]:
     compiled, numbers = _resolve(case, traced=traced)
     fixed, per_image = compiled.live(numbers)
     live = fixed + case.batch * per_image
-    return _peaks(live, compiled.program)
+    return _peaks(live, compiled.told)
 
 
 def timeline(case: Case, *, traced: bool = False) -> Timeline:
     """Every storage of a case, when it is made and when it ends; `traced`: as a dispatch mode sees the step."""
     compiled, numbers = _resolve(case, traced=traced)
     fixed, per_image = compiled.bytes(numbers)
-    program, total = compiled.program, fixed + case.batch * per_image
-    storages = tuple(map(Storage, program.names, program.kinds, total.tolist()))
-    return Timeline(storages, program.events, program.moments, program.steady_from)
+    told, total = compiled.told, fixed + case.batch * per_image
+    storages = tuple(map(Storage, told.names, told.kinds, total.tolist()))
+    return Timeline(storages, told.events, told.moments, told.steady_from)
 
 
 def peaks_of(line: Timeline) -> tuple[int, int]:
@@ -260,7 +260,7 @@ def peaks_of(line: Timeline) -> tuple[int, int]:
     return _peaks(live, line)
 
 
-def _peaks(live: Whole, told: Timeline | step.Program) -> tuple[int, int]:
+def _peaks(live: Whole, told: Timeline | step.Events) -> tuple[int, int]:
     """Peaks of the first and the steady step; where there is one step alone they are the same."""
     steady = int(live[told.steady_from - 1 :].max())
     repeated = any(0 < start < told.steady_from for start, _ in told.moments)

@@ -1,6 +1,6 @@
-"""One step of a case as a program: forward pass, loss, backward pass and optimizer written on a tape.
+"""One step of a case as events: forward pass, loss, backward pass and optimizer written on a tape.
 
-`write` gives the program of a structure; `bench/measure/subject.py` is what it follows: the same order, the same
+`write` gives the events of a structure; `bench/measure/subject.py` is what it follows: the same order, the same
 losses, the same names let go of at the same places. It knows nothing of widths and image sizes: `liveness` puts the
 numbers in.
 """
@@ -19,7 +19,7 @@ from skipcost.bench.memory.tape import Size, Tape, Value
 
 
 class Structure(NamedTuple):
-    """All that decides what happens, and no numbers: cases that share it share a program.
+    """All that decides what happens, and no numbers: cases that share it share their events.
 
     `logits` and `class_logits` are the calls whose results the network returns; `one_class` says what targets are.
     """
@@ -32,7 +32,7 @@ class Structure(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Program:
+class Events:
     """What happens, without numbers: storages, events and moments as in `liveness.Timeline`."""
 
     names: tuple[str, ...]
@@ -43,8 +43,8 @@ class Program:
     steady_from: int
 
 
-def write(structure: Structure, *, traced: bool) -> Program:
-    """Write the program of one inference step, or of two where the first makes what stays.
+def write(structure: Structure, *, traced: bool) -> Events:
+    """Write the events of one inference step, or of two where the first makes what stays.
 
     That is the optimizer's state in training, composed weights at inference.
     """
@@ -78,7 +78,7 @@ def write(structure: Structure, *, traced: bool) -> Program:
             steady = len(tape.lines)
             _inference_step(run, structure, inputs[0])
     kept = [value for made in run.kept.values() for value in made]
-    return _program(tape, [*present, *kept], steady)
+    return _events(tape, [*present, *kept], steady)
 
 
 def _inference_step(run: Forward, structure: Structure, image: Value) -> None:
@@ -114,7 +114,7 @@ def _training_step(run: Forward, structure: Structure, inputs: list[Value], afte
     tape.hold(loss)
 
 
-def _program(tape: Tape, staying: list[Value], steady: int) -> Program:
+def _events(tape: Tape, staying: list[Value], steady: int) -> Events:
     """Lay the tape's lines out as events; of gradients those of the last step stay."""
     lasting = {value.storage for value in (*staying, *tape.gradients.values())}
     lasting |= {index for index, kind in enumerate(tape.kinds) if kind == "optimizer"}
@@ -131,4 +131,4 @@ def _program(tape: Tape, staying: list[Value], steady: int) -> Program:
     kept = [
         moment for moment, after in zip(moments, [*moments[1:], None], strict=True) if not after or after[0] > moment[0]
     ]
-    return Program(tuple(tape.names), tuple(tape.kinds), tuple(tape.sizes), tuple(events), tuple(kept), steady_from)
+    return Events(tuple(tape.names), tuple(tape.kinds), tuple(tape.sizes), tuple(events), tuple(kept), steady_from)

@@ -1,4 +1,4 @@
-"""A program as data: which storage is made when, who reads it, what autograd keeps for the way back.
+"""A step as data: which storage is made when, who reads it, what autograd keeps for the way back.
 
 A `Tape` is written from front to back, as PyTorch would run: operators make storages, a storage lives until the last
 line that reads it. Sizes stay symbols (a column of a table of numbers, times bytes, times the batch or not), so one
