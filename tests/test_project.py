@@ -139,10 +139,14 @@ def test_markdown_links_lead_somewhere() -> None:
 
 @pytest.mark.sources
 def test_top_level_folders_are_the_four_and_tests() -> None:
-    """Python lives in the four packages, the tests and the noxfile; `skipcost/` says the version and has links."""
+    """Python lives in the four packages, the tests and the noxfile; `skipcost/` says the version and has links.
+
+    What draws the tour's picture lies beside the tour.
+    """
     listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
-    assert {name.split("/")[0] for name in listed.split()} <= {*PACKAGES, "tests", "noxfile.py", "skipcost"}
+    tops = {name.split("/")[0] for name in listed.split() if name != "docs/rooms.py"}
+    assert tops <= {*PACKAGES, "tests", "noxfile.py", "skipcost"}
     assert {path.name: path.readlink() for path in (ROOT / "skipcost").iterdir() if path.is_symlink()} == {
         name: Path("..", name) for name in PACKAGES
     }
