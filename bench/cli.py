@@ -242,7 +242,9 @@ def report(context: typer.Context) -> None:
 def kernels(context: typer.Context) -> None:
     """Check, time, tune and explain the fused kernels: `skipcost kernels --help` lists the commands."""
     sys.argv = ["skipcost kernels", *context.args]
-    runpy.run_module("skipcost.bench.kernels", run_name="__main__", alter_sys=False)
+    from skipcost.bench.kernels import __main__ as commands  # noqa: PLC0415 - bench.kernels is a program of its own
+
+    sys.exit(commands.main(context.args))
 
 
 app.command()(gate_command.baseline)

@@ -161,4 +161,5 @@ def _leads_to(name: str, here: set[str]) -> bool:
         return True
     if package in here and (ROOT / package.replace(".", "/")).is_dir():
         return last in DOORS.get(f"skipcost.{package}", set()) | {"__file__", "__path__", "__all__"}
-    return package in here or package.rpartition(".")[0] in here
+    above = package.rpartition(".")[0]
+    return package in here or (above in here and not (ROOT / above.replace(".", "/")).is_dir())

@@ -1,4 +1,4 @@
-"""`python -m skipcost.kernels`, which is `skipcost kernels`: check, time, tune and explain the kernels.
+"""`skipcost kernels`, or `python -m skipcost.bench.kernels`: check, time, tune and explain the kernels.
 
 0 fine, 1 a failed check, 2 bad usage, 4 the environment. A command's module is imported when the command is chosen.
 """

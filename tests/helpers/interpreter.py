@@ -26,13 +26,14 @@ TOLD = "SKIPCOST_TESTS_TOLD"  # the file that the second pytest tells its outcom
 NOT_RUN = "the interpreter's pytest ended with {code} before this test had\n{output}"
 
 
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """Report what the second pytest said of a test, in place of running it; None for all other tests."""
     if os.environ.get("TRITON_INTERPRET") == "1" or not item.path.name.endswith(NAMED):
         return None
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     item.ihook.pytest_runtest_logreport(report=_report(item))
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    item.session._setupstate.teardown_exact(nextitem)
     return True
 
 

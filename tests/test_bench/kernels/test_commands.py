@@ -30,7 +30,7 @@ CALL = Call("conv_bn_relu", 1, ((64, 32, 32),), 64)
 def test_every_command_is_listed_and_has_help() -> None:
     """The list names each, and each explains its own options."""
     listed = subprocess.run(
-        [sys.executable, "-m", "skipcost.kernels", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "skipcost.bench.kernels", "--help"], capture_output=True, text=True, check=True
     )
 
     assert all(f"  {name} " in listed.stdout for name in COMMANDS)

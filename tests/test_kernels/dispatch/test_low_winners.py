@@ -159,7 +159,7 @@ def test_measuring_decides_for_ops_and_predictions_alike(rows: Path, monkeypatch
         ran.append(tuple(x.shape))
         return tap_first(x, *args, **given)
 
-    monkeypatch.setattr("skipcost.kernels.split_concat.tap_first", noted)
+    monkeypatch.setattr("skipcost.kernels.low_resolution.tap_first.tap_first", noted)
     _forget()
     with torch.no_grad():
         build(SPEC, RewrittenOps().ops()).eval()(torch.randn(1, 1, 16, 16))

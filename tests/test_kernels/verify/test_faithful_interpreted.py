@@ -166,7 +166,7 @@ def test_a_method_that_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delattr(BUILDER, "create_masked_load")
 
     with pytest.raises(
-        UnfaithfulError, match=r"has no InterpreterBuilder\.create_masked_load\. Without tests/faithful"
+        UnfaithfulError, match=r"has no InterpreterBuilder\.create_masked_load\. Without tests/helpers/faithful"
     ):
         install()
 
