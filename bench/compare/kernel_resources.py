@@ -25,6 +25,7 @@ NUMBERS = (
 )  # fmt: skip
 MORE_IS_BETTER = frozenset({*PATHS, "blocks"})  # blocks: that fit a multiprocessor at once
 UPDATE = "skipcost kernels resources --write-baseline"
+PROGRAM = "skipcost.bench.kernels"  # run as a module
 SAID = (0, 1)  # exit codes with which the command has said what it found
 PROBLEM = re.compile(r"(?P<name>.+?) on (?P<target>\w+): (?P<what>.+)")
 
@@ -37,7 +38,7 @@ def compiled(
     A kernel that does not compile is there without a number. MachineError where nothing can be compiled.
     """
     words = ["resources", "--json", *(word for target in targets for word in ("--target", target))]
-    command = revision.command("skipcost.kernels", *words) if revision else [*PYTHON, "-m", "skipcost.kernels", *words]
+    command = revision.command(PROGRAM, *words) if revision else [*PYTHON, "-m", PROGRAM, *words]
     environment = revision.environment() if revision else None
     done = finished(command, env=environment)
     where = f"revision {revision.commit[:12]}" if revision else "the working tree"

@@ -71,7 +71,7 @@ def test_what_is_compared_is_what_the_kernels_gate_compiles() -> None:
     assert TARGETS == DEFAULT_TARGETS
     assert set(PATHS) < set(NUMBERS) < set(Resources.__dataclass_fields__)
     assert revision.words == (
-        "skipcost.kernels", "resources", "--json", "--target", "sm_90", "--target", "gfx942",
+        "skipcost.bench.kernels", "resources", "--json", "--target", "sm_90", "--target", "gfx942",
     )  # fmt: skip
 
 
