@@ -176,18 +176,18 @@ class _Lowering:
 
     def node(self, node: Node, maps: dict[str, int]) -> int:
         """Carry every input to the node; the map that steers a gate is up-sampled once, for the gate and its edge."""
-        signal, arriving = None, []
-        if node.deeper and any(edge.gate for edge in node.inputs):
-            signal = self.resample(maps[node.deeper.source], node.deeper)
+        signal, deeper, arriving = None, node.deeper, []
+        if deeper and any(edge.gate for edge in node.inputs):
+            signal = self.resample(maps[deeper.source], deeper)
         for edge in node.inputs:
-            steers = signal is not None and edge is node.deeper
-            x = signal if steers and signal is not None else self.resample(maps[edge.source], edge)
+            where = edge.name
+            x = signal if signal is not None and edge is deeper else self.resample(maps[edge.source], edge)
             if edge.gate and signal is not None:
-                x = self.gate(edge.gate, x, signal, edge.name)
-            for part, conv in (("conv", edge.conv), ("project", edge.project)):
-                if conv:
-                    path = "edges", edge.name, part
-                    x = self.layer(x, conv, (edge.name, part), path, valid=self.valid and part == "conv")
+                x = self.gate(edge.gate, x, signal, where)
+            if edge.conv:
+                x = self.layer(x, edge.conv, (where, "conv"), ("edges", where, "conv"), valid=self.valid)
+            if edge.project:
+                x = self.layer(x, edge.project, (where, "project"), ("edges", where, "project"))
             arriving.append(x)
         x = arriving[0]
         if len(arriving) > 1:

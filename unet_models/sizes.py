@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from skipcost.unet_models.program import Op, Program, near
 
@@ -203,8 +202,7 @@ def size_note(program: Program, size: Size) -> str:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class PlacedConv:
+class PlacedConv(NamedTuple):
     """One convolution at its place, with the sizes of what it reads and writes."""
 
     op: Op
@@ -245,11 +243,17 @@ CONVOLUTIONS = ("conv", "up_conv")
 @lru_cache(maxsize=256)  # several figures of a case ask for the same
 def placed(program: Program, size: Size) -> tuple[PlacedConv, ...]:
     """Return every convolution of a program for one image, in the order in which they run."""
-    return tuple(
-        PlacedConv(op, op.conv, read[0][1:], shape[1:])
-        for op, read, shape in measured(program, size)
-        if op.kind in CONVOLUTIONS and op.conv and not op.parts
-    )
+    return tuple(_placed(program.ops[1:], shapes(program, size), 1))
+
+
+def _placed(ops: Iterable[Op], made: Sequence[Shape], first: int) -> Iterator[PlacedConv]:
+    for number, op in enumerate(ops, first):
+        if op.parts:
+            inside = [made[x] for x in op.reads]
+            follow(op.parts, inside)
+            yield from _placed(op.parts, inside, len(op.reads))
+        elif op.kind in CONVOLUTIONS and op.conv:
+            yield PlacedConv(op, op.conv, made[op.reads[0]][1:], made[number][1:])
 
 
 def conv_macs(program: Program, size: Size) -> int:

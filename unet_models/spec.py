@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any
 
 from skipcost.unet_models.skips import SKIPS
@@ -139,14 +140,19 @@ class ModelSpec:
         return cls(**coerce(values))
 
     def graph(self) -> SkipGraph:
-        """Wire the variant, then apply the skip scheme."""
-        return SKIPS[self.skip].apply(VARIANTS[self.variant].wire(self))
+        """Wire the variant, then apply the skip scheme; the same object for equal specs, as long as it is kept."""
+        return _wired(self)
 
     def with_fields(self, **values: object) -> ModelSpec:
         """Return a changed spec; a default of the old variant's up-sampling does not stick to the new variant."""
         if "variant" in values and "upsample" not in values and self.upsample == VARIANTS[self.variant].upsamples[0]:
             values["upsample"] = None
         return replace(self, **coerce(values))
+
+
+@lru_cache(maxsize=1024)  # every figure of a case asks for its graph
+def _wired(spec: ModelSpec) -> SkipGraph:
+    return SKIPS[spec.skip].apply(VARIANTS[spec.variant].wire(spec))
 
 
 def graph(spec: ModelSpec) -> SkipGraph:

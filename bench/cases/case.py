@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from typing import Any
 
 from skipcost.bench.cases.factory import CLASSES, Factory, UnsupportedError
@@ -92,8 +93,7 @@ class Case:
 
     def graph(self) -> SkipGraph:
         """The network that runs, as data: the deployed form where `outputs` is final; no factory has one."""
-        whole = self.suite_spec.graph()
-        return whole.final() if self.outputs == "final" else whole
+        return _graph(self.suite_spec, self.outputs)
 
     def to_json(self) -> str:
         """Canonical JSON: the label or the factory, then every field that is not at its default, keys sorted."""
@@ -149,6 +149,12 @@ class Case:
         if self.factory:
             flat |= dict.fromkeys(("outputs",) if self.mode == "training" else ("outputs", "classes"))
         return flat
+
+
+@lru_cache(maxsize=1024)  # every figure of a case asks for it
+def _graph(spec: ModelSpec, outputs: str) -> SkipGraph:
+    whole = spec.graph()
+    return whole.final() if outputs == "final" else whole
 
 
 _DEFAULTS: dict[str, Any] = {each.name: each.default for each in fields(Case) if each.default is not MISSING}

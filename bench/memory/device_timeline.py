@@ -69,7 +69,7 @@ def running_convolutions(case: Case, low: dict[str, LowCall]) -> dict[str, Place
     for name, placed in named_convolutions(case.graph(), case.height, case.width).items():
         channels = placed.conv.in_channels - (low[name].channels[0] if name in low else 0)
         if channels:
-            running[name] = replace(placed, conv=replace(placed.conv, in_channels=channels))
+            running[name] = placed._replace(conv=replace(placed.conv, in_channels=channels))
     return running
 
 
