@@ -6,8 +6,9 @@ docs/tour.md.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from skipcost.unet_models.doors import door
 
 if TYPE_CHECKING:
     from skipcost.bench.api import fit, predict, sweep
@@ -19,26 +20,18 @@ if TYPE_CHECKING:
 
 __all__ = ["METRICS", "Case", "fit", "load_plan", "open_store", "predict", "sweep", "wide_table"]
 
-_WHERE = {
-    "METRICS": "measure.metrics",
-    "Case": "cases.case",
-    "fit": "api",
-    "load_plan": "sweeps.plan",
-    "open_store": "store.store",
-    "predict": "api",
-    "sweep": "api",
-    "wide_table": "store.tables",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a name when it is first used."""
-    if name not in _WHERE:
-        message = f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}"
-        raise AttributeError(message)
-    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    """Name what there is."""
-    return sorted(__all__)
+__getattr__, __dir__ = door(
+    __name__,
+    {
+        "api": (
+            "fit",
+            "predict",
+            "sweep",
+        ),
+        "cases.case": ("Case",),
+        "measure.metrics": ("METRICS",),
+        "store.store": ("open_store",),
+        "store.tables": ("wide_table",),
+        "sweeps.plan": ("load_plan",),
+    },
+)

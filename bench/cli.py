@@ -19,7 +19,6 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from skipcost.bench.cases.case import CHOICES
-from skipcost.bench.cases.places import VALUE_BYTES
 from skipcost.bench.cases.places import explain as explain_places
 from skipcost.bench.cases.record import FAILED, OUTCOMES, Result
 from skipcost.bench.commands import ab as ab_command
@@ -208,7 +207,7 @@ def explain(
     label: Annotated[str, typer.Argument(help="a network, e.g. unet3+/d4/w64/concat")],
     size: SIZE = "512",
     batch: BATCH = 1,
-    precision: Annotated[str, typer.Option(help=", ".join(VALUE_BYTES))] = "fp32",
+    precision: Annotated[str, typer.Option(help=", ".join(CHOICES["precision"]))] = "fp32",
     mode: Annotated[str, typer.Option(help=", ".join(CHOICES["mode"]))] = "inference",
     as_json: JSON = False,  # noqa: FBT002 - a flag of the command line
 ) -> None:

@@ -6,7 +6,9 @@ Importing this package needs neither torch nor triton nor a GPU. An op is import
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from skipcost.unet_models.doors import door
 
 if TYPE_CHECKING:
     from skipcost.kernels.backends import BACKENDS, Backend
@@ -16,27 +18,21 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKENDS", "KERNELS", "Backend", "Change", "Kernel", "fuse", "rewrite"]
 
-_NEED_TORCH = {
-    "BACKENDS": "backends",
-    "Backend": "backends",
-    "Change": "rewriting.fusion",
-    "KERNELS": "verify.table",
-    "Kernel": "verify.table",
-    "fuse": "rewriting.fusion",
-    "rewrite": "rewriting.rewrite",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import what needs torch when it is first used."""
-    if name not in _NEED_TORCH:
-        message = f"module {__name__!r} has no attribute {name!r}"
-        raise AttributeError(message)
-    import importlib  # noqa: PLC0415 - only on the lazy path
-
-    return getattr(importlib.import_module(f"{__name__}.{_NEED_TORCH[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    """Name what there is."""
-    return sorted(__all__)
+__getattr__, __dir__ = door(
+    __name__,
+    {
+        "backends": (
+            "BACKENDS",
+            "Backend",
+        ),
+        "rewriting.fusion": (
+            "Change",
+            "fuse",
+        ),
+        "rewriting.rewrite": ("rewrite",),
+        "verify.table": (
+            "KERNELS",
+            "Kernel",
+        ),
+    },
+)

@@ -16,6 +16,7 @@ from typing import Any
 from skipcost.unet_models.spec import suggest
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+VALUE_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "amp-bf16": 2, "amp-fp16": 2}  # of a map, by precision
 FIGURES = ("memory_bytes", "bandwidth_bytes_per_s", "flop_per_s")  # each has a source
 COPY_ENGINE = 90  # the first compute capability, times ten, whose descriptors (TMA) are more than a notation
 TENSOR_PRODUCTS = 80  # the first for whose tensor cores Triton (3.6 to 3.9) writes instructions; before, multiply-adds

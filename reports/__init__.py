@@ -5,24 +5,18 @@ From Python: `write_report`. docs/tour.md has the rooms.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from skipcost.unet_models.doors import door
 
 if TYPE_CHECKING:
     from skipcost.reports.page import write_report
 
 __all__ = ["write_report"]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a name when it is first used."""
-    if name not in __all__:
-        message = f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}"
-        raise AttributeError(message)
-    from skipcost.reports import page  # noqa: PLC0415 - jinja, pandas and seaborn, when they are needed
-
-    return getattr(page, name)
-
-
-def __dir__() -> list[str]:
-    """Name what there is."""
-    return sorted(__all__)
+__getattr__, __dir__ = door(
+    __name__,
+    {
+        "page": ("write_report",),
+    },
+)

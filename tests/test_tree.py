@@ -101,7 +101,7 @@ def test_a_package_has_the_names_of_its_door(package: str) -> None:
     missing = [name for name in DOORS[package] if not hasattr(module, name) or name not in dir(module)]
     silent = [name for name in DOORS[package] if callable(getattr(module, name)) and not getattr(module, name).__doc__]
 
-    assert DOORS[package] <= set(module.__all__)
+    assert DOORS[package] <= set(module.__all__) == set(dir(module))
     assert missing == silent == []
     assert all(f"`{name}`" in tour for name in DOORS[package])
 

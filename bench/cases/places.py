@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from skipcost.kernels.devices import VALUE_BYTES
 from skipcost.kernels.dispatch.low_resolution import rewritings
 from skipcost.unet_models import VARIANTS, ModelSpec, SkipGraph
 from skipcost.unet_models.costs import EdgeCost, costs
 from skipcost.unet_models.program import lower
 from skipcost.unet_models.sizes import size_note
-
-VALUE_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "amp-bf16": 2, "amp-fp16": 2}
 
 
 def explain(spec: ModelSpec, size: tuple[int, int], batch: int, precision: str, mode: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from skipcost.bench.memory.allocator import MIB
-from skipcost.kernels.devices import capability
+from skipcost.kernels.devices import VALUE_BYTES, capability
 from skipcost.kernels.low_resolution import costs
 from skipcost.kernels.low_resolution import parts as tap_parts
 from skipcost.unet_models.program import lower
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from skipcost.kernels.devices import Device
     from skipcost.unet_models.sizes import PlacedConv
 
-VALUE_BYTES = {"fp32": 4, "tf32": 4}  # of what a convolution reads and writes; 2 in every other precision
 CUDNN_NORM = ("fp32", "tf32", "amp-fp16")  # where PyTorch leaves batch norm to cuDNN (Normalization.cpp)
 TILE, TILE_OUTPUTS = 32, 30  # cuDNN's FFT_TILING: tiles of 32 x 32 give 30 x 30 outputs of a 3x3 convolution
 CONTEXT = "CUDA context"  # the one part that is not the allocator's
@@ -95,7 +94,7 @@ class Part:
 
 def value_bytes(case: Case) -> int:
     """Bytes of a value that the case's convolutions read and write."""
-    return VALUE_BYTES.get(case.precision, 2)
+    return VALUE_BYTES[case.precision]
 
 
 def parts(

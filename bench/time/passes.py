@@ -15,11 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from skipcost.bench.cases.case import Case
+from skipcost.kernels.devices import VALUE_BYTES
 from skipcost.unet_models.names import map_name, pass_name
 from skipcost.unet_models.program import MASK, Op, lower, near
 from skipcost.unet_models.sizes import Shape, shapes
 
-MAP_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "amp-bf16": 2, "amp-fp16": 2}
 INDEX_BYTES = 8  # of a class label, and of where max-pool found each maximum, which it writes at inference too
 FULL_BYTES = 4  # of a value in the loss, and of a parameter under mixed precision: fp32
 OPTIMIZER_VALUES = {"adamw": 7, "sgd": 5}  # per parameter: itself, gradient and state read, itself and state written
@@ -58,7 +58,7 @@ class _Step:
     def __init__(self, case: Case) -> None:
         self.case, self.graph, self.program = case, case.graph(), lower(case.graph())
         self.made = shapes(self.program, (case.height, case.width))
-        self.value = MAP_BYTES[case.precision]
+        self.value = VALUE_BYTES[case.precision]
         self.mixed = case.precision.startswith("amp-")
         self.trains = case.mode == "training"
         self.done: list[Pass] = []

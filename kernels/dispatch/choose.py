@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from skipcost.kernels.devices import Device, has_copy_engine, has_tensor_products
+from skipcost.kernels.devices import VALUE_BYTES, Device, has_copy_engine, has_tensor_products
 from skipcost.kernels.dispatch import winners
 from skipcost.kernels.dispatch.call import Call
 from skipcost.kernels.low_resolution.costs import KERNEL_SUMS
@@ -20,7 +20,6 @@ TRITON_SHARE = 0.86 * CUDNN_SHARE  # the best published Triton convolution again
 MARGIN = 0.05  # a predicted win must be this large: the prediction is no better than that
 ALIGNED = 16  # channels: what Triton knows of a stride, or nothing, and the least depth of a product
 WIDE_LOAD = 8  # elements of 16 bits in 16 bytes: fewer channels in a row are loaded one by one
-VALUE_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {  # by op, what can run it; the first is what a card is judged against
     "conv_bn_relu": ("cudnn", "tma", "triton"),
     "conv_bn_relu_pool": ("cudnn", "tma", "triton"),
