@@ -23,11 +23,7 @@ __all__ = ["METRICS", "Case", "fit", "load_plan", "open_store", "predict", "swee
 __getattr__, __dir__ = door(
     __name__,
     {
-        "api": (
-            "fit",
-            "predict",
-            "sweep",
-        ),
+        "api": ("fit", "predict", "sweep"),
         "cases.case": ("Case",),
         "measure.metrics": ("METRICS",),
         "store.store": ("open_store",),

@@ -21,18 +21,9 @@ __all__ = ["BACKENDS", "KERNELS", "Backend", "Change", "Kernel", "fuse", "rewrit
 __getattr__, __dir__ = door(
     __name__,
     {
-        "backends": (
-            "BACKENDS",
-            "Backend",
-        ),
-        "rewriting.fusion": (
-            "Change",
-            "fuse",
-        ),
+        "backends": ("BACKENDS", "Backend"),
+        "rewriting.fusion": ("Change", "fuse"),
         "rewriting.rewrite": ("rewrite",),
-        "verify.table": (
-            "KERNELS",
-            "Kernel",
-        ),
+        "verify.table": ("KERNELS", "Kernel"),
     },
 )

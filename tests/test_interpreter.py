@@ -72,6 +72,20 @@ def test_what_is_selected_is_what_runs(tmp_path: Path) -> None:
     assert "5 deselected" in said or "7 deselected" in said
 
 
+def test_tests_around_have_their_fixtures_ended(tmp_path: Path) -> None:
+    """What a test before made for its file or folder is let go of before another's is made."""
+    ordinary = "import pytest\n@pytest.fixture(scope='module')\ndef made(): yield 1\ndef test_{0}(made): assert made\n"
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"test_1_{folder}.py").write_text(ordinary.format(f"before_{folder}"))
+        (tmp_path / folder / f"test_2_{folder}_interpreted.py").write_text(f"def test_between_{folder}(): pass")
+
+    found, said = outcomes(tmp_path, "def test_last(): pass")
+
+    assert set(found.values()) == {"PASSED"}, said
+    assert set(found) == {"test_before_a", "test_between_a", "test_before_b", "test_between_b", "test_last"}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -40,31 +40,12 @@ __all__ = [
 __getattr__, __dir__ = door(
     __name__,
     {
-        "network": (
-            "SkipNet",
-            "build",
-        ),
-        "ops": (
-            "REFERENCE",
-            "Ops",
-        ),
-        "program": (
-            "Op",
-            "Program",
-            "lower",
-        ),
+        "network": ("SkipNet", "build"),
+        "ops": ("REFERENCE", "Ops"),
+        "program": ("Op", "Program", "lower"),
         "skips": ("SKIPS",),
-        "spec": (
-            "ModelSpec",
-            "graph",
-        ),
-        "topology": (
-            "Conv",
-            "Edge",
-            "Head",
-            "Node",
-            "SkipGraph",
-        ),
+        "spec": ("ModelSpec", "graph"),
+        "topology": ("Conv", "Edge", "Head", "Node", "SkipGraph"),
         "variants": ("VARIANTS",),
     },
 )
