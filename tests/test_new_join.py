@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from small_store import ENVIRONMENT
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from skipcost.bench.cases.case import Case
 from skipcost.bench.cases.places import explain
 from skipcost.bench.measure.counting import predicted_peaks
+from skipcost.bench.measure.metrics import METRICS
+from skipcost.bench.measure.timing import Budget
 from skipcost.bench.memory import derivatives
 from skipcost.bench.memory.liveness import peak_bytes
+from skipcost.bench.store.store import create_store
 from skipcost.bench.time.passes import passes
 from skipcost.kernels.backends import BACKENDS
 from skipcost.kernels.dispatch.low_resolution import executed_macs
 from skipcost.kernels.dispatch.network_calls import network_calls
+from skipcost.reports.data import load
+from skipcost.reports.drawings import charts
+from skipcost.reports.drawings.svg import PALETTE
+from skipcost.reports.page import render
 from skipcost.unet_models import VARIANTS, ModelSpec, SkipGraph, SkipNet, build, graph, ops, spec
 from skipcost.unet_models.costs import costs
 from skipcost.unet_models.variants import Variant
@@ -118,3 +127,24 @@ def test_it_is_told_in_words() -> None:
     assert [edge["source"] for edge in told["edges"] if edge["skip"]] == ["x1_0", "x0_0"]
     names = [each.name for each in passes(Case(spec=asked, height=20, width=28)) if each.kind == "merge"]
     assert names == ["x1_1: maximum 1", "x0_2: maximum 1"]
+
+
+def test_the_report_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among the rows, and drawn where its cost is, beside another variant."""
+    monkeypatch.setitem(
+        charts.VARIANT_COLOURS, "largest", PALETTE[3]
+    )  # which has a row of each variant when it is made
+    path = tmp_path / "two.sqlite"
+    cases = [Case(spec=ModelSpec(variant, 2, width)) for variant in ("unet", "largest") for width in (8, 12, 16)]
+    with create_store(path) as store:
+        run = store.add_run("2026-01-02T03:04:05+00:00", "two", 7, ENVIRONMENT)
+        for case in cases:
+            store.add_case(case, [])
+            for name in ("params", "conv_macs", "peak_memory_predicted_bytes"):
+                for result in METRICS[name].measure(case, Budget()):
+                    store.add_result(run, case.case_id, result)
+
+    text = render(load(path))
+
+    assert all(case.spec.label in text for case in cases)
+    assert "nobody&#39;s" in text  # the drawing's caption: whose variant it is
