@@ -7,7 +7,7 @@
 #   - nn.TransformerEncoderLayer in eval mode with gradients runs `aten::_scaled_dot_product_flash_attention_for_cpu`, which
 #     has no formula either: its products with the attention's maps are missing, a third of the layer here. In training
 #     dropout keeps it off that operator, and all is counted;
-#   - nn.LSTM on a CPU is `aten::mkldnn_rnn_layer` or `aten::lstm`: 0 in every mode.
+#   - nn.LSTM on a CPU is `aten::mkldnn_rnn_layer` (oneDNN): 0 in every mode.
 # Nothing warns, and the usual way to count is exactly eval mode under no_grad. The operators that have no formula show
 # by name in any TorchDispatchMode. skipcost counts these operators itself (bench/measure/arithmetic.py).
 # Work-around: count in training mode with dropout that is not 0, or with gradients and `need_weights=True`.
