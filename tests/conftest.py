@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
+import sys
+import zlib
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +19,17 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 # A shared machine may stall any example for seconds: an example has no deadline, the whole run has CI's.
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def seeded(request: pytest.FixtureRequest) -> None:
+    """Draw the same numbers in a test, whichever tests ran before it and in whichever process."""
+    seed = zlib.crc32(request.node.nodeid.encode())
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -42,7 +42,6 @@ THROUGH = {  # long modules that no test names, by the tests that run all of the
     "kernels/rewriting/wiring.py": "test_kernels/rewriting/test_rewiring.py: what a new forward reads",
     **dict.fromkeys(
         (
-            "reports/drawings/svg.py",
             "reports/drawings/topology.py",
             "reports/sections/kernels.py",
             "reports/sections/networks.py",
