@@ -16,7 +16,7 @@ from skipcost.bench.cases.places import explain
 from skipcost.bench.measure.counting import predicted_peaks
 from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.measure.timing import Budget
-from skipcost.bench.memory import derivatives
+from skipcost.bench.memory import operators
 from skipcost.bench.memory.liveness import peak_bytes
 from skipcost.bench.store.store import create_store
 from skipcost.bench.time.passes import passes
@@ -54,7 +54,7 @@ def _another_variant(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(VARIANTS, "largest", Variant(_wire, "Largest", "nobody's", UPS))
     monkeypatch.setitem(spec.CHOICES, "variant", tuple(VARIANTS))
     monkeypatch.setitem(ops.JOINS, "maximum", _maximum)
-    monkeypatch.setitem(derivatives.OPERATORS, "maximum", derivatives.add)
+    monkeypatch.setitem(operators.OPERATORS, "maximum", operators.add)
 
 
 def _network(upsample: str = "transpose", backend: str = "eager") -> SkipNet:

@@ -30,11 +30,7 @@ THROUGH = {  # long modules that no test names, by the tests that run all of the
     "bench/compare/attribution.py": "test_bench/compare/test_gate_revisions.py: where a change comes from",
     "bench/measure/counts.py": "test_bench/measure/test_metrics.py: through the table",
     **dict.fromkeys(
-        (
-            *("bench/memory/calls.py", "bench/memory/forward.py"),
-            *("bench/memory/losses.py", "bench/memory/normalising.py", "bench/memory/optimizers.py"),
-            *("bench/memory/schedule.py", "bench/memory/step.py", "bench/memory/tap_operators.py"),
-        ),
+        ("bench/memory/step.py", "bench/memory/tap_operators.py"),
         "test_bench/memory/test_liveness_traced.py: byte for byte and event by event against a trace",
     ),
     "kernels/ops/checks.py": "test_kernels/ops/test_crop_concat.py: what each op refuses",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from skipcost.bench.cases.case import Case
 from skipcost.bench.cases.record import Result
-from skipcost.bench.memory import lifetimes, liveness
+from skipcost.bench.memory import liveness
 
 
 def _ok(metric: str, value: float) -> Result:
@@ -58,4 +58,4 @@ def peaks(case: Case) -> list[Result]:
         from skipcost.bench.measure.counting import traced_peaks  # noqa: PLC0415 - imports torch
 
         return traced_peaks(case)
-    return lifetimes.predicted(case)
+    return liveness.predicted(case)

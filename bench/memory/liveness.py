@@ -4,22 +4,25 @@ A case's structure (which steps its network runs, in which setting) gives events
 its numbers (elements of maps, weights) turn that into bytes: every storage has `fixed + batch * per_image` of them.
 What is counted is what operators return to the program; workspaces inside them, an allocator's rounding and a GPU's
 context are not. backend=eager and backend=rewritten.
+
+At the end the same timeline in few words, about 4 KB: what is stored with a prediction and what a report draws.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from skipcost.bench.cases.case import Case
+from skipcost.bench.cases.record import Result
 from skipcost.bench.memory import step
-from skipcost.bench.memory.forward import FLOAT, HALF, Setting
-from skipcost.bench.memory.low_resolution import Rule
-from skipcost.bench.memory.schedule import Schedule, schedule
+from skipcost.bench.memory.operators import FLOAT, HALF, Setting
+from skipcost.bench.memory.schedule import Rule, Schedule, schedule
 from skipcost.bench.memory.tape import KINDS
 from skipcost.kernels.dispatch.low_resolution import COMPOSED, choose, choose_composed, precision_kind
 from skipcost.kernels.low_resolution import costs
@@ -319,3 +322,75 @@ def _upper(fixed: Whole, per_image: Whole) -> tuple[tuple[int, int], ...]:
             return tuple(lines)
         gain, behind = per_image[steeper] - line[1], line[0] - fixed[steeper]
         batch = int((behind // gain).min()) + 1
+
+
+STANDING = ("parameter", "buffer", "optimizer", "input", "gradient")  # kinds whose storages are told as one sum
+MOST_AT_PEAK = 12
+MOST_TRACKS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """A storage of the steady step between two of its moments, both included."""
+
+    name: str
+    kind: str
+    bytes: int
+    first: int
+    last: int
+
+
+def moments(line: Timeline) -> list[str]:
+    """What runs in the steady step, in order; the axis of `lives`."""
+    return [what for start, what in line.moments if start >= line.steady_from]
+
+
+def lives(line: Timeline) -> list[Life]:
+    """Every storage that is made in the steady step, in the order of their making."""
+    starts = [start for start, _ in line.moments if start >= line.steady_from]
+    found = []
+    for each in tracks(line):
+        if each.start >= line.steady_from:
+            first, last = bisect_right(starts, each.start) - 1, bisect_right(starts, each.end) - 1
+            found.append(Life(each.name, each.kind, each.bytes, first, last))
+    return found
+
+
+def summary(line: Timeline) -> dict[str, Any]:
+    """The steady step as JSON values.
+
+    `at_peak` has the largest storages alive at the peak and `rest` the others' bytes; `standing` the bytes of what is
+    there before the step, by kind; `lives` the largest storages made in it, with the first and last of its `moments`.
+    """
+    moment, alive = at_peak(line)
+    axis = moments(line)
+    made = sorted(lives(line), key=lambda each: -each.bytes * (1 + each.last - each.first))[:MOST_TRACKS]
+    standing = dict.fromkeys(STANDING, 0)
+    before = [each for each in tracks(line) if each.start < line.steady_from <= each.end]
+    for each in before:
+        standing[each.kind if each.kind in standing else "gradient"] += each.bytes
+    return {
+        "moment": moment,
+        "at_peak": [[each.name, each.kind, each.bytes] for each in alive[:MOST_AT_PEAK]],
+        "rest": sum(each.bytes for each in alive[MOST_AT_PEAK:]),
+        "standing": standing,
+        "moments": len(axis),
+        "lives": [
+            [each.name, each.kind, each.bytes, each.first, each.last] for each in sorted(made, key=lambda e: e.first)
+        ],
+    }
+
+
+def predicted(case: Case) -> list[Result]:
+    """Give the two predicted peaks of a case, the steady step's with its timeline in few words.
+
+    Where convolutions run at low resolution, `workspace_bytes` beside it bounds what one of them adds inside, on a CPU.
+    """
+    line = timeline(case)
+    first, steady = peaks_of(line)
+    inside = workspace_bytes(case)
+    detail = summary(line) | ({"workspace_bytes": inside} if inside else {})
+    return [
+        Result("peak_memory_predicted_bytes", samples=(steady,), detail=detail),
+        Result("peak_memory_predicted_first_bytes", samples=(first,)),
+    ]

@@ -1,4 +1,4 @@
-"""What convolutions at low resolution make and keep: the operators that `low_resolution` calls.
+"""What convolutions at low resolution make and keep: the operators that `schedule` calls for them.
 
 A call of kernels/low_resolution/tap_first.py is one operator. It keeps the small map and the weight; its backward pass
 is one operator with two results, and a sum for the bias. What it makes and drops inside (tap maps of 18 rows, copies in
@@ -10,11 +10,13 @@ either. A call of kernels/ops/relu_concat.py makes one buffer, and keeps that.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from skipcost.bench.memory.calls import CHANNELS, MAP, WEIGHTS, Call, ConvDetail
-from skipcost.bench.memory.forward import Forward, Given, cast_to
-from skipcost.bench.memory.tape import Size, Tape, Value
+from skipcost.bench.memory.operators import Forward, Given, cast_to
+from skipcost.bench.memory.tape import CHANNELS, MAP, WEIGHTS, Size, Tape, Value
+
+if TYPE_CHECKING:
+    from skipcost.bench.memory.schedule import Call, ConvDetail
 
 
 def cast_map(run: Forward, _row: int, _call: Call, x: Value) -> Value:

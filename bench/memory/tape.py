@@ -2,7 +2,7 @@
 
 A `Tape` is written from front to back, as PyTorch would run: operators make storages, a storage lives until the last
 line that reads it. Sizes stay symbols (a column of a table of numbers, times bytes, times the batch or not), so one
-tape serves every network of the same structure. Which operators there are is `derivatives`' business, in which order a
+tape serves every network of the same structure. Which operators there are is `operators`' business, in which order a
 network runs them is `schedule`'s; nothing here knows of networks.
 
 Source of the rules of the backward pass: PyTorch 2.13, torch/csrc/autograd: engine.cpp (nodes run in the reverse order
@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+MAP, CHANNELS, WEIGHTS, GROUPS, ONE = range(5)  # columns of the table of numbers
 KINDS = (
     "parameter",
     "buffer",

@@ -13,15 +13,18 @@ from hypothesis import strategies as st
 from live_cells import cells
 
 from skipcost.bench.cases.case import CHOICES, Case
-from skipcost.bench.memory.lifetimes import lives, moments, predicted, summary
 from skipcost.bench.memory.liveness import (
     BACKENDS,
     KINDS,
     Timeline,
     at_peak,
     envelope,
+    lives,
+    moments,
     peak_bytes,
     peaks_of,
+    predicted,
+    summary,
     timeline,
     tracks,
 )

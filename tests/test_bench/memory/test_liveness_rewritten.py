@@ -27,12 +27,13 @@ from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.measure.subject import AUTOCAST, Subject, make_subject
 from skipcost.bench.measure.timing import Budget
 from skipcost.bench.measure.tracing import trace
-from skipcost.bench.memory import liveness, low_resolution
-from skipcost.bench.memory.lifetimes import lives, moments
+from skipcost.bench.memory import liveness, schedule
 from skipcost.bench.memory.liveness import (
     Timeline,
     at_peak,
     envelope,
+    lives,
+    moments,
     peak_bytes,
     peaks_of,
     timeline,
@@ -124,7 +125,7 @@ def rule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         each = Choice(weights, outputs, 0, 0, 0, 0, taken=folds(weights, outputs), why="")
         return RULES[request.param](each)
 
-    for module in (rewritten, low_resolution):
+    for module in (rewritten, schedule):
         monkeypatch.setattr(module, "folds", folded)
     for module in (rewritten, liveness):
         monkeypatch.setattr(module, "choose", ruled)

@@ -15,9 +15,16 @@ from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.measure.timing import Budget
 from skipcost.bench.memory import workspaces
 from skipcost.bench.memory.allocator import WORKSPACE, first_event, two_steps
-from skipcost.bench.memory.device_timeline import convolution_calls, gathered_gradients, named_convolutions, on_device
 from skipcost.bench.memory.liveness import Timeline, peak_bytes, timeline
-from skipcost.bench.memory.on_gpu import SCENARIOS, GpuMemory, predict
+from skipcost.bench.memory.on_gpu import (
+    SCENARIOS,
+    GpuMemory,
+    convolution_calls,
+    gathered_gradients,
+    named_convolutions,
+    on_device,
+    predict,
+)
 from skipcost.bench.memory.workspaces import Interval, Part
 from skipcost.kernels.devices import Device, devices
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec

@@ -10,9 +10,15 @@ from gpu_cells import ALONE, CARD, JOINED, LABELS, case_of, everything
 from skipcost.bench.cases.case import CHOICES, Case
 from skipcost.bench.memory import workspaces
 from skipcost.bench.memory.allocator import first_event, two_steps
-from skipcost.bench.memory.device_timeline import convolution_calls, on_device, running_convolutions, tap_calls
 from skipcost.bench.memory.liveness import Timeline, low_calls, timeline, tracks
-from skipcost.bench.memory.on_gpu import SCENARIOS, predict
+from skipcost.bench.memory.on_gpu import (
+    SCENARIOS,
+    convolution_calls,
+    on_device,
+    predict,
+    running_convolutions,
+    tap_calls,
+)
 from skipcost.bench.memory.workspaces import Interval
 from skipcost.kernels.dispatch.low_resolution import rewritings
 from skipcost.kernels.low_resolution import costs as tap_costs
