@@ -21,3 +21,7 @@ class MachineError(BenchError):
     """The machine or its installation cannot do what was asked; exit code 4."""
 
     exit_code = 4
+
+
+class UnsupportedError(ValueError):
+    """What cannot be done with a model as it is: the outcome of a row is then unsupported, and this is its note."""

@@ -18,6 +18,8 @@ from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.measure.timing import Budget
 from skipcost.bench.memory import operators
 from skipcost.bench.memory.liveness import peak_bytes
+from skipcost.bench.memory.schedule import Call
+from skipcost.bench.memory.tape import MAP, Size, Tape, Value
 from skipcost.bench.store.store import create_store
 from skipcost.bench.time.passes import passes
 from skipcost.kernels.backends import BACKENDS
@@ -48,13 +50,32 @@ def _maximum(maps: list[Tensor]) -> Tensor:
     return result
 
 
+def _maximum_on_tape(run: operators.Forward, row: int, call: Call, first: Value, second: Value) -> Value:
+    """What it makes and keeps: both maps are compared anew for each of two gradients (PyTorch's derivatives.yaml)."""
+    size = Size(row, MAP, first.item, per_image=True)
+    result = run.tape.result(size, (first, second), call.where, "map")
+
+    def share(tape: Tape, gradient: Value) -> Value:
+        half = tape.result(size, (gradient,))
+        equal = tape.result(size.typed(operators.BOOL), (first, second))
+        given = tape.result(size, (equal, half, gradient), call.where, "map gradient")
+        smaller = tape.result(size.typed(operators.BOOL), (first, second))
+        tape.hold(given, smaller, equal, half)
+        return given
+
+    def backward(tape: Tape, gradient: Value) -> operators.Given:
+        return share(tape, gradient), share(tape, gradient)
+
+    return run.tape.differentiate(result, (first, second), backward, (first, second))
+
+
 @pytest.fixture(autouse=True)
 def _another_variant(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row of each table that a way to join is in."""
     monkeypatch.setitem(VARIANTS, "largest", Variant(_wire, "Largest", "nobody's", UPS))
     monkeypatch.setitem(spec.CHOICES, "variant", tuple(VARIANTS))
     monkeypatch.setitem(ops.JOINS, "maximum", _maximum)
-    monkeypatch.setitem(operators.OPERATORS, "maximum", operators.add)
+    monkeypatch.setitem(operators.OPERATORS, "maximum", _maximum_on_tape)
 
 
 def _network(upsample: str = "transpose", backend: str = "eager") -> SkipNet:
@@ -116,6 +137,16 @@ def test_its_live_bytes_are_those_of_a_trace(upsample: str, backend: str) -> Non
     case = Case(spec=ModelSpec("largest", 2, 4, upsample=upsample), height=20, width=28, backend=backend)
 
     assert peak_bytes(case)[1] == predicted_peaks(case)[1]
+
+
+@pytest.mark.parametrize("backend", ["eager", "rewritten"])
+@pytest.mark.parametrize("upsample", UPS)
+def test_its_live_bytes_in_training_are_those_of_a_trace(upsample: str, backend: str) -> None:
+    """To the byte, in the first step and in a later one, with what the backward pass keeps for it."""
+    asked = ModelSpec("largest", 2, 4, upsample=upsample)
+    case = Case(spec=asked, height=20, width=28, mode="training", batch=2, backend=backend)
+
+    assert peak_bytes(case, traced=True) == predicted_peaks(case)[:2]
 
 
 def test_it_is_told_in_words() -> None:

@@ -12,7 +12,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any
 
-from skipcost.bench.cases.factory import CLASSES, Factory, UnsupportedError
+from skipcost.bench.cases.factory import CLASSES, Factory
+from skipcost.bench.errors import UnsupportedError
 from skipcost.bench.units import MAX_BATCH, MAX_SIDE, MAX_THREADS
 from skipcost.unet_models import ModelSpec, SkipGraph
 from skipcost.unet_models.spec import check_flag, check_integer, suggest

@@ -23,6 +23,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from skipcost.bench.errors import UnsupportedError
 from skipcost.unet_models import ModelSpec
 from skipcost.unet_models.spec import MAX_CHANNELS, check_integer, suggest
 
@@ -34,10 +35,6 @@ CLASSES = 2  # as a spec's
 MOST_OF_A_LABEL = 100  # characters
 INSTALLED = frozenset({"site-packages", "dist-packages"})  # folders of these names hold installed packages
 MOST_SAID = 300  # characters kept of what a model prints
-
-
-class UnsupportedError(ValueError):
-    """What cannot be done with a model as it is: the outcome of a row is then unsupported, and this is its note."""
 
 
 @dataclass(frozen=True, slots=True)

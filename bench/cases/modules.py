@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from skipcost.bench.cases.factory import UnsupportedError
+from skipcost.bench.errors import UnsupportedError
 
 NO_DATA = (
     str,

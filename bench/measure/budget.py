@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from skipcost.bench import figures
 from skipcost.bench.cases.case import CHOICES
-from skipcost.bench.cases.factory import UnsupportedError
 from skipcost.bench.cases.modules import (
     as_written,
     count_elements,
@@ -27,6 +26,7 @@ from skipcost.bench.cases.modules import (
     stand_in,
     tensors_of,
 )
+from skipcost.bench.errors import UnsupportedError
 from skipcost.bench.measure.live_bytes import trace_peaks
 from skipcost.bench.measure.tracing import count_forward, layer_names
 from skipcost.bench.units import parse_bytes, parse_count

@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
 from skipcost.bench.cases.case import Case
-from skipcost.bench.cases.factory import Factory, UnsupportedError, make
+from skipcost.bench.cases.factory import Factory, make
 from skipcost.bench.cases.modules import as_written, described, is_lazy_in, replace_tensors, require_tensors, settle
+from skipcost.bench.errors import UnsupportedError
 from skipcost.kernels import BACKENDS
 from skipcost.kernels.precision import allow_tf32
 from skipcost.kernels.rewriting.low import RewrittenOps

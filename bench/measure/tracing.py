@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 from skipcost.bench import figures
 from skipcost.bench.cases.case import Case
-from skipcost.bench.cases.factory import UnsupportedError, make, shorten
+from skipcost.bench.cases.factory import make, shorten
 from skipcost.bench.cases.modules import (
     NoTensorError,
     as_written,
@@ -35,6 +35,7 @@ from skipcost.bench.cases.modules import (
     tensors_of,
 )
 from skipcost.bench.cases.record import Result
+from skipcost.bench.errors import UnsupportedError
 from skipcost.bench.measure.live_bytes import Watching
 from skipcost.bench.measure.subject import AUTOCAST, Subject, make_subject
 

@@ -17,9 +17,10 @@ from dataclasses import replace
 from typing import IO, Any
 
 from skipcost.bench.cases.case import Case
-from skipcost.bench.cases.factory import Transcript, UnsupportedError, importing_from_here, make, shorten, sources_of
+from skipcost.bench.cases.factory import Transcript, importing_from_here, make, shorten, sources_of
 from skipcost.bench.cases.opened import digests, listening
 from skipcost.bench.cases.record import Result
+from skipcost.bench.errors import UnsupportedError
 from skipcost.bench.measure.metrics import MEASURED, METRICS
 from skipcost.bench.measure.timing import Budget
 from skipcost.unet_models.program import lower

@@ -19,10 +19,10 @@ from custom_models import Tiny
 from places import HELPERS
 
 from skipcost.bench.cases.case import CASE_KEYS, SPEC_KEYS, Case
-from skipcost.bench.cases.factory import Factory, UnsupportedError, code_of, make, sources_of
+from skipcost.bench.cases.factory import Factory, code_of, make, sources_of
 from skipcost.bench.cases.record import Result
 from skipcost.bench.compare.baseline import baseline_of
-from skipcost.bench.errors import SweepError
+from skipcost.bench.errors import SweepError, UnsupportedError
 from skipcost.bench.measure.counting import fvcore_count, predicted_peaks
 from skipcost.bench.measure.metrics import METRICS, default_metrics
 from skipcost.bench.measure.subject import make_subject, maps_of

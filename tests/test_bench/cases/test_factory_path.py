@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from skipcost.bench.cases.factory import Factory, UnsupportedError, check_reachable, code_of, locate, make, search_path
+from skipcost.bench.cases.factory import Factory, check_reachable, code_of, locate, make, search_path
+from skipcost.bench.errors import UnsupportedError
 from skipcost.bench.sweeps.plan import load_plan
 
 NETWORK = "from torch import nn\ndef net(): return nn.Conv2d(1, 2, 3)\n"

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from skipcost.bench.cases.case import Case
-from skipcost.bench.cases.factory import Factory, UnsupportedError
+from skipcost.bench.cases.factory import Factory
 from skipcost.bench.cases.modules import parameter_bytes
 from skipcost.bench.cases.record import Result
+from skipcost.bench.errors import UnsupportedError
 from skipcost.bench.measure.budget import Cost, cost_of, passed
 from skipcost.bench.measure.counting import predicted_peaks, traced_peaks
 from skipcost.bench.measure.run import latency
