@@ -12,7 +12,8 @@ from skipcost.unet_models.doors import door
 
 if TYPE_CHECKING:
     from skipcost.kernels.backends import BACKENDS, Backend
-    from skipcost.kernels.rewriting.fusion import Change, fuse
+    from skipcost.kernels.rewriting.change import Change
+    from skipcost.kernels.rewriting.fusion import fuse
     from skipcost.kernels.rewriting.rewrite import rewrite
     from skipcost.kernels.verify.table import KERNELS, Kernel
 
@@ -22,7 +23,8 @@ __getattr__, __dir__ = door(
     __name__,
     {
         "backends": ("BACKENDS", "Backend"),
-        "rewriting.fusion": ("Change", "fuse"),
+        "rewriting.change": ("Change",),
+        "rewriting.fusion": ("fuse",),
         "rewriting.rewrite": ("rewrite",),
         "verify.table": ("KERNELS", "Kernel"),
     },

@@ -18,7 +18,7 @@ in another layout is converted once, and results are given back in its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from operator import getitem
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from skipcost.kernels.dispatch.call import Call
+from skipcost.kernels.rewriting.change import Change
 from skipcost.kernels.rewriting.layer_ops import LayerOps, folded_or_dispatched
 from skipcost.kernels.rewriting.matching import Block, Join, find
 from skipcost.kernels.rewriting.rewiring import Route, calls_of, rewire, twin
@@ -36,26 +37,6 @@ from skipcost.kernels.rewriting.wiring import Wiring
 
 Choose = Callable[[Call, Tensor], str]
 TOOL = "_skipcost_ops"  # the name under which a fused module's graph finds its `LayerOps`
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What became of one place of a model.
-
-    where: its layers by name, and its functions by that of the module which calls them, in order. before: what they
-    are, "Conv2d -> BatchNorm2d -> ReLU". after: the ops that run now, "" where all stays as it is. why: the reason for
-    that, or for what is less than the kernels could do.
-    """
-
-    where: tuple[str, ...]
-    before: str
-    after: str
-    why: str
-
-    def __str__(self) -> str:
-        """Say it in one line."""
-        became = f"runs as {self.after}" if self.after else "stays as it is"
-        return f"{', '.join(self.where)}: {self.before} {became}" + (f": {self.why}" if self.why else "")
 
 
 def fuse(model: nn.Module, *, choose: Choose = folded_or_dispatched) -> tuple[nn.Module, list[Change]]:

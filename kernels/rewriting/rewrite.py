@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from skipcost.kernels.rewriting.change import Change
 from skipcost.kernels.rewriting.find import Place, find
-from skipcost.kernels.rewriting.fusion import Change
 from skipcost.kernels.rewriting.lazy import enlarge, enlarge_by
 from skipcost.kernels.rewriting.rewiring import Rewired, Route, rewire, twin
 from skipcost.kernels.rewriting.tracing import Traced, given_of, is_layer, trace

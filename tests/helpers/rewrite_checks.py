@@ -110,13 +110,16 @@ class Pass:
     macs: int
 
 
-def run(model: nn.Module, x: Tensor, *, training: bool) -> Pass:
-    """Run a pass of the sum of squares on a copy, in a mode, with its random numbers."""
+def run(model: nn.Module, x: Tensor, *, training: bool, through: Callable[..., Any] | None = None) -> Pass:
+    """Run a pass of the sum of squares on a copy, in a mode, with its random numbers.
+
+    through: makes of the copy what is called; None: the copy itself.
+    """
     model = copy.deepcopy(model).train(training)
     x = x.detach().clone().requires_grad_()
     torch.manual_seed(3)
     with FlopCounterMode(display=False) as counter:
-        results = tree_leaves(model(x))
+        results = tree_leaves((through(model) if through else model)(x))
     torch.stack([each.square().sum() for each in results]).sum().backward()
     gradients = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
     assert x.grad is not None

@@ -1,0 +1,133 @@
+"""What the backend makes of a graph: one call in place of up-sampling, concatenation and convolution, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from skipcost.kernels.rewriting import enlarged
+from skipcost.kernels.rewriting.change import Change
+from skipcost.kernels.rewriting.enlarged import convolve
+from skipcost.kernels.rewriting.graph import rewrite_graph
+
+X, SKIP, WEIGHT = (1, 64, 16, 16), (1, 8, 32, 32), (32, 72, 3, 3)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Rewrite maps that are small enough for tests."""
+    monkeypatch.setattr(enlarged, "FEWEST_MACS", 0)
+    monkeypatch.setattr(enlarged, "FEWEST_PIXELS", 0)
+    enlarged._counted.cache_clear()
+    yield
+    enlarged._counted.cache_clear()
+
+
+def rewritten(function: Callable[..., Any]) -> tuple[list[Any], list[Change]]:
+    """Return the functions of a function's graph after the rewrite, in order, and the changes."""
+    found: list[Any] = []
+
+    def keep(module: fx.GraphModule, _: Any) -> Callable[..., Any]:
+        changes = rewrite_graph(module.graph)
+        module.graph.lint()
+        found.extend(([node.target for node in module.graph.nodes if node.op.startswith("call")], changes))
+        module.recompile()
+        return module.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=keep)(torch.randn(X), torch.randn(SKIP), torch.randn(WEIGHT))
+    torch._dynamo.reset()
+    calls, changes = found
+    return calls, changes
+
+
+def up(x: Tensor) -> Tensor:
+    """Twice as many pixels along both sides."""
+    return functional.interpolate(x, scale_factor=2, mode="bilinear")
+
+
+def test_one_call_takes_the_place_of_all() -> None:
+    """Nothing of up-sampling, dropout that is off, concatenation and convolution is left."""
+    calls, changes = rewritten(
+        lambda x, skip, weight: functional.conv2d(
+            torch.cat([skip, functional.dropout(up(x), training=False)], 1), weight, padding="same"
+        )
+    )
+
+    assert calls == [convolve]
+    assert [each.after for each in changes] == ["tap_first"]
+    assert changes[0].before == "interpolate -> dropout -> cat -> conv2d"
+
+
+def _by_a_view(x: Tensor, skip: Tensor, weight: Tensor) -> Tensor:
+    joined = torch.cat([skip, up(x)], 1)
+    skip.view(-1).zero_()
+    return torch.conv2d(joined, weight)
+
+
+def _in_place(x: Tensor, skip: Tensor, weight: Tensor) -> Tensor:
+    joined = torch.cat([skip, up(x)], 1)
+    x += 1
+    return torch.conv2d(joined, weight)
+
+
+def _relu_in_place(x: Tensor, skip: Tensor, weight: Tensor) -> Tensor:
+    joined = torch.cat([skip, up(x)], 1)
+    functional.relu(x, inplace=True)
+    return torch.conv2d(joined, weight)
+
+
+def _filled(x: Tensor, skip: Tensor, weight: Tensor) -> Tensor:
+    joined = torch.cat([skip, up(x)], 1)
+    skip[:, 0] = 0
+    return torch.conv2d(joined, weight)
+
+
+@pytest.mark.parametrize("function", [_by_a_view, _in_place, _relu_in_place, _filled])
+def test_what_is_written_to_is_read_before(function: Callable[..., Any]) -> None:
+    """Under whatever name the memory is known, and whoever writes."""
+    calls, changes = rewritten(function)
+
+    assert convolve not in calls
+    assert "writes to a map that is read" in changes[0].why
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"stride": 2}, "stride 2: "),
+        ({"dilation": (1, 2)}, "dilation (1, 2)"),
+        ({"padding": 3}, "padding 3 beside this kernel"),
+        ({"padding": (0, 1)}, "padding (0, 1) beside this kernel"),
+    ],
+)
+def test_other_convolutions_stay(settings: dict[str, Any], why: str) -> None:
+    """With what about them keeps them."""
+    calls, changes = rewritten(lambda x, skip, weight: torch.conv2d(torch.cat([skip, up(x)], 1), weight, **settings))
+
+    assert convolve not in calls
+    assert changes[0].why.startswith(why)
+
+
+def test_an_up_sampled_weight_is_none_of_ours() -> None:
+    """A convolution whose weight is behind the up-sampling."""
+    calls, changes = rewritten(lambda _, skip, weight: torch.conv2d(skip, up(weight[:, :8])))
+
+    assert convolve not in calls
+    assert [each.after for each in changes] == [""]
+
+
+def test_up_sampling_by_other_factors_is_none() -> None:
+    """One and a half, and two factors: the graph stays, and there is nothing to say."""
+    for size in ((24, 24), (32, 48)):
+        calls, changes = rewritten(
+            lambda x, _, weight, size=size: torch.conv2d(functional.interpolate(x, size=size), weight[:, :64])
+        )
+
+        assert convolve not in calls
+        assert not changes
