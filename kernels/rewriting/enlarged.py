@@ -7,7 +7,6 @@ PyTorch's own operators one by one, in which the map is made.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from skipcost.kernels.compilers import constant
 from skipcost.kernels.dispatch.low_resolution import Choice, choose
 from skipcost.kernels.low_resolution.tap_first import DTYPES, axes, tap_first
 from skipcost.kernels.precision import computing_type, tf32_allowed
@@ -148,33 +146,28 @@ def choice_of(part: Enlarged, window: Window, weight: Tensor, padding: int) -> C
     settings = (part.up.factor, MODES[part.up.mode], bool(part.up.align_corners), padding, _numbers(window))
     batch, in_channels, height, width = _numbers(part.x.shape)
     channels, kernel = (in_channels, int(weight.shape[0])), _numbers(weight.shape[2:])
-    found: Choice = _chosen((height, width), kernel, settings, channels, batch, kind, device)
-    return found
+    found = counted((height, width), kernel, settings, channels, batch, kind, device)
+    small = found.direct_macs < FEWEST_MACS or height * width < FEWEST_PIXELS
+    if device != "cpu" or not found.taken or not small:
+        return found
+    why = (
+        f"{found.direct_macs / 1e6:,.1f} M MACs over a map of {height}x{width}: on a CPU it takes "
+        f"{FEWEST_MACS / 1e6:.0f} M and {FEWEST_PIXELS} pixels before fewer are faster"
+    )
+    return replace(found, taken=False, why=why)
 
 
 def _numbers(sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(int(each) for each in sizes)
 
 
-@constant  # sizes are constants to a compiler here
-def _chosen(*call: Any) -> Choice:
-    return _counted(*call)
-
-
 @lru_cache(maxsize=1024)  # the same few in every step
-def _counted(
+def counted(
     size: tuple[int, ...], kernel: tuple[int, ...], settings: tuple[int, str, bool, int, Window],
     channels: tuple[int, int], batch: int, kind: str, device: str,
 ) -> Choice:  # fmt: skip
-    found = choose(*axes(size, kernel, *settings), channels, batch, kind=kind, device=device)
-    small = found.direct_macs < FEWEST_MACS or math.prod(size) < FEWEST_PIXELS
-    if device == "cpu" and found.taken and small:
-        why = (
-            f"{found.direct_macs / 1e6:,.1f} M MACs over a map of {size[0]}x{size[1]}: on a CPU it takes "
-            f"{FEWEST_MACS / 1e6:.0f} M and {FEWEST_PIXELS} pixels before fewer are faster"
-        )
-        return replace(found, taken=False, why=why)
-    return found
+    """Count both forms. settings: factor, mode, align_corners, padding, window; the rest as of `choose`."""
+    return choose(*axes(size, kernel, *settings), channels, batch, kind=kind, device=device)
 
 
 @lru_cache(maxsize=64)

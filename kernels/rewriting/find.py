@@ -12,7 +12,8 @@ from torch import nn
 from torch.fx import Node
 from torch.nn import functional
 
-from skipcost.kernels.rewriting.lazy import MODES, unsuited, whole_factor
+from skipcost.kernels.rewriting.enlarged import MODES
+from skipcost.kernels.rewriting.lazy import unsuited, whole_factor
 from skipcost.kernels.rewriting.tracing import more_than_forward
 from skipcost.kernels.rewriting.wiring import CONV, Wiring
 

@@ -8,6 +8,7 @@ later than the model would.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,8 +63,7 @@ def rewrite_graph(graph: fx.Graph) -> list[Change]:
         taken, counted = (False, why) if why else _foretold(parts, node)
         changes.append(Change(_places(chain), " -> ".join(map(_name, chain)), AFTER if taken else "", counted))
         if not why:
-            _replace(graph, parts, node)
-    graph.eliminate_dead_code()
+            _replace(graph, parts, chain)
     return changes
 
 
@@ -156,7 +156,8 @@ def _handed_on(node: Node, known: Mapping[Node, Parts]) -> Parts | None:
     if node.target in CAT:
         given = _given(node, JOIN)
         maps, dim = given["tensors"], given.get("dim", given.get("axis", 0))
-        whole = dim in (1, 1 - MAP) and all(getattr(_example(each), "ndim", 0) == MAP for each in maps)
+        listed = isinstance(maps, list | tuple) and "out" not in given
+        whole = listed and dim in (1, 1 - MAP) and all(getattr(_example(each), "ndim", 0) == MAP for each in maps)
         return tuple(part for each in maps for part in known.get(each, (each,))) if whole else None
     if node.target in DROPOUT:
         given = _given(node, DROP)
@@ -211,7 +212,9 @@ def _why_not_convolved(node: Node, known: Mapping[Node, Parts]) -> str:
     reasons = [f"{name} {given[name]}" for name in ("stride", "dilation") if set(_pair(given[name])) != {1}]
     if given["groups"] != 1:
         reasons.append(f"{given['groups']} groups")
-    if weight is None or _side(given["padding"], weight.shape[2:]) is None:
+    if weight is None:
+        return "the shape of its weight is not known beforehand"
+    if _side(given["padding"], weight.shape[2:]) is None:
         reasons.append(f"padding {given['padding']!r} beside this kernel")
     return f"{', '.join(reasons)}: it takes stride 1, no dilation, no groups, zeros for padding" if reasons else ""
 
@@ -258,14 +261,22 @@ def _memory(node: Node) -> Any:
 
 
 def _written(node: Node) -> Iterator[Node]:
-    """Yield what a node may write to."""
-    name = str(getattr(node.target, "__name__", node.target))
-    marked = node.kwargs.get("inplace") or any(each is True for each in node.args[1:])
-    by_name = (name.endswith("_") and not name.endswith("__")) or name == "setitem" or node.target in WRITING
-    if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket) or "out" in node.kwargs:  # noqa: SLF001 - no public names
+    """Yield what a node may write to: all that it is given where only its own code knows."""
+    if isinstance(node.target, torch._ops.OperatorBase) or node.op == "call_module" or "out" in node.kwargs:  # noqa: SLF001 - no public name
         yield from node.all_input_nodes
-    elif (marked or by_name) and node.args and isinstance(node.args[0], Node):
+        return
+    name = str(getattr(node.target, "__name__", node.target))
+    by_name = (name.endswith("_") and not name.endswith("__")) or name == "setitem" or node.target in WRITING
+    if (by_name or _in_place(node)) and node.args and isinstance(node.args[0], Node):
         yield node.args[0]
+
+
+def _in_place(node: Node) -> bool:
+    """Whether a function of PyTorch is asked to write to its first argument, by name or by position."""
+    if node.op != "call_function" or getattr(node.target, "__module__", "") != functional.__name__:
+        return bool(node.kwargs.get("inplace"))
+    names = [*inspect.signature(node.target).parameters] if inspect.isfunction(node.target) else []
+    return bool(_given(node, names).get("inplace"))
 
 
 def _foretold(parts: Parts, conv: Node) -> tuple[bool, str]:
@@ -281,14 +292,15 @@ def _foretold(parts: Parts, conv: Node) -> tuple[bool, str]:
         shape = [_hint(each) for each in _example(_source(part.node)).shape]
         pads = [tuple(map(_hint, pad)) for pad in part.pads]
         map_ = enlarged(torch.empty(shape, device="meta"), part.up.factor, part.up.mode, part.up.align_corners, pads)
-        if (window := map_.window()) is None:
-            return False, "zeros are added to its map on the way"
-        found.append(choice_of(map_, window, weight, padding))
-    taken = [each for each in found if each.taken]
-    return bool(taken), (taken or found)[0].why
+        if (window := map_.window()) is not None:
+            found.append(choice_of(map_, window, weight, padding))
+    first = next((each for each in found if each.taken), found[0] if found else None)
+    return (first.taken, first.why) if first else (False, "zeros are added to its map on the way")
 
 
-def _replace(graph: fx.Graph, parts: Parts, conv: Node) -> None:
+def _replace(graph: fx.Graph, parts: Parts, chain: Sequence[Node]) -> None:
+    """Let one call do the work of a chain, and erase that: torch.fx's own removal of dead code takes writes with it."""
+    *inner, conv = chain
     given = _convolution(conv)
     padding = _side(given["padding"], _example(given["weight"]).shape[2:])
     read = [
@@ -301,7 +313,8 @@ def _replace(graph: fx.Graph, parts: Parts, conv: Node) -> None:
         made = graph.call_function(convolve, (read, given["weight"], given["bias"], padding))
     made.meta = dict(conv.meta)
     conv.replace_all_uses_with(made)
-    graph.erase_node(conv)
+    for node in (conv, *reversed(inner)):
+        graph.erase_node(node)
 
 
 def _name(node: Node) -> str:

@@ -12,23 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
 from skipcost.kernels.compilers import constant
-from skipcost.kernels.dispatch.low_resolution import choose
-from skipcost.kernels.low_resolution.tap_first import DTYPES, axes, tap_first
+from skipcost.kernels.low_resolution.tap_first import DTYPES, tap_first
 from skipcost.kernels.precision import computing_type, tf32_allowed
-
-MODES = {"bilinear": "bilinear", "nearest": "nearest", "nearest-exact": "nearest"}  # the same for whole factors
-DEVICES = ("cpu", "cuda", "meta")
-Window = tuple[int, int, int, int]
+from skipcost.kernels.rewriting.enlarged import DEVICES, MODES, Window, counted, rows_are_exact
 
 
 class _Unmade:
@@ -164,13 +159,7 @@ def whole_factor(size: Any, scale: Any, small: tuple[int, int] | None = None) ->
 @constant
 def _exact(factor: int) -> bool:
     """Whether PyTorch's fp32 arithmetic finds the nearest pixel of every row up to 16,384, as whole numbers would."""
-    return _rows_are_exact(factor)
-
-
-@lru_cache(maxsize=64)
-def _rows_are_exact(factor: int) -> bool:
-    rows = np.arange(1 << 14)
-    return bool((np.floor(rows.astype(np.float32) * np.float32(1 / factor)) == rows // factor).all())
+    return rows_are_exact(factor)
 
 
 def _made(value: Any) -> Any:
@@ -304,12 +293,8 @@ def _chosen(*call: Any) -> bool:
     return _counted(*call)
 
 
-@lru_cache(maxsize=1024)  # the same few in every step
-def _counted(
-    size: tuple[int, ...], kernel: tuple[int, ...], settings: tuple[int, str, bool, int, Window],
-    channels: tuple[int, int], batch: int, kind: str, device: str,
-) -> bool:  # fmt: skip
-    return choose(*axes(size, kernel, *settings), channels, batch, kind=kind, device=device).taken
+def _counted(*call: Any) -> bool:
+    return counted(*call).taken
 
 
 NotImplementedType = type(NotImplemented)

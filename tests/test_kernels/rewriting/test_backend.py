@@ -11,6 +11,7 @@ import pytest
 import torch
 from rewrite_checks import MODELS, assert_same, made, run
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import functional
 
 from skipcost.kernels.low_resolution.tap_first import tap_first
@@ -25,10 +26,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let each test compile anew, and rewrite maps that are small enough for tests."""
     monkeypatch.setattr(enlarged, "FEWEST_MACS", 0)
     monkeypatch.setattr(enlarged, "FEWEST_PIXELS", 0)
-    enlarged._counted.cache_clear()
     torch._dynamo.reset()
     yield
-    enlarged._counted.cache_clear()
     torch._dynamo.reset()
 
 
@@ -219,6 +218,20 @@ def test_unknown_options_are_refused(options: dict[str, Any], message: str) -> N
     """With what is accepted."""
     with pytest.raises(Exception, match=message):
         compiled(Net(), **options)(torch.randn(IMAGE))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # as Inductor is imported
+def test_inductor_gets_the_rewritten_graph(taken: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that AOTAutograd can follow, gradients included; it stands for Inductor, which takes a C++ compiler."""
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", aot_eager)
+    model, x = Net(), torch.randn(IMAGE, requires_grad=True)
+
+    result = compiled(model, then="inductor")(x)
+
+    assert_close(result, model(x))
+    assert taken
+    ours, its = (torch.autograd.grad(each.square().sum(), x)[0] for each in (result, model(x)))
+    assert_close(ours, its)
 
 
 def test_torch_compile_knows_its_name() -> None:

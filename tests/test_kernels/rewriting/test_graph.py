@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,17 +19,17 @@ X, SKIP, WEIGHT = (1, 64, 16, 16), (1, 8, 32, 32), (32, 72, 3, 3)
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rewrite maps that are small enough for tests."""
     monkeypatch.setattr(enlarged, "FEWEST_MACS", 0)
     monkeypatch.setattr(enlarged, "FEWEST_PIXELS", 0)
-    enlarged._counted.cache_clear()
-    yield
-    enlarged._counted.cache_clear()
 
 
 def rewritten(function: Callable[..., Any]) -> tuple[list[Any], list[Change]]:
-    """Return the functions of a function's graph after the rewrite, in order, and the changes."""
+    """Return the functions of a function's graph after the rewrite, in order, and the changes.
+
+    Results, and what becomes of the inputs, are those of the function itself, in float64.
+    """
     found: list[Any] = []
 
     def keep(module: fx.GraphModule, _: Any) -> Callable[..., Any]:
@@ -39,9 +39,13 @@ def rewritten(function: Callable[..., Any]) -> tuple[list[Any], list[Change]]:
         module.recompile()
         return module.forward
 
+    given = [torch.randn(shape, dtype=torch.float64) for shape in (X, SKIP, WEIGHT)]
+    again = [each.clone() for each in given]
     torch._dynamo.reset()
-    torch.compile(function, backend=keep)(torch.randn(X), torch.randn(SKIP), torch.randn(WEIGHT))
+    result = torch.compile(function, backend=keep)(*given)
     torch._dynamo.reset()
+    for ours, its in zip((result, *given), (function(*again), *again), strict=True):
+        assert (ours - its).abs().max() <= 1e-12 * its.abs().max()
     calls, changes = found
     return calls, changes
 
@@ -62,6 +66,45 @@ def test_one_call_takes_the_place_of_all() -> None:
     assert calls == [convolve]
     assert [each.after for each in changes] == ["tap_first"]
     assert changes[0].before == "interpolate -> dropout -> cat -> conv2d"
+
+
+def test_a_concatenation_of_concatenations_is_one() -> None:
+    """The up-sampled map in the inner one."""
+    calls, changes = rewritten(
+        lambda x, skip, weight: torch.conv2d(torch.cat([torch.cat([skip[:, :4], up(x)], 1), skip[:, 4:]], 1), weight)
+    )
+
+    assert calls[-1] == convolve
+    assert torch.cat not in calls
+    assert [each.after for each in changes] == ["tap_first"]
+
+
+def test_a_padded_map_is_made_beside_one_that_is_not() -> None:
+    """Zeros around one of two up-sampled maps leave the other at low resolution."""
+    padding = [1, 0, 1, 0]
+    calls, changes = rewritten(
+        lambda x, skip, weight: torch.conv2d(
+            torch.cat([functional.pad(up(x[:, :8])[:, :, 1:, 1:], padding), up(x[:, :56]), skip], 1), weight
+        )
+    )
+
+    assert convolve in calls
+    assert [each.after for each in changes] == ["tap_first"]
+
+
+def _writing(x: Tensor, skip: Tensor, weight: Tensor) -> Tensor:
+    functional.relu(skip, inplace=True)
+    skip.view(-1)[3:].mul_(2)
+    functional.batch_norm(x, skip[0, :, 0, :8].reshape(-1), weight.view(-1)[:64], training=True)
+    return torch.conv2d(torch.cat([skip, up(x)], 1), weight)
+
+
+def test_writes_whose_result_nobody_reads_stay() -> None:
+    """Statements that write in place, running statistics in training: they look dead in a graph."""
+    calls, changes = rewritten(_writing)
+
+    assert {functional.relu, functional.batch_norm, convolve, "mul_"} <= set(calls)
+    assert [each.after for each in changes] == ["tap_first"]
 
 
 def _by_a_view(x: Tensor, skip: Tensor, weight: Tensor) -> Tensor:
@@ -86,6 +129,19 @@ def _filled(x: Tensor, skip: Tensor, weight: Tensor) -> Tensor:
     joined = torch.cat([skip, up(x)], 1)
     skip[:, 0] = 0
     return torch.conv2d(joined, weight)
+
+
+def _normalised(x: Tensor, skip: Tensor, weight: Tensor) -> Tensor:
+    joined = torch.cat([skip, up(x)], 1)
+    skip = functional.batch_norm(skip, None, None, training=True)
+    return torch.conv2d(joined, weight) + functional.dropout(skip, 0.0, True)[:, :, 1:-1, 1:-1].mean(1, keepdim=True)
+
+
+def test_training_is_no_write() -> None:
+    """A flag that is True may be another than `inplace`."""
+    calls, _ = rewritten(_normalised)
+
+    assert convolve in calls
 
 
 @pytest.mark.parametrize("function", [_by_a_view, _in_place, _relu_in_place, _filled])
