@@ -22,6 +22,8 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from skipcost.kernels import Change, rewrite
+from skipcost.kernels.rewriting import enlarged
+from skipcost.kernels.rewriting.backend import backend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMP = "segmentation_models_pytorch"
@@ -158,6 +160,27 @@ def test_a_public_model_computes_the_same_with_fewer_macs(name: str, capsys: pyt
     with capsys.disabled():
         places = len({each.where[-1] for each in changes if each.after})
         print(f"\n| {name} | {places} | {direct:.2f} -> {low:.2f} G ({direct / low:.2f}x) |")  # noqa: T201 - the table's line
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # Dynamo asks behind a break of the graph
+@pytest.mark.parametrize("name", [*MODELS, *UNCHANGED])
+def test_the_backend_computes_the_same_and_finds_as_much(
+    name: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `torch.compile(model, backend="skipcost")`; MONAI's torch.jit.isinstance breaks the graph, there too."""
+    monkeypatch.setattr(enlarged, "FEWEST_MACS", 0)
+    monkeypatch.setattr(enlarged, "FEWEST_PIXELS", 0)
+    model, x, _ = made(MODELS | UNCHANGED, name)
+    torch._dynamo.reset()
+    caplog.set_level("INFO", "skipcost.kernels.rewriting.backend")
+
+    for training in (False, True):
+        ours = run(model, x, training=training, through=lambda each: torch.compile(each.forward, backend=backend))
+        assert_same(run(model, x, training=training), ours)
+    taken = {each.partition(":")[0] for each in caplog.messages if "runs as tap_first" in each}
+    assert bool(taken) is (name in MODELS)
+    with capsys.disabled():
+        print(f"\n| {name} | {len(taken)} by the backend, of {x.shape[2]}x{x.shape[3]} |")  # noqa: T201 - for the table
 
 
 @pytest.mark.parametrize("name", UNCHANGED)

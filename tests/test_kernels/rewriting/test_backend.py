@@ -73,15 +73,15 @@ def assert_close(one: Tensor, other: Tensor) -> None:
 
 @pytest.mark.parametrize("mode", ["evaluation", "training"])
 @pytest.mark.parametrize("name", MODELS)
-def test_results_gradients_and_statistics_are_the_models(name: str, mode: str) -> None:
+def test_results_gradients_and_statistics_are_the_models(name: str, mode: str, taken: list[tuple[int, ...]]) -> None:
     """In float64, for decoders as people write them, also those whose Python looks at sizes."""
     (model, x), training = made(name), mode == "training"
 
     one = run(model, x, training=training, through=lambda each: torch.compile(each.forward, backend=backend))
 
-    other = run(model, x, training=training)
-    assert_same(one, other)
-    assert one.macs <= other.macs
+    assert_same(one, run(model, x, training=training))
+    # Zeros are around every map, nothing is up-sampled, or the only place in evaluation counts no fewer MACs
+    assert bool(taken) is (name not in ("padding", "resnet") and (name, mode) != ("supervised", "evaluation"))
 
 
 def _sized(_: Tensor, x: Tensor) -> Tensor:
