@@ -4,6 +4,9 @@ Dynamo follows the model's Python and guards what it read: modes, attributes, re
 follow runs as it is, and so does a call for which a guard fails, until it has been followed again. The graphs are
 rewritten (`graph`), and run as they are, so that autograd follows them, or go on to Inductor.
 
+What is rewritten is differentiable once: a second derivative raises PyTorch's error. Left out: transposed convolutions,
+convolutions that share an up-sampled map, zeros around it, and slices of it where sizes are not known beforehand.
+
 options: `then`, "eager" (default) or "inductor": who runs the rewritten graph. `form`, "low": what it is rewritten to.
 
 What became of each place is logged as it is compiled, under the name of this module, at level INFO.

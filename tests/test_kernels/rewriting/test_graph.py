@@ -44,8 +44,10 @@ def rewritten(function: Callable[..., Any]) -> tuple[list[Any], list[Change]]:
     torch._dynamo.reset()
     result = torch.compile(function, backend=keep)(*given)
     torch._dynamo.reset()
-    for ours, its in zip((result, *given), (function(*again), *again), strict=True):
-        assert (ours - its).abs().max() <= 1e-12 * its.abs().max()
+    names = ("the result", "x", "skip", "weight")
+    for name, ours, its in zip(names, (result, *given), (function(*again), *again), strict=True):
+        off, largest = float((ours - its).abs().max()), float(its.abs().max())
+        assert off <= 1e-12 * largest, f"{name} is off by {off:.2g}, its largest value is {largest:.2g}"
     calls, changes = found
     return calls, changes
 
