@@ -50,9 +50,10 @@ Parts = tuple[Node | Grown, ...]
 
 
 def rewrite_graph(graph: fx.Graph) -> list[Change]:
-    """Let `convolve` do the work of every place; return what became of each up-sampling. The graph is changed."""
+    """Let `convolve` do the work of every place where it may gain; return what became of each. The graph is changed."""
     paths = _Paths(graph)
     changes = []
+    made: dict[Node, Node] = {}  # for each convolution the call in its place, which later places may read
     for node in list(graph.nodes):
         if node.op == "output" or node not in paths.ends:
             continue
@@ -62,8 +63,10 @@ def rewrite_graph(graph: fx.Graph) -> list[Change]:
         why = why or _why_not_together(paths, chain, node)
         taken, counted = (False, why) if why else _foretold(parts, node)
         changes.append(Change(_places(chain), " -> ".join(map(_name, chain)), AFTER if taken else "", counted))
-        if not why:
-            _replace(graph, parts, chain)
+        if not why and (taken or not _known(parts)):
+            made[node] = _replace(
+                graph, [made.get(each, each) if isinstance(each, Node) else each for each in parts], chain
+            )
     return changes
 
 
@@ -247,9 +250,7 @@ def _why_not_together(paths: _Paths, chain: list[Node], end: Node) -> str:
             return f"{named} reads the map of {_name(node)} as well"
     read = [each for node in chain for each in node.all_input_nodes if each not in inner]
     memories = {_memory(each) for each in read} - {None}
-    first, last = paths.order[chain[0]], paths.order[end]
-    between = list(paths.order)[first + 1 : last]
-    for node in between:
+    for node in list(paths.order)[paths.order[chain[0]] + 1 :]:  # behind the convolution backward still reads them
         if node not in inner and any(_memory(each) in memories for each in _written(node)):
             return f"{_name(node)} writes to a map that is read"
     return ""
@@ -298,7 +299,13 @@ def _foretold(parts: Parts, conv: Node) -> tuple[bool, str]:
     return (first.taken, first.why) if first else (False, "zeros are added to its map on the way")
 
 
-def _replace(graph: fx.Graph, parts: Parts, chain: Sequence[Node]) -> None:
+def _known(parts: Parts) -> bool:
+    """Whether all maps have the size for which is compiled: then what is foretold of them is so in every call."""
+    sizes = [size for each in parts if isinstance(each, Grown) for size in _example(_source(each.node)).shape]
+    return all(isinstance(size, int) for size in sizes)
+
+
+def _replace(graph: fx.Graph, parts: Sequence[Node | Grown], chain: Sequence[Node]) -> Node:
     """Let one call do the work of a chain, and erase that: torch.fx's own removal of dead code takes writes with it."""
     *inner, conv = chain
     given = _convolution(conv)
@@ -315,6 +322,7 @@ def _replace(graph: fx.Graph, parts: Parts, chain: Sequence[Node]) -> None:
     conv.replace_all_uses_with(made)
     for node in (conv, *reversed(inner)):
         graph.erase_node(node)
+    return made
 
 
 def _name(node: Node) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +18,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from user_models import trained
 
-from skipcost.kernels.rewriting import lazy as rewrite_calls
+from skipcost.kernels.rewriting import backend as compiling
+from skipcost.kernels.rewriting import enlarged, graph
+from skipcost.kernels.rewriting.backend import backend
+from skipcost.kernels.rewriting.rewrite import Running
 
 
 class UNet3Plus(reference_models.UNet3Plus):
@@ -114,22 +117,49 @@ class Pass:
 def run(model: nn.Module, x: Tensor, *, training: bool, through: Callable[..., Any] | None = None) -> Pass:
     """Run a pass of the sum of squares on a copy, in a mode, with its random numbers.
 
-    through: makes of the copy what is called; None: the copy itself. Dynamo compiles nothing under a dispatch mode, so
-    then no MACs are counted.
+    through: makes of the copy what is called; None: the copy itself.
     """
     model = copy.deepcopy(model).train(training)
     x = x.detach().clone().requires_grad_()
     torch.manual_seed(3)
-    counter = FlopCounterMode(display=False)
-    with nullcontext() if through else counter:
+    counted = Counted()
+    with counted if isinstance(model.forward, Running) or through else counted.mode:
         results = tree_leaves((through(model) if through else model)(x))
     torch.stack([each.square().sum() for each in results]).sum().backward()
     gradients = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
     assert x.grad is not None
     return Pass(
-        [each.detach() for each in results], {**gradients, "x": x.grad}, list(model.buffers()),
-        counter.get_total_flops() // 2,
+        [each.detach() for each in results], {**gradients, "x": x.grad}, list(model.buffers()), counted.macs()
     )  # fmt: skip
+
+
+class Counted:
+    """Counts the MACs of graphs as they run: Dynamo compiles nothing under a dispatch mode, and calls none there."""
+
+    def __init__(self) -> None:
+        self.mode, self.flops = FlopCounterMode(display=False), 0
+        self._patch = pytest.MonkeyPatch()
+
+    def __enter__(self) -> None:
+        self._patch.setattr(compiling, "backend", self._backend)
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.undo()
+
+    def _backend(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        graph = backend(*args, **kwargs)
+
+        def call(*given: Any) -> Any:
+            with self.mode:
+                result = graph(*given)
+            self.flops += self.mode.get_total_flops()
+            return result
+
+        return call
+
+    def macs(self) -> int:
+        """Return those of all graphs, or of all that ran under the mode."""
+        return (self.flops or self.mode.get_total_flops()) // 2
 
 
 def assert_same(one: Pass, other: Pass, bound: float = 1e-12) -> None:
@@ -155,4 +185,5 @@ def sizes_that_divide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def always(monkeypatch: pytest.MonkeyPatch, *, taken: bool = True) -> None:
     """Let every call take the one form, whatever it counts."""
-    monkeypatch.setattr(rewrite_calls, "_counted", lambda *_: taken)
+    for module in (enlarged, graph):
+        monkeypatch.setattr(module, "choice_of", lambda *_: SimpleNamespace(taken=taken, why="for a test"))

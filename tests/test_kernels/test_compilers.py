@@ -47,7 +47,7 @@ def test_no_process_loads_dynamo_for_what_is_not_compiled() -> None:
     """Not the ops, not the server of a sweep: it would take each of them 2 s."""
     program = (
         "import sys, skipcost.kernels.rewriting.fused, skipcost.kernels.rewriting.low, "
-        "skipcost.kernels.rewriting.lazy, skipcost.bench.measure.server; sys.exit('torch._dynamo' in sys.modules)"
+        "skipcost.kernels.rewriting.rewrite, skipcost.bench.measure.server; sys.exit('torch._dynamo' in sys.modules)"
     )
 
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=False)

@@ -240,7 +240,7 @@ def test_what_fuse_keeps_is_in_the_peak_and_said() -> None:
     assert steady.samples[0] == pytest.approx(profiled(case, 2).peaks[-1], rel=0.03)
     assert first.samples[0] >= steady.samples[0] > 1.5 * plain.samples[0]
     assert "counted in a run on the CPU" in steady.note
-    assert "keeps copies of weights" in steady.note
+    assert "runs as its original where it is watched" in steady.note
 
 
 def test_layers_in_another_form_on_a_card_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

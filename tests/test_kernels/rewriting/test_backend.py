@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,34 +14,11 @@ from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import functional
 
-from skipcost.kernels.low_resolution.tap_first import tap_first
 from skipcost.kernels.rewriting import enlarged
 from skipcost.kernels.rewriting.backend import backend
 
+pytestmark = pytest.mark.usefixtures("fresh")
 IMAGE = (1, 64, 16, 16)  # with 32 channels out: enough MACs for a choice, few enough for a test
-
-
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let each test compile anew, and rewrite maps that are small enough for tests."""
-    monkeypatch.setattr(enlarged, "FEWEST_MACS", 0)
-    monkeypatch.setattr(enlarged, "FEWEST_PIXELS", 0)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of the small maps that are convolved at low resolution, in order."""
-    found: list[tuple[int, ...]] = []
-
-    def record(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        found.append(tuple(x.shape))
-        return tap_first(x, *args, **kwargs)
-
-    monkeypatch.setattr(enlarged, "tap_first", record)
-    return found
 
 
 def compiled(model: nn.Module, **options: Any) -> Any:
@@ -128,6 +105,46 @@ def _also_read(up: Tensor, _: Tensor) -> Tensor:
 def _written(up: Tensor, x: Tensor) -> Tensor:
     x.mul_(2)
     return up
+
+
+class _Later(nn.Module):
+    """Writes to the small map when the convolution is done, which still needs it for the way back."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 64, H, W) -> (N, 2, 2H, 2W)."""
+        x = x * 1
+        return self.net(x) + x.relu_().mean()
+
+
+def test_a_map_that_is_written_to_later_is_not_read_again(taken: list[tuple[int, ...]]) -> None:
+    """The model keeps the up-sampled map for backward, the low form would keep the small one."""
+    model, x = _Later(Net()), torch.randn(IMAGE, requires_grad=True)
+
+    ours, its = (torch.autograd.grad(each(x).square().sum(), x)[0] for each in (compiled(model), model))
+
+    assert_close(ours, its)
+    assert not taken
+
+
+def test_a_place_reads_the_result_of_another(taken: list[tuple[int, ...]]) -> None:
+    """A convolution over an up-sampled map and what such a convolution gave."""
+
+    class Two(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            first = self.conv(self.up(x))
+            second = functional.conv2d(torch.cat([first, self.up(x)], 1), torch.cat([self.conv.weight] * 2, 1)[:, :96])
+            return second
+
+    model, x = Two(), torch.randn(IMAGE)
+
+    result = compiled(model)(x)
+
+    assert_close(result, model(x))
+    assert taken == [IMAGE, IMAGE]
 
 
 def _padded(up: Tensor, _: Tensor) -> Tensor:

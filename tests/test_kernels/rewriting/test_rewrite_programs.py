@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from skipcost.kernels import rewrite
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh")
 CHANNELS = 3
 ENLARGING = {
     "up": lambda x: functional.interpolate(x, scale_factor=2, mode="bilinear"),
@@ -97,7 +97,7 @@ def passes(steps: list[Step], *, training: bool) -> None:
     assert_same(expected, run(faster, x, training=training), 1e-10)
 
 
-@settings(max_examples=150)
+@settings(max_examples=40)
 @given(st.lists(STEP, min_size=2, max_size=14), st.booleans())
 def test_a_program_of_layers_gives_what_it_gave(steps: list[Step], training: bool) -> None:  # noqa: FBT001 - hypothesis passes by position
     """With every call in its tap-first form, to 1e-10 of the largest number."""
