@@ -13,8 +13,7 @@ from skipcost.unet_models.doors import door
 if TYPE_CHECKING:
     from skipcost.kernels.backends import BACKENDS, Backend
     from skipcost.kernels.rewriting.change import Change
-    from skipcost.kernels.rewriting.fusion import fuse
-    from skipcost.kernels.rewriting.rewrite import rewrite
+    from skipcost.kernels.rewriting.rewrite import fuse, rewrite
     from skipcost.kernels.verify.table import KERNELS, Kernel
 
 __all__ = ["BACKENDS", "KERNELS", "Backend", "Change", "Kernel", "fuse", "rewrite"]
@@ -24,8 +23,7 @@ __getattr__, __dir__ = door(
     {
         "backends": ("BACKENDS", "Backend"),
         "rewriting.change": ("Change",),
-        "rewriting.fusion": ("fuse",),
-        "rewriting.rewrite": ("rewrite",),
+        "rewriting.rewrite": ("fuse", "rewrite"),
         "verify.table": ("KERNELS", "Kernel"),
     },
 )

@@ -17,7 +17,6 @@ from skipcost.bench.measure.fvcore_handles import HANDLES
 from skipcost.bench.measure.live_bytes import device_to_trace, trace_peaks
 from skipcost.bench.measure.subject import Subject, make_subject
 from skipcost.bench.measure.tracing import trace
-from skipcost.kernels.rewriting.rewiring import Rewired
 from skipcost.kernels.rewriting.rewrite import Running
 
 UNLIKE_ON_CUDA = (nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer)  # cuDNN's, and whole layers
@@ -91,7 +90,7 @@ def predicted_peaks(case: Case) -> tuple[int, int, dict[str, Any]]:
 def _refuse_kept(network: nn.Module) -> None:
     """Raise for a network of `fuse` or `rewrite`: what it keeps of its weights it makes of data alone."""
     for name, module in network.named_modules():
-        if isinstance(module, Rewired) or isinstance(module.__dict__.get("forward"), Running):
+        if isinstance(module.__dict__.get("forward"), Running):
             message = f"{name or 'the model'} is one of fuse or rewrite, which runs as its original where it is watched"
             raise TypeError(message)
 

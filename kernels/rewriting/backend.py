@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, cast
 
 from torch import fx
 
-from skipcost.kernels.rewriting.change import Change
 from skipcost.kernels.rewriting.graph import rewrite_graph
 
 OPTIONS = {"form": ("low",), "then": ("eager", "inductor")}  # the first is the default
@@ -33,12 +31,11 @@ def backend(
     examples: Sequence[Any],
     *,
     options: Mapping[str, Any] | None = None,
-    tell: Callable[[Change], object] = partial(LOG.info, "%s"),  # noqa: B008 - bound once
 ) -> Callable[..., Any]:
     """Return what runs a graph of Dynamo's, with convolutions over up-sampled maps in the cheaper form of each call.
 
     module: functions of PyTorch and weights as inputs; it is changed. examples: an input each. options: see above;
-    ValueError for one that is not known. tell: is told what became of each place.
+    ValueError for one that is not known.
     """
     chosen = {name: accepted[0] for name, accepted in OPTIONS.items()} | dict(options or {})
     for name, value in chosen.items():
@@ -49,7 +46,7 @@ def backend(
             message = f"option {name}={value!r} is unknown; accepted: {', '.join(OPTIONS[name])}"
             raise ValueError(message)
     for change in rewrite_graph(module.graph):
-        tell(change)
+        LOG.info("%s", change)
     module.recompile()
     if chosen["then"] == "eager":
         run: Callable[..., Any] = module.forward

@@ -8,33 +8,39 @@ later than the model would.
 
 from __future__ import annotations
 
-import inspect
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional
 
 from skipcost.kernels.rewriting.change import Change
 from skipcost.kernels.rewriting.enlarged import MODES, Up, choice_of, convolve, enlarged, rows_are_exact
+from skipcost.kernels.rewriting.nodes import (
+    CAT,
+    CONV,
+    DROPOUT,
+    MAP,
+    PAD,
+    convolution_of,
+    example_of,
+    given_of,
+    joined_by,
+    memory_of,
+    name_of,
+    places_of,
+    written_by,
+)
 
 AFTER = "tap_first"
-CAT = (torch.cat, torch.concat, torch.concatenate)
-PAD = (functional.pad, torch._C._nn.pad)  # noqa: SLF001 - what Dynamo makes of it
-CONV = (torch.conv2d, functional.conv2d)
-DROPOUT = (functional.dropout, functional.dropout2d, functional.alpha_dropout, functional.feature_alpha_dropout)
 INTERPOLATE = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias")
 PADDING = ("input", "pad", "mode", "value")
-JOIN = ("tensors", "dim")
 DROP = ("input", "p", "training", "inplace")
-CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-WRITING = tuple(getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"))
-MAP = 4  # dimensions: N, C, H, W
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +68,7 @@ def rewrite_graph(graph: fx.Graph) -> list[Change]:
         chain = paths.chain(node)
         why = why or _why_not_together(paths, chain, node)
         taken, counted = (False, why) if why else _foretold(parts, node)
-        changes.append(Change(_places(chain), " -> ".join(map(_name, chain)), AFTER if taken else "", counted))
+        changes.append(Change(places_of(chain), " -> ".join(map(name_of, chain)), AFTER if taken else "", counted))
         if not why and (taken or not _known(parts)):
             made[node] = _replace(
                 graph, [made.get(each, each) if isinstance(each, Node) else each for each in parts], chain
@@ -114,8 +120,8 @@ def up_of(node: Node) -> Up | None:
     """Return by what a node up-samples maps (N, C, H, W): the same whole factor for both sides; None if it does not."""
     if node.op != "call_function" or node.target is not functional.interpolate:
         return None
-    given = _given(node, INTERPOLATE)
-    source, result = _example(given["input"]), _example(node)
+    given = given_of(node, INTERPOLATE)
+    source, result = example_of(given["input"]), example_of(node)
     mode, corners = given.get("mode", "nearest"), given.get("align_corners")
     if mode not in MODES or given.get("antialias") or source is None or result is None or source.ndim != MAP:
         return None
@@ -134,22 +140,13 @@ def _factor(small: Sequence[Any], large: Sequence[Any]) -> int | None:
 
 def _hint(size: Any) -> int:
     """Return a size as a number: of the maps that are compiled for, where others are possible as well."""
-    known = _example(size) if isinstance(size, Node) else size
+    known = example_of(size) if isinstance(size, Node) else size
     return known if isinstance(known, int) else int(known.node.hint)
 
 
 def _source(up: Node) -> Any:
     """Return the map that a node up-samples."""
-    return _given(up, INTERPOLATE)["input"]
-
-
-def _example(value: Any) -> Any:
-    return value.meta.get("example_value") if isinstance(value, Node) else None
-
-
-def _given(node: Node, names: Sequence[str]) -> dict[str, Any]:
-    """Return the arguments of a call by name."""
-    return dict(zip(names, node.args, strict=False)) | node.kwargs
+    return given_of(up, INTERPOLATE)["input"]
 
 
 def _handed_on(node: Node, known: Mapping[Node, Parts]) -> Parts | None:
@@ -157,16 +154,12 @@ def _handed_on(node: Node, known: Mapping[Node, Parts]) -> Parts | None:
     if node.op != "call_function":
         return None
     if node.target in CAT:
-        given = _given(node, JOIN)
-        maps, dim = given["tensors"], given.get("dim", given.get("axis", 0))
-        listed = isinstance(maps, list | tuple) and "out" not in given
-        whole = listed and dim in (1, 1 - MAP) and all(getattr(_example(each), "ndim", 0) == MAP for each in maps)
-        return tuple(part for each in maps for part in known.get(each, (each,))) if whole else None
+        return tuple(part for each in joined_by(node) for part in known.get(each, (each,))) or None
     if node.target in DROPOUT:
-        given = _given(node, DROP)
+        given = given_of(node, DROP)
         return known[given["input"]] if given.get("training", True) is False else None
     pad = _pad_of(node) or _crop_of(node)
-    read = known.get(_given(node, PADDING)["input"], ()) if pad else ()
+    read = known.get(given_of(node, PADDING)["input"], ()) if pad else ()
     if pad and len(read) == 1 and isinstance(part := read[0], Grown):
         return (Grown(part.node, part.up, (*part.pads, pad)),)
     return None
@@ -176,7 +169,7 @@ def _pad_of(node: Node) -> tuple[Any, ...] | None:
     """Return (left, right, top, bottom) of a pad by zeros; None for another call."""
     if node.target not in PAD:
         return None
-    given = _given(node, PADDING)
+    given = given_of(node, PADDING)
     pad = given["pad"]
     if given.get("mode", "constant") != "constant" or given.get("value") not in (None, 0) or len(pad) not in (2, 4):
         return None
@@ -185,8 +178,8 @@ def _pad_of(node: Node) -> tuple[Any, ...] | None:
 
 def _crop_of(node: Node) -> tuple[int, ...] | None:
     """Return the pad, by less than nothing, that a slice of rows and columns of a map of known size is; else None."""
-    given = _given(node, ("input", "index"))
-    index, whole = given.get("index"), getattr(_example(given.get("input")), "shape", ())
+    given = given_of(node, ("input", "index"))
+    index, whole = given.get("index"), getattr(example_of(given.get("input")), "shape", ())
     if node.target is not operator.getitem or not isinstance(index, tuple) or len(whole) != MAP:
         return None
     at = index.index(...) if ... in index else len(index)
@@ -207,11 +200,11 @@ def _why_not_convolved(node: Node, known: Mapping[Node, Parts]) -> str:
     if node.op == "output":
         return "its map is a result"
     if node.op != "call_function" or node.target not in CONV:
-        return f"{_name(node)} reads its map"
-    given = _convolution(node)
+        return f"{name_of(node)} reads its map"
+    given = convolution_of(node)
     if given["weight"] in known or given["bias"] in known:
         return "its weight is up-sampled"
-    weight = _example(given["weight"])
+    weight = example_of(given["weight"])
     reasons = [f"{name} {given[name]}" for name in ("stride", "dilation") if set(_pair(given[name])) != {1}]
     if given["groups"] != 1:
         reasons.append(f"{given['groups']} groups")
@@ -220,11 +213,6 @@ def _why_not_convolved(node: Node, known: Mapping[Node, Parts]) -> str:
     if _side(given["padding"], weight.shape[2:]) is None:
         reasons.append(f"padding {given['padding']!r} beside this kernel")
     return f"{', '.join(reasons)}: it takes stride 1, no dilation, no groups, zeros for padding" if reasons else ""
-
-
-def _convolution(node: Node) -> dict[str, Any]:
-    defaults = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    return defaults | _given(node, CONVOLUTION)
 
 
 def _pair(value: Any) -> tuple[Any, ...]:
@@ -246,51 +234,27 @@ def _why_not_together(paths: _Paths, chain: list[Node], end: Node) -> str:
     for node in chain[:-1]:
         others = [user for user in node.users if user not in inner and user is not end]
         if others:
-            named = ", ".join("the result" if each.op == "output" else _name(each) for each in others)
-            return f"{named} reads the map of {_name(node)} as well"
+            named = ", ".join("the result" if each.op == "output" else name_of(each) for each in others)
+            return f"{named} reads the map of {name_of(node)} as well"
     read = [each for node in chain for each in node.all_input_nodes if each not in inner]
-    memories = {_memory(each) for each in read} - {None}
+    memories = {memory_of(each) for each in read} - {None}
     for node in list(paths.order)[paths.order[chain[0]] + 1 :]:  # behind the convolution backward still reads them
-        if node not in inner and any(_memory(each) in memories for each in _written(node)):
-            return f"{_name(node)} writes to a map that is read"
+        if node not in inner and any(memory_of(each) in memories for each in written_by(node)):
+            return f"{name_of(node)} writes to a map that is read"
     return ""
-
-
-def _memory(node: Node) -> Any:
-    example = _example(node)
-    return example.untyped_storage()._cdata if isinstance(example, Tensor) else None  # noqa: SLF001 - as weak references do
-
-
-def _written(node: Node) -> Iterator[Node]:
-    """Yield what a node may write to: all that it is given where only its own code knows."""
-    if isinstance(node.target, torch._ops.OperatorBase) or node.op == "call_module" or "out" in node.kwargs:  # noqa: SLF001 - no public name
-        yield from node.all_input_nodes
-        return
-    name = str(getattr(node.target, "__name__", node.target))
-    by_name = (name.endswith("_") and not name.endswith("__")) or name == "setitem" or node.target in WRITING
-    if (by_name or _in_place(node)) and node.args and isinstance(node.args[0], Node):
-        yield node.args[0]
-
-
-def _in_place(node: Node) -> bool:
-    """Whether a function of PyTorch is asked to write to its first argument, by name or by position."""
-    if node.op != "call_function" or getattr(node.target, "__module__", "") != functional.__name__:
-        return bool(node.kwargs.get("inplace"))
-    names = [*inspect.signature(node.target).parameters] if inspect.isfunction(node.target) else []
-    return bool(_given(node, names).get("inplace"))
 
 
 def _foretold(parts: Parts, conv: Node) -> tuple[bool, str]:
     """Say which form runs on maps of the size that is compiled for, and why."""
-    given = _convolution(conv)
-    weight = _example(given["weight"])
+    given = convolution_of(conv)
+    weight = example_of(given["weight"])
     padding = _side(given["padding"], weight.shape[2:])
     assert padding is not None
     found = []
     for part in parts:
         if not isinstance(part, Grown):
             continue
-        shape = [_hint(each) for each in _example(_source(part.node)).shape]
+        shape = [_hint(each) for each in example_of(_source(part.node)).shape]
         pads = [tuple(map(_hint, pad)) for pad in part.pads]
         map_ = enlarged(torch.empty(shape, device="meta"), part.up.factor, part.up.mode, part.up.align_corners, pads)
         if (window := map_.window()) is not None:
@@ -301,15 +265,15 @@ def _foretold(parts: Parts, conv: Node) -> tuple[bool, str]:
 
 def _known(parts: Parts) -> bool:
     """Whether all maps have the size for which is compiled: then what is foretold of them is so in every call."""
-    sizes = [size for each in parts if isinstance(each, Grown) for size in _example(_source(each.node)).shape]
+    sizes = [size for each in parts if isinstance(each, Grown) for size in example_of(_source(each.node)).shape]
     return all(isinstance(size, int) for size in sizes)
 
 
 def _replace(graph: fx.Graph, parts: Sequence[Node | Grown], chain: Sequence[Node]) -> Node:
     """Let one call do the work of a chain, and erase that: torch.fx's own removal of dead code takes writes with it."""
     *inner, conv = chain
-    given = _convolution(conv)
-    padding = _side(given["padding"], _example(given["weight"]).shape[2:])
+    given = convolution_of(conv)
+    padding = _side(given["padding"], example_of(given["weight"]).shape[2:])
     read = [
         (_source(each.node), each.up.factor, each.up.mode, each.up.align_corners, each.pads)
         if isinstance(each, Grown)
@@ -323,27 +287,3 @@ def _replace(graph: fx.Graph, parts: Sequence[Node | Grown], chain: Sequence[Nod
     for node in (conv, *reversed(inner)):
         graph.erase_node(node)
     return made
-
-
-def _name(node: Node) -> str:
-    """Return what people call what a node does: Conv2d, where a layer does it, else cat."""
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    kind = stack[-1][1] if stack else None
-    if isinstance(kind, type) and kind.__module__.startswith("torch.nn.modules"):
-        return kind.__name__
-    return str(getattr(node.target, "__name__", node.target))
-
-
-def _places(chain: Sequence[Node]) -> tuple[str, ...]:
-    return tuple(_place(node) for node in chain)
-
-
-def _place(node: Node) -> str:
-    """Return where a node is: the name of its layer, or of the module whose Python calls it, and the function."""
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    if not stack:
-        return _name(node)
-    path, kind = stack[-1]
-    where = path.partition("]")[2].removeprefix(".__self__").lstrip(".")
-    layer = isinstance(kind, type) and kind.__module__.startswith("torch.nn.modules")
-    return where if layer else f"{where}.{_name(node)}".lstrip(".")

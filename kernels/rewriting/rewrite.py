@@ -1,30 +1,35 @@
-"""`rewrite(model)`: a model of the user's own, with convolutions over up-sampled maps at low resolution, exactly.
+"""`rewrite(model)` and `fuse(model)`: a model of the user's own at fewer MACs, or in fewer passes over memory.
 
-It is a new module over the same parameters whose forward is compiled by the backend of `torch.compile` that is in
-`backend`, so that modes, attributes, replaced blocks and sizes are the model's in each call (docs/rewritten.md).
+It is a new module over the same parameters whose forward is compiled by a backend of `torch.compile`, so that modes,
+attributes, replaced blocks and sizes are the model's in each call (docs/rewritten.md).
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
 from skipcost.kernels.rewriting.change import Change
+from skipcost.kernels.rewriting.fused import FusedOps
 from skipcost.kernels.rewriting.low import RewrittenOps
+from skipcost.kernels.rewriting.places import Choose, folded_or_dispatched
 from skipcost.kernels.rewriting.twin import twin
+from skipcost.kernels.weights import ATTRIBUTE
 from skipcost.unet_models.network import SkipNet
 from skipcost.unet_models.rewriting import flat
 
 # Where PyTorch knows it, each model's graphs count for themselves towards the limit of graphs for one Python function
 ISOLATED = {each: True for each in ("isolate_recompiles",) if each in inspect.signature(torch.compile).parameters}
 
-WHY = "in each call for which that counts fewer MACs"
+WHY = "in the form that is cheaper for the maps of each call"
 KNOWN = (Tensor, nn.Parameter)
 
 
@@ -41,28 +46,61 @@ def rewrite(model: nn.Module, *example: Any) -> tuple[nn.Module, list[Change]]:
     The function is the same in inference and in training, gradients included, differentiable once.
     ValueError for what is no module of Python, or where modules cannot be told apart from the model's (`twin`).
     """
-    return _running(model, "low", example)
+    return _running(model, "rewrite", Forms(low=True), example)
 
 
-def _running(model: nn.Module, form: str, example: tuple[Any, ...]) -> tuple[nn.Module, list[Change]]:
+def fuse(
+    model: nn.Module, *example: Any, choose: Choose = folded_or_dispatched
+) -> tuple[nn.Module, list[Change]]:  # fmt: skip
+    """Return a model that computes the same with fewer passes over memory, and what becomes of each place of it.
+
+    At inference: a convolution runs with the batch norm, ReLU and pool behind it and the concatenation in front of it,
+    on a GPU in our kernels where they win; where gradients may be asked for, the model's own operators run, with a
+    warning. Maps are channels_last in between; results are laid out as the model's. model, example, errors and what is
+    returned: as of `rewrite`; a model can be both.
+    choose: takes a call and one of the maps that it reads, and names the implementation: "triton" or "tma" for the
+    kernels, "cudnn" for PyTorch's convolution with the norm folded, "reference" for the layers one by one.
+    """
+    return _running(model, "fuse", Forms(choose=choose), example)
+
+
+@dataclass(frozen=True, slots=True)
+class Forms:
+    """What is done to a graph. low: convolutions over up-sampled maps; choose: blocks, where it is given."""
+
+    low: bool = False
+    choose: Choose | None = None
+
+    def and_of(self, other: Forms) -> Forms:
+        """Return what does both."""
+        return Forms(self.low or other.low, self.choose or other.choose)
+
+
+def _running(
+    model: nn.Module, caller: str, forms: Forms, example: tuple[Any, ...]
+) -> tuple[nn.Module, list[Change]]:  # fmt: skip
     if not isinstance(model, nn.Module):
-        message = f"rewrite got a {type(model).__name__}, whose code it cannot follow: give it an nn.Module of Python"
+        message = f"{caller} got a {type(model).__name__}, whose code it cannot follow: give it an nn.Module of Python"
         raise ValueError(message)  # noqa: TRY004 - all input that is refused raises ValueError
     made = twin(model)
-    changes = [change for name, each in made.named_modules() if isinstance(each, SkipNet) for change in _on(each, name)]
+    changes = [
+        change for name, each in made.named_modules() if isinstance(each, SkipNet) for change in _on(each, forms, name)
+    ]
     if isinstance(made, SkipNet):
         return made, changes
     own = made.__dict__.get("forward")
-    running = Running(made, own.own if isinstance(own, Running) else own, form, changes)
+    if isinstance(own, Running):
+        own, forms = own.own, forms.and_of(own.forms)
+    running = Running(made, own, forms, changes)
     made.__dict__["forward"] = running
     if example:
         _compile(made, example)
     return made, running.changes
 
 
-def _on(network: SkipNet, name: str) -> Iterator[Change]:
-    """Let a network of the suite run the program of the backend `rewritten`, and say what stands for several ops."""
-    network.use(RewrittenOps().ops())
+def _on(network: SkipNet, forms: Forms, name: str) -> Iterator[Change]:
+    """Let a network of the suite run the program of the backend, and say what stands for several ops."""
+    network.use(RewrittenOps().ops() if forms.choose is None else FusedOps(forms.choose).ops())
     for op in network.program.ops:
         if op.parts:
             parts = list(flat(op))
@@ -88,32 +126,56 @@ class Running:
     A copy or a pickle is compiled anew.
     """
 
-    def __init__(self, module: nn.Module, own: Callable[..., Any] | None, form: str, changes: list[Change]) -> None:
-        self.module, self.own, self.form, self.changes = module, own, form, list(changes)
+    def __init__(self, module: nn.Module, own: Callable[..., Any] | None, forms: Forms, changes: list[Change]) -> None:
+        self.module, self.own, self.forms, self.changes = module, own, forms, list(changes)
         self._compiled: Callable[..., Any] | None = None
-        self._skip_hooks: bool | None = None
+        self._restore: Callable[[], None] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Do what the module's own forward does."""
         if torch.compiler.is_compiling() or _seen_through((*args, *kwargs.values())):
             return self.own(*args, **kwargs) if self.own else type(self.module).forward(self.module, *args, **kwargs)
+        if self.forms.choose is not None and self.module.training:
+            self._forget()
         if self._compiled is None:
             self._compiled = torch.compile(self.__wrapped__, backend=self._rewrite, **ISOLATED)
         try:
             return self._compiled(*args, **kwargs)
         finally:
-            if self._skip_hooks is not None:
-                torch._dynamo.config.skip_nnmodule_hook_guards, self._skip_hooks = self._skip_hooks, None
+            if self._restore is not None:
+                self._restore()
+                self._restore = None
 
-    def _rewrite(self, graph: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+    def _rewrite(self, module: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
         """Be the backend, and have hooks guarded, too, which by default Dynamo ignores if they come later."""
-        from skipcost.kernels.rewriting.backend import backend  # noqa: PLC0415 - loads Dynamo and sympy
+        from torch._dynamo import config  # noqa: PLC0415 - loads Dynamo
 
-        run = backend(graph, examples, options={"form": self.form}, tell=self._note)
-        if self._skip_hooks is None:
-            self._skip_hooks = torch._dynamo.config.skip_nnmodule_hook_guards
-        torch._dynamo.config.skip_nnmodule_hook_guards = False  # guards are made next
+        from skipcost.kernels.rewriting.blocks import fuse_graph  # noqa: PLC0415 - as above
+        from skipcost.kernels.rewriting.graph import rewrite_graph  # noqa: PLC0415 - as above
+
+        changes = rewrite_graph(module.graph) if self.forms.low else []
+        if self.forms.choose is not None:
+            changes += fuse_graph(module.graph, self._find, FusedOps(self.forms.choose))
+        for change in changes:
+            self._note(change)
+        module.recompile()
+        if self._restore is None:
+            self._restore = partial(setattr, config, "skip_nnmodule_hook_guards", config.skip_nnmodule_hook_guards)
+        config.skip_nnmodule_hook_guards = False  # guards are made next
+        run: Callable[..., Any] = module.forward
         return run
+
+    def _forget(self) -> None:
+        """Drop what inference made of weights: writes through .data, as in training, leave no trace."""
+        for each in self.module.modules():
+            each.__dict__.pop(ATTRIBUTE, None)
+
+    def _find(self, path: str) -> nn.Module:
+        """Return the module that stands at a path now; KeyError where there is none."""
+        found: Any = self.module
+        for name in path.split(".") if path else ():
+            found = found._modules[name]  # noqa: SLF001 - get_submodule asks more
+        return cast("nn.Module", found)
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -132,7 +194,7 @@ class Running:
 
     def __reduce__(self) -> tuple[type[Running], tuple[Any, ...]]:
         """Copy and pickle by what it was made of."""
-        return Running, (self.module, self.own, self.form, self.changes)
+        return Running, (self.module, self.own, self.forms, self.changes)
 
 
 def _seen_through(given: Iterable[Any]) -> bool:

@@ -44,13 +44,15 @@ def _at(name: str, attribute: str) -> str:
 
 
 def _refuse(module: nn.Module, name: str) -> None:
+    from torch._dynamo import OptimizedModule  # noqa: PLC0415 - loads Dynamo
+
     where = name or "the model"
     if isinstance(module, torch.jit.ScriptModule):
         message = f"{where} is a {type(module).__name__}, whose code cannot be followed: give the module of Python"
-        raise ValueError(message)
-    if isinstance(module, torch._dynamo.OptimizedModule):
+        raise ValueError(message)  # noqa: TRY004 - all input that is refused raises ValueError
+    if isinstance(module, OptimizedModule):
         message = f"{where} is compiled already: give the module that torch.compile was given"
-        raise ValueError(message)
+        raise ValueError(message)  # noqa: TRY004 - as above
     own = (*module._parameters.values(), *module._buffers.values())  # noqa: SLF001 - parameters() leaves out repeats
     if any(isinstance(each, UninitializedTensorMixin) for each in own):
         message = f"{where} is a lazy layer, {type(module).__name__}, without weights yet: run the model once first"
@@ -58,7 +60,7 @@ def _refuse(module: nn.Module, name: str) -> None:
 
 
 def _copied(value: Any, names: Collection[nn.Module], known: dict[int, Any], where: str) -> Any:
-    """Return an attribute for the twin: with the twin's modules in place of the model's, at any depth; else as it is."""
+    """Return an attribute for the twin, with its modules in place of the model's at any depth; else as it is."""
     if isinstance(value, weakref.ReferenceType):
         return weakref.ref(known[id(value())]) if id(value()) in known else value
     reached = list(_reached(value))
@@ -67,11 +69,12 @@ def _copied(value: Any, names: Collection[nn.Module], known: dict[int, Any], whe
     memo = known | {id(each): each for each in reached if isinstance(each, Tensor)}
     try:
         made = copy.deepcopy(value, memo)
-    except Exception as error:  # noqa: BLE001 - whatever code of the user's own raises
+    except Exception as error:  # whatever code of the user's own raises
         message = f"{where} holds modules of the model and cannot be copied: {error}"
         raise ValueError(message) from error
     if any(each in names for each in _reached(made) if isinstance(each, nn.Module)):
-        message = f"{where} holds modules of the model in a function or a weak reference, which would keep to those: set it afterwards"
+        kept = "holds modules of the model in a function or a weak reference"
+        message = f"{where} {kept}, which would keep to those: set it afterwards"
         raise ValueError(message)
     return made
 

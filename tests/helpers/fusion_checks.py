@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Self
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from user_models import MODELS, trained
 
-from skipcost.kernels import Change
+from skipcost.kernels import Change, fuse
+from skipcost.kernels.rewriting.rewrite import Running
 
 JOINED = "up_conv, concat_conv_bn_relu"
 FOLDED = "convolution of PyTorch with the norm folded in"
@@ -67,17 +72,72 @@ def refused(changes: list[Change]) -> str:
     return change.why
 
 
-class Called(TorchDispatchMode):
-    """Lists the names of our ops as they run."""
+class Called:
+    """Lists the names of our ops as they run in graphs that are compiled within."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.names: list[str] = []
+
+    def __enter__(self) -> Self:
+        self._within = within(_Listing(self.names))
+        self._within.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._within.__exit__(*error)
+
+
+class _Listing(TorchDispatchMode):
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "skipcost":
             self.names.append(func._opname)
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def within(
+    mode: AbstractContextManager[object], after: Callable[[Callable[[], Any]], object] = lambda _: None
+) -> Iterator[None]:  # fmt: skip
+    """Let graphs of rewritten and fused models that are compiled now run in a mode, and give each to `after`.
+
+    Dynamo compiles nothing under a dispatch mode, and calls nothing that it compiled.
+    """
+    rewrite = Running._rewrite
+
+    def watched(running: Running, *args: Any) -> Callable[..., Any]:
+        graph = rewrite(running, *args)
+
+        def call(*given: Any) -> Any:
+            with mode:
+                result = graph(*given)
+            after(partial(graph, *given))
+            return result
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Running, "_rewrite", watched)
+        yield
+
+
+@torch.no_grad()
+def graph_of(model: nn.Module, x: Tensor) -> Callable[[], Any]:
+    """Return what runs the graph of a rewritten or fused model; the first call is done."""
+    found: list[Any] = []
+    with within(nullcontext(), found.append):
+        model(x)
+    (graph,) = found
+    return torch.no_grad()(graph)
+
+
+@torch.no_grad()
+def fuse_at(model: nn.Module, x: Tensor, **options: Any) -> tuple[nn.Module, list[Change]]:
+    """Fuse a model, compiled for an input without gradients."""
+    return fuse(model, x, **options)
 
 
 def total(model: nn.Module, x: Tensor) -> Tensor:

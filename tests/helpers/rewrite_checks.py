@@ -12,15 +12,14 @@ import pytest
 import reference_models
 import torch
 import user_models
+from fusion_checks import within
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from user_models import trained
 
-from skipcost.kernels.rewriting import backend as compiling
 from skipcost.kernels.rewriting import enlarged, graph
-from skipcost.kernels.rewriting.backend import backend
 from skipcost.kernels.rewriting.rewrite import Running
 
 
@@ -122,44 +121,16 @@ def run(model: nn.Module, x: Tensor, *, training: bool, through: Callable[..., A
     model = copy.deepcopy(model).train(training)
     x = x.detach().clone().requires_grad_()
     torch.manual_seed(3)
-    counted = Counted()
-    with counted if isinstance(model.forward, Running) or through else counted.mode:
+    counter = FlopCounterMode(display=False)
+    flops: list[int] = []
+    compiled = through or isinstance(model.forward, Running)
+    with within(counter, lambda _: flops.append(counter.get_total_flops())) if compiled else counter:
         results = tree_leaves((through(model) if through else model)(x))
     torch.stack([each.square().sum() for each in results]).sum().backward()
     gradients = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
     assert x.grad is not None
-    return Pass(
-        [each.detach() for each in results], {**gradients, "x": x.grad}, list(model.buffers()), counted.macs()
-    )  # fmt: skip
-
-
-class Counted:
-    """Counts the MACs of graphs as they run: Dynamo compiles nothing under a dispatch mode, and calls none there."""
-
-    def __init__(self) -> None:
-        self.mode, self.flops = FlopCounterMode(display=False), 0
-        self._patch = pytest.MonkeyPatch()
-
-    def __enter__(self) -> None:
-        self._patch.setattr(compiling, "backend", self._backend)
-
-    def __exit__(self, *_: object) -> None:
-        self._patch.undo()
-
-    def _backend(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        graph = backend(*args, **kwargs)
-
-        def call(*given: Any) -> Any:
-            with self.mode:
-                result = graph(*given)
-            self.flops += self.mode.get_total_flops()
-            return result
-
-        return call
-
-    def macs(self) -> int:
-        """Return those of all graphs, or of all that ran under the mode."""
-        return (self.flops or self.mode.get_total_flops()) // 2
+    macs = (sum(flops) or counter.get_total_flops()) // 2
+    return Pass([each.detach() for each in results], {**gradients, "x": x.grad}, list(model.buffers()), macs)
 
 
 def assert_same(one: Pass, other: Pass, bound: float = 1e-12) -> None:

@@ -136,8 +136,7 @@ def test_a_place_reads_the_result_of_another(taken: list[tuple[int, ...]]) -> No
     class Two(Net):
         def forward(self, x: Tensor) -> Tensor:
             first = self.conv(self.up(x))
-            second = functional.conv2d(torch.cat([first, self.up(x)], 1), torch.cat([self.conv.weight] * 2, 1)[:, :96])
-            return second
+            return functional.conv2d(torch.cat([first, self.up(x)], 1), torch.cat([self.conv.weight] * 2, 1)[:, :96])
 
     model, x = Two(), torch.randn(IMAGE)
 

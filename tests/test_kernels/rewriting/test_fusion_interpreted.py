@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from user_models import PaddingUNet, ValidUNet, trained
 
+from skipcost.kernels import fuse
 from skipcost.kernels.ops import launch
-from skipcost.kernels.rewriting.fusion import fuse
 
 
 @pytest.fixture

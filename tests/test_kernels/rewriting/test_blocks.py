@@ -6,14 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fusion_checks import FOLDED, JOINED, assert_as_good, ours, outputs, refused, small
+from fusion_checks import FOLDED, JOINED, assert_as_good, fuse_at, ours, outputs, refused, small
 from torch import Tensor, nn
 from torch.nn import functional
 from user_models import trained
 
-from skipcost.kernels import fuse
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh")
 
 
 class Functional(nn.Module):
@@ -45,7 +43,7 @@ def test_every_way_to_write_relu_is_known(name: str) -> None:
     """As a function of two modules, a method, in place or not."""
     model, x = trained(Functional(RELUS[name])), torch.randn(2, 3, 6, 7)
 
-    fused, changes = fuse(model)
+    fused, changes = fuse_at(model, x)
 
     assert [change.before.split(" -> ")[:2] for change in changes] == [["Conv2d", "BatchNorm2d"]]
     assert changes[0].where[2].startswith("relu")
@@ -70,7 +68,7 @@ def test_norms_of_known_statistics_are_folded(norm: nn.Module | None, bias: bool
     layers = [nn.Conv2d(3, 5, 3, padding=1, bias=bias), *([norm] if norm else []), *([nn.ReLU()] if relu else [])]
     model, x = small(*layers), torch.randn(2, 3, 6, 7)
 
-    fused, changes = fuse(model)
+    fused, changes = fuse_at(model, x)
 
     assert ours(changes) == (["conv_bn_relu"] if norm or relu else [])
     assert_as_good(fused, model, x)
@@ -82,7 +80,7 @@ def test_padding_by_a_word_is_read(padding: str, side: int) -> None:
     """PyTorch's own words for a layer's padding mean numbers that the kernels have."""
     model, x = small(nn.Conv2d(3, 5, side, padding=padding), nn.BatchNorm2d(5), nn.ReLU()), torch.randn(2, 3, 6, 7)
 
-    fused, changes = fuse(model, choose=lambda _call, _x: "triton")
+    fused, changes = fuse_at(model, x, choose=lambda _call, _x: "triton")
 
     assert ours(changes) == ["conv_bn_relu"]
     assert_as_good(fused, model, x)
@@ -106,8 +104,8 @@ def test_what_no_kernel_does_is_folded_only(conv: nn.Conv2d, why: str) -> None:
     """The norm still costs no pass of its own, and the reason is given; without a norm there is nothing to gain."""
     model, x = small(conv, nn.BatchNorm2d(6), nn.ReLU()), torch.randn(2, 3, 9, 8)
 
-    fused, changes = fuse(model)
-    _, bare_changes = fuse(small(conv, nn.ReLU()))
+    fused, changes = fuse_at(model, x)
+    _, bare_changes = fuse_at(small(conv, nn.ReLU()), x)
 
     assert ours(changes) == [FOLDED]
     assert changes[0].why == f"{why}: the kernels do 3x3 and 1x1, stride 1, zeros for padding"
@@ -143,7 +141,7 @@ def test_what_cannot_be_fused_stays_and_says_why(layers: list[nn.Module], why: s
     """The layers are called as before, and one line tells the reason."""
     model, x = small(nn.Conv2d(3, 6, 3, padding=1), *layers, nn.ReLU()), torch.randn(2, 3, 6, 7)
 
-    fused, changes = fuse(model)
+    fused, changes = fuse_at(model, x)
 
     assert why in refused(changes)
     assert torch.equal(*outputs(model, x), *outputs(fused, x))
@@ -152,8 +150,8 @@ def test_what_cannot_be_fused_stays_and_says_why(layers: list[nn.Module], why: s
 @pytest.mark.parametrize(
     ("conv", "why"),
     [
-        (OwnConv(3, 6, 3), "OwnConv convolves in a way of its own"),
-        (hooked(nn.Conv2d(3, 6, 3)), "the convolution is not only called: it has hooks"),
+        (OwnConv(3, 6, 3), "the weight of OwnConv is computed in each call, or no layer's own"),
+        (hooked(nn.Conv2d(3, 6, 3)), "Conv2d stands between"),
         (nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 3)), "computed in each call"),
     ],
     ids=["subclass", "hook", "weight norm"],
@@ -162,7 +160,7 @@ def test_a_convolution_that_does_more_stays(conv: nn.Module, why: str) -> None:
     """A subclass with a way of its own, one with hooks, one whose weight is computed."""
     model, x = nn.Sequential(conv, nn.BatchNorm2d(6), nn.ReLU()).eval(), torch.randn(2, 3, 6, 7)
 
-    fused, changes = fuse(model)
+    fused, changes = fuse_at(model, x)
 
     assert why in refused(changes)
     assert torch.equal(*outputs(model, x), *outputs(fused, x))
@@ -176,11 +174,12 @@ def test_a_subclass_that_changes_nothing_is_a_convolution() -> None:
             super().__init__(i, o, 3, padding=1)
 
     model = small(Conv3x3(3, 6), nn.BatchNorm2d(6), nn.ReLU())
+    x = torch.randn(2, 3, 6, 7)
 
-    fused, changes = fuse(model)
+    fused, changes = fuse_at(model, x)
 
     assert str(changes[0]) == "0, 1, 2: Conv3x3 -> BatchNorm2d -> ReLU runs as conv_bn_relu"
-    assert_as_good(fused, model, torch.randn(2, 3, 6, 7))
+    assert_as_good(fused, model, x)
 
 
 class ReadTwice(nn.Module):
@@ -217,11 +216,12 @@ class ReadTwice(nn.Module):
 def test_a_map_that_others_need_is_there(where: str, expected: list[str]) -> None:
     """What is read by others is not fused over; what is written to before the pool is not pooled before."""
     model = trained(ReadTwice(where))
+    x = torch.randn(2, 3, 6, 8)
 
-    fused, changes = fuse(model)
+    fused, changes = fuse_at(model, x)
 
     assert [change.before for change in changes if change.after] == expected
-    assert_as_good(fused, model, torch.randn(2, 3, 6, 8))
+    assert_as_good(fused, model, x)
     if not expected:
         assert "the map of the convolution is read by others too: " in refused(changes)
 
@@ -267,18 +267,19 @@ class Concatenating(nn.Module):
         ("read", ["concat_conv_bn_relu"]),
         ("padded", ["concat_conv_bn_relu"]),  # by two pads, of which the last is of nothing but crops
         ("batch", ["concat_conv_bn_relu"]),  # of two that are concatenated along the batch
-        ("axis", []),
+        ("axis", [JOINED]),
         ("joined", ["up_conv_concat"]),  # the concatenated map is needed
     ],
 )
 def test_concatenations_are_joined_as_far_as_they_allow(way: str, expected: list[str], chosen: str) -> None:
     """The up-sampled map is put off only where it comes last, is read once, and its source stays as it is."""
     model = trained(Concatenating(way))
+    x = torch.randn(2, 3, 5, 6)
 
-    fused, changes = fuse(model, choose=lambda _call, _x: chosen)
+    fused, changes = fuse_at(model, x, choose=lambda _call, _x: chosen)
 
     assert ours(changes) == expected
-    assert_as_good(fused, model, torch.randn(2, 3, 5, 6))
+    assert_as_good(fused, model, x)
 
 
 class Shared(nn.Module):
@@ -299,7 +300,7 @@ def test_a_shared_layer_is_fused_at_each_place() -> None:
     """Each place folds its own norm, in turns over two calls, and the layer stays one."""
     model, x = trained(Shared()), torch.randn(2, 3, 6, 7)
 
-    fused, changes = fuse(model)
+    fused, changes = fuse_at(model, x)
 
     assert ours(changes) == ["conv_bn_relu"] * 2
     assert list(fused.state_dict()) == list(model.state_dict())

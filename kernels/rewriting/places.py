@@ -1,7 +1,7 @@
-"""What fused models call: `LayerOps`, the executor's fused ops for layers that a user has put together.
+"""What fused models call: `Place`, the executor's fused ops for layers that a user has put together.
 
-Each method takes the layers themselves, so that weights are where the user left them, and does exactly what calling
-the layers one by one would do, errors included. Only inference: `rewiring` sees to that.
+Layers are looked up in each call, so that weights are where the user left them, and each method does exactly what the
+layers one by one would do, errors included. Only inference: `blocks` sees to that.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch.nn import functional
 from skipcost.kernels.dispatch.call import Call
 from skipcost.kernels.precision import computing_type
 from skipcost.kernels.rewriting.fused import FusedOps, dispatched
-from skipcost.kernels.rewriting.rewiring import dense
 from skipcost.kernels.weights import pack
 from skipcost.unet_models.ops import ConvNormAct, conv_norm_act, pool
 
+Choose = Callable[[Call, Tensor], str]
 DEVICES = ("cpu", "cuda")  # what our ops run on
 
 
@@ -48,10 +48,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Later:
-    """The map that a 2x2 transposed convolution of stride 2 will give, made where it is concatenated.
-
-    Until then a model only asks for its shape.
-    """
+    """The map that a 2x2 transposed convolution of stride 2 will give, made where it is concatenated."""
 
     layer: nn.ConvTranspose2d
     x: Tensor
@@ -62,10 +59,6 @@ class Later:
         batch, _, height, width = self.x.shape
         return torch.Size((batch, self.layer.out_channels, 2 * height, 2 * width))
 
-    def size(self, dim: int | None = None) -> torch.Size | int:
-        """As Tensor.size."""
-        return self.shape if dim is None else self.shape[dim]
-
     def made(self) -> Tensor:
         """Return the map."""
         result: Tensor = self.layer(self.x)
@@ -73,53 +66,60 @@ class Later:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerOps(FusedOps):
-    """The ops of a fused model; `choose` as for `FusedOps`."""
+class Place:
+    """A convolution of a model, its norm and ReLU, or an up-sampling, or a concatenation alone.
 
-    choose: Callable[[Call, Tensor], str] = folded_or_dispatched
+    ops: what runs; its `choose` names the implementation of each call. find: gives a module of the model by its name.
+    conv, norm: names, None where there is none. geometry: stride, padding, dilation and groups as the model calls it.
+    """
 
-    def convolve(self, read: Tensor | list[Tensor], conv: nn.Conv2d, norm: nn.BatchNorm2d | None, relu: bool) -> Tensor:
+    ops: FusedOps
+    find: Callable[[str], nn.Module]
+    conv: str | None = None
+    norm: str | None = None
+    relu: bool = False
+    geometry: tuple[Any, ...] = ()
+
+    def _layer(self) -> ConvNormAct:
+        assert self.conv is not None
+        norm = None if self.norm is None else self.find(self.norm)
+        made = Layer(cast("nn.Conv2d", self.find(self.conv)), cast("nn.BatchNorm2d | None", norm), self.relu)
+        return cast("ConvNormAct", made)
+
+    def convolve(self, read: Tensor | list[Tensor]) -> Tensor:
         """Convolve a map, or what `join` gave, with the norm and ReLU that follow."""
+        layer = self._layer()
         if isinstance(read, list):
-            return self._convolve(_layer(conv, norm, relu), read, "concat_conv_bn_relu")
-        if not _fits([read], conv):
-            return conv_norm_act(_layer(conv, norm, relu), read)
-        return self._convolve(_layer(conv, norm, relu), [read], "conv_bn_relu")
+            return self.ops._convolve(layer, read, "concat_conv_bn_relu")  # noqa: SLF001 - one idea in two files
+        return self.ops.conv_norm_act(layer, read) if _fits([read], layer.conv) else conv_norm_act(layer, read)
 
-    def convolve_pool(
-        self, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, relu: bool
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def convolve_pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Convolve, then also return the 2x2 maximum."""
-        if not _fits([x], conv):
-            full = conv_norm_act(_layer(conv, norm, relu), x)
+        layer = self._layer()
+        if not _fits([x], layer.conv):
+            full = conv_norm_act(layer, x)
             return full, pool(full, 2, ceil=False)
-        return self.conv_pool(_layer(conv, norm, relu), x)
+        return self.ops.conv_pool(layer, x)
 
-    def fold(self, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, relu: bool) -> Tensor:
-        """Convolve with any stride, groups, dilation and padding, the norm folded into the weights."""
-        if not _fits([x], conv):
-            return conv_norm_act(_layer(conv, norm, relu), x)
-        made = pack(conv, norm, computing_type(x))
-        result = conv._conv_forward(x, made.folded, made.bias)  # noqa: SLF001 - where PyTorch pads by mode
-        return functional.relu(result, inplace=True) if relu else result
+    def fold(self, x: Tensor) -> Tensor:
+        """Convolve with any stride, groups and dilation, the norm folded into the weights."""
+        layer = self._layer()
+        conv, norm = layer.conv, layer.norm
+        assert norm is not None
+        if _fits([x], conv):
+            made = pack(conv, norm, computing_type(x))
+            result = functional.conv2d(x, made.folded, made.bias, *self.geometry)
+        else:
+            result = norm(functional.conv2d(x, conv.weight, conv.bias, *self.geometry))
+        return functional.relu(result, inplace=True) if self.relu else result
 
-    def later(self, layer: nn.ConvTranspose2d, x: Tensor) -> Tensor | Later:
+    def later(self, x: Tensor) -> Tensor | Later:
         """Put off an up-sampling until its map is concatenated."""
+        assert self.conv is not None
+        layer = cast("nn.ConvTranspose2d", self.find(self.conv))
         return Later(layer, x) if _fits([x], layer) else cast("Tensor", layer(x))
 
-    def pad(self, x: Tensor | Later, pad: Sequence[int], *args: Any, **kwargs: Any) -> Tensor | Later:
-        """Pad a map that will be concatenated; by nothing, it is not copied."""
-        if not any(pad):
-            return x
-        return functional.pad(x.made() if isinstance(x, Later) else x, pad, *args, **kwargs)
-
-    def join(
-        self,
-        maps: list[Tensor | Later],
-        conv: nn.Conv2d | None = None,
-        norm: nn.BatchNorm2d | None = None,
-        relu: bool = False,  # noqa: FBT002 - from a graph
-    ) -> Tensor | list[Tensor]:
+    def join(self, maps: list[Tensor | Later]) -> Tensor | list[Tensor]:
         """Concatenate the channels, or return the maps where the convolution had better read them apart.
 
         The graph lets go of the maps after this and before the convolution, as it would after torch.cat.
@@ -131,22 +131,23 @@ class LayerOps(FusedOps):
         same = _alike([*ready, known]) and all(each.shape[2:] == last.shape[2:] for each in ready)
         if not same or (up is not None and known.dtype != computing_type(known)):
             return torch.cat([*ready, last.made() if isinstance(last, Later) else last], 1)
-        layer = None if conv is None else _layer(conv, norm, relu)
-        if layer is None or not _fits(ready, layer.conv) or not self._reads_apart(layer, [*ready, known], up):
-            return self._joined([*ready, known], up)
-        return [*ready, known if up is None else self.up_conv(up, known)]
-
-    def dense(self, *given: Any) -> bool:
-        """Whether all maps that the model was given are contiguous."""
-        return dense(*given)
-
-    def restored(self, x: Any, contiguous: bool) -> Any:
-        """Return a map as modules of the user's own expect it, which may call .view: contiguous where the input was."""
-        return x.contiguous() if contiguous and isinstance(x, Tensor) else x
+        layer = None if self.conv is None else self._layer()
+        together = layer is None or not _fits(ready, layer.conv)
+        if together or not self.ops._reads_apart(cast("ConvNormAct", layer), [*ready, known], up):  # noqa: SLF001
+            return self.ops._joined([*ready, known], up)  # noqa: SLF001
+        return [*ready, known if up is None else self.ops.up_conv(up, known)]
 
 
-def _layer(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, relu: bool) -> ConvNormAct:
-    return cast("ConvNormAct", Layer(conv, norm, relu))
+def pad_later(x: Tensor | Later, pad: Sequence[int], *args: Any, **kwargs: Any) -> Tensor | Later:
+    """Pad a map that will be concatenated; by nothing, it is not copied."""
+    if not any(pad):
+        return x
+    return functional.pad(x.made() if isinstance(x, Later) else x, pad, *args, **kwargs)
+
+
+def laid_out(x: Tensor, layout: torch.memory_format) -> Tensor:
+    """Return a map as the model would have it in memory: ops of ours give channels_last."""
+    return x.contiguous(memory_format=layout)
 
 
 def _fits(maps: Sequence[Tensor], conv: nn.Conv2d | nn.ConvTranspose2d) -> bool:
