@@ -25,7 +25,7 @@ from rich.text import Text
 
 from skipcost.bench.errors import BenchError
 from skipcost.bench.streams import visible
-from skipcost.bench.units import MAX_BATCH
+from skipcost.bench.units import MAX_BATCH, parse_number
 from skipcost.kernels import outputs
 
 EVERY_S = 30.0  # between lines that say how far a command is, where no bar can be seen
@@ -279,21 +279,12 @@ def number(title: str, low: float, high: float, kind: type[int | float] = int) -
     typer's own `min` and `max` let nan pass, since it is not below or above anything.
     """
 
-    def read(text: Any) -> Any:
-        try:
-            return kind(text) if str(text).isascii() else text
-        except ValueError:
-            return text  # no number: said below, where the option's name is known
+    def read(param: typer.CallbackParam, value: Any) -> Any:
+        if value is None or isinstance(value, list):
+            return value and [read(param, each) for each in value]
+        return parse_number(param.opts[-1], value, low, high, kind)
 
-    def check(param: typer.CallbackParam, value: Any) -> Any:
-        for each in value if isinstance(value, list) else [value]:
-            if each is not None and (isinstance(each, str) or not low <= each <= high):
-                whole = "whole " if kind is int else ""
-                message = f"{param.opts[-1]} {each!r} is not a {whole}number from {low} to {high}"
-                raise BenchError(message)
-        return value
-
-    return typer.Option(help=f"{title}; {low} to {high}", parser=read, callback=check, metavar=f"<{kind.__name__}>")
+    return typer.Option(help=f"{title}; {low} to {high}", parser=str, callback=read, metavar=f"<{kind.__name__}>")
 
 
 BATCH = Annotated[int, number("images in a step", 1, MAX_BATCH)]

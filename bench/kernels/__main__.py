@@ -9,6 +9,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from skipcost.bench.errors import BenchError
 from skipcost.bench.streams import steady_streams, tell
 from skipcost.kernels.errors import PIPE_CLOSED, MachineError, Stopped, flushed, stoppable
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         with stoppable(), flushed():
             code: int = importlib.import_module(f"skipcost.bench.kernels.{command}").main(rest)
-    except (ValueError, MachineError) as error:
+    except (ValueError, BenchError, MachineError) as error:
         tell(str(error))
         return ENVIRONMENT if isinstance(error, MachineError) else BAD_USAGE
     except BrokenPipeError:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from skipcost.bench.cases.record import outcome_of
 from skipcost.bench.kernels import jobs
 from skipcost.bench.kernels.cases import LIBRARIES
 from skipcost.bench.kernels.jobs import Limits
@@ -32,6 +33,10 @@ Configuration = tuple[Call, str, Tile | None]  # what is run, by which implement
 
 SEED = 0
 INFINITE = 1e30  # stands for an infinite error where it is written down: JSON has no infinity
+OUTCOMES = {  # of exceptions
+    "OutOfMemoryError": "out_of_memory",
+    "OutOfResources": "unsupported",  # Triton's: more shared memory or threads than this GPU has
+}
 FAILURES = ("wrong", "unrepeatable", "crash", "timeout")
 MOST_WORKERS = 8
 MEMORY_SHARE = 0.85  # of the GPU's, for all processes; their contexts take the rest
@@ -195,14 +200,7 @@ def by_image(given: Operands, results: Results) -> Iterator[tuple[Operands, Resu
 
 def reason(error: Exception) -> Row:
     """Return the row of what was raised: a refusal before the launch, want of memory, or a crash."""
-    text = f"{type(error).__name__}: {error}"
-    if isinstance(error, torch.OutOfMemoryError):
-        return jobs.failed("out_of_memory", text)
-    if isinstance(error, ValueError):
-        return jobs.failed("unsupported", str(error))
-    if type(error).__name__ == "OutOfResources":  # Triton's: more shared memory or threads than this GPU has
-        return jobs.failed("unsupported", text)
-    return jobs.failed("crash", text)
+    return jobs.failed(*outcome_of(error, ValueError, OUTCOMES))
 
 
 def same_bits(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skipcost.bench.kernels import jobs
-from skipcost.bench.kernels.cases import USEFUL
+from skipcost.bench.kernels.cases import STEP_MACS, USEFUL
 from skipcost.bench.kernels.jobs import Done, Job, Limits
 from skipcost.bench.kernels.judging import (
     FAILURES,
@@ -42,7 +42,6 @@ CACHES = ("hot", "cold")
 CHUNK = 300  # configurations, or a few more: a minute of work, against ten seconds of starting processes
 REPEATS = 8  # calls in one hot sample: the gap before a graph starts is a large part of a single short call
 BUDGET = Budget(seconds=0.04, noise=0.01, least=15, warmup_seconds=0.2)
-STEP_MACS = 3  # a training step multiplies as much again for the gradients of its input and of its weights
 
 
 def survey(what: dict[str, Any], parts: Sequence[dict[str, Any]]) -> Iterator[Row]:

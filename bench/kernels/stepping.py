@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from skipcost.bench.kernels.cases import STEP_MACS
 from skipcost.bench.kernels.jobs import failed
 from skipcost.bench.kernels.judging import INFINITE, probe, reason
 from skipcost.bench.kernels.networks import parse_case, why_not
@@ -30,7 +31,6 @@ DTYPE = torch.bfloat16
 SEED = 0
 FLOOR = 1e-6  # an error that is allowed even where eager PyTorch makes none
 Runnable = Callable[[Tensor], Any]
-STEP_MACS = 3  # a training step multiplies as much again for the gradients of its inputs and of its weights
 
 
 def take(what: dict[str, Any], parts: Sequence[dict[str, Any]]) -> Iterator[Row]:
