@@ -38,11 +38,12 @@ from skipcost.bench.kernels.judging import (
     limits_for,
     part_of,
     tile_of,
+    watched,
     what_of,
     why_not,
 )
 from skipcost.bench.measure.process import Row
-from skipcost.bench.streams import Progress, tell, visible, write_table
+from skipcost.bench.streams import tell, visible, write_table
 from skipcost.kernels.dispatch.call import OPS, Call
 from skipcost.kernels.errors import MachineError
 from skipcost.kernels.ops.launch import architecture_of
@@ -74,13 +75,7 @@ def run(calls: Sequence[Call], device: str, seconds: float) -> list[Row]:
     """Check calls on a device for at most so long and return a row for every configuration."""
     todo = make_jobs(calls, device)
     limits = limits_for(device, time.time() + seconds)
-    progress = Progress("check", sum(len(job.parts) for job in todo), limits.until)
-    rows = []
-    for done in jobs.run(todo, "skipcost.bench.kernels.judging:verify", limits):
-        rows.append(as_row(done))
-        if done.row:
-            progress.step(failed=bool(failures(rows[-1:])))
-    return rows
+    return [as_row(done) for done in watched("check", todo, "skipcost.bench.kernels.judging:verify", limits)]
 
 
 def as_row(done: Done) -> Row:

@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from typing import Any
 
+from skipcost.bench.streams import write_table
 from skipcost.bench.units import MAX_BATCH, parse_number, parse_size
 from skipcost.kernels.devices import Device, device_or_guess, devices
 from skipcost.kernels.dispatch.call import MODES, PRECISIONS
@@ -65,15 +66,13 @@ def print_explanation(facts: dict[str, Any]) -> None:
     height, width = facts["size"]
     write(f"{facts['label']}, {facts['mode']}, batch {facts['batch']}, {height}x{width}, {facts['precision']}\n")
     write(f"on {facts['card']} ({facts['card_origin']})\n\n")
-    table = [("where", "op", "runs on", "time", "from", "why")]
+    table = []
     for row in facts["calls"]:
         op, _, shape = row["call"].partition(" ")
         shape = shape.removesuffix(f" {facts['precision']} {facts['mode']}").partition(" ")[2]
         time = f"{row['seconds'] * US:.1f} us"
         table.append((row["where"], f"{op} {shape}", row["implementation"], time, row["origin"], row["why"]))
-    widths = [max(len(line[at]) for line in table) for at in range(len(table[0]) - 1)]
-    for line in table:
-        write("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=False)) + f"  {line[-1]}\n")
+    write_table(("where", "op", "runs on", "time", "from", "why"), table)
     write("\nall calls, pooling and up-sampling without weights left out:\n")
     for way, title in WAYS.items():
         write(f"  {title:30s} {facts['seconds'][way] * US:10.1f} us\n")

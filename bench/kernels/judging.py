@@ -19,9 +19,10 @@ from torch import Tensor
 from skipcost.bench.cases.record import outcome_of
 from skipcost.bench.kernels import jobs
 from skipcost.bench.kernels.cases import LIBRARIES
-from skipcost.bench.kernels.jobs import Limits
+from skipcost.bench.kernels.jobs import Done, Job, Limits
 from skipcost.bench.measure.machine import arithmetic, machine_of
 from skipcost.bench.measure.process import LostDeviceError, Row
+from skipcost.bench.streams import Progress
 from skipcost.kernels.dispatch.call import Call
 from skipcost.kernels.ops.launch import interpreted
 from skipcost.kernels.ops.tiles import Tile
@@ -60,6 +61,15 @@ def limits_for(device: str, until: float) -> Limits:
         return Limits(until, workers=0)
     memory = int(torch.cuda.get_device_properties(0).total_memory * MEMORY_SHARE)
     return Limits(until, workers=min(MOST_WORKERS, len(os.sched_getaffinity(0))), memory=memory)
+
+
+def watched(title: str, todo: Sequence[Job], function: str, limits: Limits) -> Iterator[Done]:
+    """`jobs.run`, with a line of progress on stderr."""
+    progress = Progress(title, sum(len(job.parts) for job in todo), limits.until)
+    for done in jobs.run(todo, function, limits):
+        if done.row is not None:
+            progress.step(failed=done.row["outcome"] in FAILURES)
+        yield done
 
 
 def job_bytes(call: Call) -> int:

@@ -18,20 +18,19 @@ from skipcost.bench.kernels import jobs
 from skipcost.bench.kernels.cases import STEP_MACS, USEFUL
 from skipcost.bench.kernels.jobs import Done, Job, Limits
 from skipcost.bench.kernels.judging import (
-    FAILURES,
     Configuration,
     job_bytes,
     limits_for,
     on_operands,
     part_of,
     tile_of,
+    watched,
     what_of,
 )
 from skipcost.bench.measure.journal import Journal, code_hash, identity
 from skipcost.bench.measure.machine import Machine, facts, machine_of, measure_ceilings, versions
 from skipcost.bench.measure.process import Row
 from skipcost.bench.measure.timing import Budget, sample
-from skipcost.bench.streams import Progress
 from skipcost.kernels.dispatch.call import Call
 from skipcost.kernels.errors import MachineError
 
@@ -104,12 +103,11 @@ class Bench:
         """Verify configurations, several at a time, then time those that passed, one by one."""
         passed, left = self._verify(title, todo)
         more = {"caches": self.caches, "budget": asdict(self.budget or BUDGET)}
-        progress = Progress(f"{title}, timing", len(passed), self.until)
-        for done in jobs.run(_grouped(passed, self.device, more), "skipcost.bench.kernels.measuring:take", self.alone):
+        work = _grouped(passed, self.device, more)
+        for done in watched(f"{title}, timing", work, "skipcost.bench.kernels.measuring:take", self.alone):
             if done.row is None:
                 left += 1
                 continue
-            progress.step(failed=done.row["outcome"] != "ok")
             key = _configuration(done)
             self._keep(key, done.row | {"worst": passed[key]})
         return left
@@ -117,13 +115,11 @@ class Bench:
     def _verify(self, title: str, todo: Sequence[Configuration]) -> tuple[dict[Configuration, float], int]:
         """Return the error of each configuration that may be timed; failures are rows, not missing ones."""
         passed, left = {}, 0
-        progress = Progress(f"{title}, verifying", len(todo), self.until)
-        limits = limits_for(self.device, self.until)
-        for done in jobs.run(_grouped(todo, self.device), "skipcost.bench.kernels.judging:verify", limits):
+        work, limits = _grouped(todo, self.device), limits_for(self.device, self.until)
+        for done in watched(f"{title}, verifying", work, "skipcost.bench.kernels.judging:verify", limits):
             if done.row is None:
                 left += 1
                 continue
-            progress.step(failed=done.row["outcome"] in FAILURES)
             if done.row["outcome"] == "ok":
                 passed[_configuration(done)] = done.row["worst"]
             else:
