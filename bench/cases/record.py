@@ -95,7 +95,6 @@ class Result:
             raise ValueError(message)
 
     @classmethod
-    def from_json(cls, text: str) -> Result:
-        """Read a line of the worker's output."""
-        values = json.loads(text)
+    def from_json(cls, values: dict[str, Any]) -> Result:
+        """Read what JSON made of a line of the worker's output."""
         return cls(**{**values, "samples": tuple(values["samples"])})

@@ -19,10 +19,10 @@ from typing import Any
 from skipcost.bench.kernels import networks
 from skipcost.bench.kernels.cases import LIBRARIES, NETWORKS, Setting, add_selection, chosen, distinct, settings, tiles
 from skipcost.bench.kernels.check import print_grouped
+from skipcost.bench.kernels.jobs import Row
 from skipcost.bench.kernels.judging import FAILURES, Configuration, implementations, watched, why_not
 from skipcost.bench.kernels.measuring import Bench, open_bench
 from skipcost.bench.measure.journal import identity
-from skipcost.bench.measure.process import Row
 from skipcost.bench.streams import tell, visible, write_table
 from skipcost.kernels.dispatch import winners
 from skipcost.kernels.dispatch.call import OPS, Call

@@ -30,7 +30,7 @@ from skipcost.bench.kernels.cases import (
     settings,
     tiles,
 )
-from skipcost.bench.kernels.jobs import Done, Job
+from skipcost.bench.kernels.jobs import Done, Job, Row
 from skipcost.bench.kernels.judging import (
     FAILURES,
     implementations,
@@ -42,7 +42,6 @@ from skipcost.bench.kernels.judging import (
     what_of,
     why_not,
 )
-from skipcost.bench.measure.process import Row
 from skipcost.bench.streams import tell, visible, write_table
 from skipcost.kernels.dispatch.call import OPS, Call
 from skipcost.kernels.errors import MachineError

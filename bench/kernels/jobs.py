@@ -8,17 +8,26 @@ What the time does not suffice for is handed back as well, so that nothing is le
 
 from __future__ import annotations
 
+import importlib
+import json
 import queue
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import IO, Any
 
-from skipcost.bench.measure.process import Process, Row, Work, resolve
+from skipcost.bench.measure.process import PYTHON, Process, answers, say
 
+Row = dict[str, Any]
+Work = Callable[[dict[str, Any], Sequence[dict[str, Any]]], Iterator[Row]]
 GRACE_SECONDS = 45.0  # beyond the end of the time, for what is under way then
+
+
+class LostDeviceError(RuntimeError):
+    """The device of this process is of no use any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +65,7 @@ class Limits:
 def run(jobs: Sequence[Job], function: str, limits: Limits) -> Iterator[Done]:
     """Yield each part of each job once, as it is done: parts of a job in order, jobs begun in order."""
     if not limits.workers:
-        yield from _here(jobs, resolve(function), limits)
+        yield from _here(jobs, _resolved(function), limits)
         return
     board = _Board(jobs, limits)
     workers = [_Worker(function, board) for _ in range(min(limits.workers, len(jobs)))]
@@ -81,6 +90,13 @@ def run(jobs: Sequence[Job], function: str, limits: Limits) -> Iterator[Done]:
 def failed(outcome: str, note: str) -> Row:
     """Return the row of a part that gave no result."""
     return {"outcome": outcome, "note": " ".join(note.split())[:400]}
+
+
+def _resolved(function: str) -> Work:
+    """Import the function that "module:function" names."""
+    module, _, name = function.partition(":")
+    work: Work = getattr(importlib.import_module(module), name)
+    return work
 
 
 def _left(job: Job, parts: Sequence[dict[str, Any]]) -> Iterator[Done]:
@@ -145,7 +161,7 @@ class _Worker:
     def _do(self, job: Job) -> None:
         while job.parts and not self.over.is_set():
             if self.process is None:
-                self.process = Process(self.function)
+                self.process = Process([*PYTHON, "-m", "skipcost.bench.kernels.jobs", self.function])
             if self.over.is_set():  # asked again once `give_up` can see the process
                 return
             answered, ending = self._answers(job)
@@ -169,7 +185,7 @@ class _Worker:
         """Put the rows of a job out as they come; return how many did, and what ended them: None if all is well."""
         process, answered = self.process, 0
         assert process is not None
-        process.ask(job.what, job.parts, self.limits.until)
+        process.tell({"what": job.what, "parts": job.parts, "until": self.limits.until})
         while True:
             wait = min(self.limits.patience, self.limits.until + GRACE_SECONDS - time.time())
             message = process.read(wait)
@@ -178,7 +194,7 @@ class _Worker:
                     late = time.time() >= self.limits.until + GRACE_SECONDS
                     slow = f"timeout: no result within {self.limits.patience:.0f} seconds"
                     return answered, "time" if late else slow
-                return answered, f"crash: {process.epitaph()}"
+                return answered, f"crash: the process {process.ended()}"
             if "row" in message:
                 self.done.put(Done(job.what, job.parts[answered], message["row"]))
                 answered += 1
@@ -196,3 +212,29 @@ class _Worker:
         if self.process is not None:
             self.process.close()
             self.process = None
+
+
+def serve(function: str, lines: IO[str], out: IO[str]) -> None:
+    """Do jobs, a line each, until there are no more: the other end of a worker. What is not begun `until` is left."""
+    work = _resolved(function)
+    for line in lines:
+        asked = json.loads(line)
+        try:
+            rows = work(asked["what"], asked["parts"])
+            for _ in asked["parts"]:
+                if time.time() >= asked["until"]:
+                    say(out, {"ending": "time"})
+                    break
+                say(out, {"row": next(rows)})
+            else:
+                say(out, {"ending": None})
+        except LostDeviceError:
+            say(out, {"ending": "lost"})
+            return
+
+
+if __name__ == "__main__":
+    from skipcost.bench.kernels import jobs  # `LostDeviceError` of this module run as a script would be another class
+
+    with answers() as rows:
+        jobs.serve(sys.argv[1], sys.stdin, rows)

@@ -19,9 +19,8 @@ from torch import Tensor
 from skipcost.bench.cases.record import outcome_of
 from skipcost.bench.kernels import jobs
 from skipcost.bench.kernels.cases import LIBRARIES
-from skipcost.bench.kernels.jobs import Done, Job, Limits
+from skipcost.bench.kernels.jobs import Done, Job, Limits, LostDeviceError, Row
 from skipcost.bench.measure.machine import arithmetic, machine_of
-from skipcost.bench.measure.process import LostDeviceError, Row
 from skipcost.bench.streams import Progress
 from skipcost.kernels.dispatch.call import Call
 from skipcost.kernels.ops.launch import interpreted

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from skipcost.bench.kernels import jobs
 from skipcost.bench.kernels.cases import STEP_MACS, USEFUL
-from skipcost.bench.kernels.jobs import Done, Job, Limits
+from skipcost.bench.kernels.jobs import Done, Job, Limits, Row
 from skipcost.bench.kernels.judging import (
     Configuration,
     job_bytes,
@@ -29,7 +29,6 @@ from skipcost.bench.kernels.judging import (
 )
 from skipcost.bench.measure.journal import Journal, code_hash, identity
 from skipcost.bench.measure.machine import Machine, facts, machine_of, measure_ceilings, versions
-from skipcost.bench.measure.process import Row
 from skipcost.bench.measure.timing import Budget, sample
 from skipcost.kernels.dispatch.call import Call
 from skipcost.kernels.errors import MachineError

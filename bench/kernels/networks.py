@@ -10,8 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from skipcost.bench.kernels.cases import Setting
-from skipcost.bench.kernels.jobs import Done, Job
-from skipcost.bench.measure.process import Row
+from skipcost.bench.kernels.jobs import Done, Job, Row
 from skipcost.bench.measure.timing import Budget
 from skipcost.kernels.backends import BACKENDS
 from skipcost.kernels.ways import WAYS, case_name

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from skipcost.bench.kernels.cases import STEP_MACS
-from skipcost.bench.kernels.jobs import failed
+from skipcost.bench.kernels.jobs import Row, failed
 from skipcost.bench.kernels.judging import INFINITE, probe, reason
 from skipcost.bench.kernels.networks import parse_case, why_not
 from skipcost.bench.measure.machine import Machine, arithmetic, machine_of
-from skipcost.bench.measure.process import Row
 from skipcost.bench.measure.timing import Budget, sample
 from skipcost.kernels.rewriting.fused import FusedOps
 from skipcost.kernels.ways import WAYS

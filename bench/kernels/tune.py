@@ -32,9 +32,9 @@ from skipcost.bench.kernels.cases import (
     tiles,
 )
 from skipcost.bench.kernels.check import print_grouped
+from skipcost.bench.kernels.jobs import Row
 from skipcost.bench.kernels.judging import FAILURES, Configuration, implementations, why_not
 from skipcost.bench.kernels.measuring import open_bench
-from skipcost.bench.measure.process import Row
 from skipcost.bench.streams import tell, write_table
 from skipcost.kernels.dispatch.call import Call
 from skipcost.kernels.errors import MachineError

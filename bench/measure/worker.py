@@ -22,6 +22,7 @@ from skipcost.bench.cases.opened import digests, listening
 from skipcost.bench.cases.record import Result, outcome_of
 from skipcost.bench.errors import UnsupportedError
 from skipcost.bench.measure.metrics import MEASURED, METRICS
+from skipcost.bench.measure.process import answers
 from skipcost.bench.measure.timing import Budget
 from skipcost.unet_models.program import lower
 from skipcost.unet_models.sizes import norm_note
@@ -180,6 +181,5 @@ def answer(request: dict[str, Any], stream: IO[str]) -> None:
 
 
 if __name__ == "__main__":
-    results = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what anything here prints must not end up among the results
-    answer(json.loads(sys.stdin.readline()), results)
+    with answers() as results:
+        answer(json.loads(sys.stdin.readline()), results)

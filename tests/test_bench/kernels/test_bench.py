@@ -13,12 +13,12 @@ from torch import nn
 
 from skipcost.bench.kernels import bench, jobs, measuring, stepping
 from skipcost.bench.kernels.cases import need, settings
+from skipcost.bench.kernels.jobs import Row
 from skipcost.bench.kernels.judging import part_of
 from skipcost.bench.kernels.measuring import open_bench
 from skipcost.bench.kernels.networks import QUICK_WAYS, SLOW_WAYS, parse_case, wanted
 from skipcost.bench.measure import journal
 from skipcost.bench.measure.journal import Journal, identity
-from skipcost.bench.measure.process import Row
 from skipcost.bench.measure.timing import Budget
 from skipcost.kernels.dispatch.call import Call
 from skipcost.kernels.dispatch.winners import own_file, read_rows

@@ -56,7 +56,12 @@ def test_what_is_printed_does_not_get_between_the_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("do", "said"), [("die", "signal 6"), ("exit", "exit code 3: last words"), ("raise", "RuntimeError: no such thing")]
+    ("do", "said"),
+    [
+        ("die", "the process ended with signal 6 (SIGABRT)"),
+        ("exit", "the process ended with exit code 3: first words last words"),
+        ("raise", "RuntimeError: no such thing"),
+    ],
 )
 def test_a_process_that_ends_costs_the_part_it_was_at(do: str, said: str) -> None:
     """The parts before and after have their rows, the latter from a new process; the reason is in the row."""

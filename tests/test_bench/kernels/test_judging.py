@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from skipcost.bench.kernels import judging
-from skipcost.bench.kernels.jobs import Job
+from skipcost.bench.kernels.jobs import Job, LostDeviceError, Row
 from skipcost.bench.kernels.judging import (
     FAILURES,
     INFINITE,
@@ -25,7 +25,6 @@ from skipcost.bench.kernels.judging import (
     what_of,
 )
 from skipcost.bench.measure.machine import machine_of
-from skipcost.bench.measure.process import LostDeviceError, Row
 from skipcost.kernels.dispatch.call import Call
 from skipcost.kernels.verify import table
 from skipcost.kernels.verify.table import KERNELS, Operands, Results, operands
