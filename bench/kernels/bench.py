@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from skipcost.bench.errors import MachineError
 from skipcost.bench.kernels import networks
 from skipcost.bench.kernels.cases import LIBRARIES, NETWORKS, Setting, add_selection, chosen, distinct, settings, tiles
 from skipcost.bench.kernels.check import print_grouped
@@ -26,7 +27,6 @@ from skipcost.bench.measure.journal import identity
 from skipcost.bench.streams import tell, visible, write_table
 from skipcost.kernels.dispatch import winners
 from skipcost.kernels.dispatch.call import OPS, Call
-from skipcost.kernels.errors import MachineError
 from skipcost.kernels.ops.launch import architecture_of
 
 PRECISION = "bf16"

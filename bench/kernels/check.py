@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from skipcost.bench.errors import MachineError
 from skipcost.bench.kernels import jobs
 from skipcost.bench.kernels.cases import (
     INTERPRETED,
@@ -44,7 +45,6 @@ from skipcost.bench.kernels.judging import (
 )
 from skipcost.bench.streams import tell, visible, write_table
 from skipcost.kernels.dispatch.call import OPS, Call
-from skipcost.kernels.errors import MachineError
 from skipcost.kernels.ops.launch import architecture_of
 
 BATCHES = ((1, "inference"), (1, "training"), (2, "inference"), (2, "training"))

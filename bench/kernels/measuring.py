@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from skipcost.bench.errors import MachineError
 from skipcost.bench.kernels import jobs
 from skipcost.bench.kernels.cases import STEP_MACS, USEFUL
 from skipcost.bench.kernels.jobs import Done, Job, Limits, Row
@@ -31,7 +32,6 @@ from skipcost.bench.measure.journal import Journal, code_hash, identity
 from skipcost.bench.measure.machine import Machine, facts, machine_of, measure_ceilings, versions
 from skipcost.bench.measure.timing import Budget, sample
 from skipcost.kernels.dispatch.call import Call
-from skipcost.kernels.errors import MachineError
 
 if TYPE_CHECKING:
     from skipcost.kernels.verify.table import Operands

@@ -19,8 +19,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from skipcost.bench.errors import MachineError
 from skipcost.bench.streams import tell, write_table
-from skipcost.kernels.errors import STOPPING, MachineError
+from skipcost.kernels.errors import STOPPING
 from skipcost.kernels.outputs import OutputError
 from skipcost.kernels.verify.baseline import Key, Resources, baseline_for, compare, incomparable, write
 from skipcost.kernels.verify.compiling import can_run, compile_launch, why_not

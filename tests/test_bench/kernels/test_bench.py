@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from skipcost.bench.errors import MachineError
 from skipcost.bench.kernels import bench, jobs, measuring, stepping
 from skipcost.bench.kernels.cases import need, settings
 from skipcost.bench.kernels.jobs import Row
@@ -22,7 +23,6 @@ from skipcost.bench.measure.journal import Journal, identity
 from skipcost.bench.measure.timing import Budget
 from skipcost.kernels.dispatch.call import Call
 from skipcost.kernels.dispatch.winners import own_file, read_rows
-from skipcost.kernels.errors import MachineError
 from skipcost.kernels.ops.tiles import default_tile
 from skipcost.kernels.outputs import OutputError
 from skipcost.kernels.verify import table
