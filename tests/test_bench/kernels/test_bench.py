@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from skipcost.bench.errors import MachineError
-from skipcost.bench.kernels import bench, jobs, measuring, stepping
+from skipcost.bench.kernels import bench, jobs, measuring, networks
 from skipcost.bench.kernels.cases import need, settings
 from skipcost.bench.kernels.jobs import Row
 from skipcost.bench.kernels.judging import part_of
@@ -230,7 +230,7 @@ def test_processes_of_their_own_give_the_same_kinds_of_rows() -> None:
         "skipcost.bench.kernels.judging:verify": (shared, part_of("reference", None)),
         "skipcost.bench.kernels.measuring:take": (shared, part_of("reference", None)),
         "skipcost.bench.kernels.measuring:survey": (sizes, {}),
-        "skipcost.bench.kernels.stepping:take": (network, {"implementation": "eager"}),
+        "skipcost.bench.kernels.networks:take": (network, {"implementation": "eager"}),
     }
 
     rows = {
@@ -274,7 +274,7 @@ def test_a_network_that_computes_something_else_is_not_timed(mode: str, monkeypa
     monkeypatch.setitem(WAYS, "folded", off)
     what = {"network": LABEL, "case": f"n2 8x8 {mode}", "device": "cpu", "budget": asdict(QUICK["budget"])}
 
-    honest, wrong = stepping.take(what, [{"implementation": "eager"}, {"implementation": "folded"}])
+    honest, wrong = networks.take(what, [{"implementation": "eager"}, {"implementation": "folded"}])
 
     assert honest["outcome"] == "ok"
     assert honest["worst"] == pytest.approx(0.5, rel=0.01)  # its own error is half of what is allowed
@@ -292,7 +292,7 @@ def test_a_network_that_raises_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(WAYS, "folded", broken)
     what = {"network": LABEL, "case": "n1 8x8 inference", "device": "cpu", "budget": asdict(QUICK["budget"])}
 
-    first, second = stepping.take(what, [{"implementation": "folded"}, {"implementation": "eager"}])
+    first, second = networks.take(what, [{"implementation": "folded"}, {"implementation": "eager"}])
 
     assert (first["outcome"], second["outcome"]) == ("crash", "ok")
     assert "no kernel image" in first["note"]
