@@ -48,7 +48,7 @@ def time_networks(bench: Bench, title: str, rows: Sequence[Row]) -> int:
     work = networks.make_jobs(todo, bench.device, bench.budget or networks.BUDGET)
     limits = replace(bench.alone, patience=PATIENCE_SECONDS)
     left = 0
-    for done in watched(title, work, "skipcost.bench.kernels.networks:take", limits):
+    for done in watched(title, work, networks.take, limits):
         if done.row is None:
             left += 1
             continue

@@ -39,6 +39,7 @@ from skipcost.bench.kernels.judging import (
     limits_for,
     part_of,
     tile_of,
+    verify,
     watched,
     what_of,
     why_not,
@@ -74,7 +75,7 @@ def run(calls: Sequence[Call], device: str, seconds: float) -> list[Row]:
     """Check calls on a device for at most so long and return a row for every configuration."""
     todo = make_jobs(calls, device)
     limits = limits_for(device, time.time() + seconds)
-    return [as_row(done) for done in watched("check", todo, "skipcost.bench.kernels.judging:verify", limits)]
+    return [as_row(done) for done in watched("check", todo, verify, limits)]
 
 
 def as_row(done: Done) -> Row:

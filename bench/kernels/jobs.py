@@ -1,9 +1,9 @@
 """Work in processes of its own: a kernel that hangs, or breaks its process, costs its own row and nothing else.
 
-A job is JSON: what its parts share, and the parts. A function, named as "module:function", takes both and yields one
-row for each part, in order, so that what is shared (inputs, an oracle) is made once. After an illegal access a CUDA
-process is of no use any more: the function raises `LostDeviceError`, and another process goes on with the next part.
-What the time does not suffice for is handed back as well, so that nothing is left out silently.
+A job is JSON: what its parts share, and the parts. A function at the top of a module takes both and yields one row for
+each part, in order, so that what is shared (inputs, an oracle) is made once. After an illegal access a CUDA process is
+of no use any more: the function raises `LostDeviceError`, and another process goes on with the next part. What the time
+does not suffice for is handed back as well, so that nothing is left out silently.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ class Limits:
     memory: int = 2**63
 
 
-def run(jobs: Sequence[Job], function: str, limits: Limits) -> Iterator[Done]:
+def run(jobs: Sequence[Job], work: Work, limits: Limits) -> Iterator[Done]:
     """Yield each part of each job once, as it is done: parts of a job in order, jobs begun in order."""
     if not limits.workers:
-        yield from _here(jobs, _resolved(function), limits)
+        yield from _here(jobs, work, limits)
         return
     board = _Board(jobs, limits)
-    workers = [_Worker(function, board) for _ in range(min(limits.workers, len(jobs)))]
+    workers = [_Worker(work, board) for _ in range(min(limits.workers, len(jobs)))]
     for worker in workers:
         worker.thread.start()
     try:
@@ -92,21 +92,14 @@ def failed(outcome: str, note: str) -> Row:
     return {"outcome": outcome, "note": " ".join(note.split())[:400]}
 
 
-def _resolved(function: str) -> Work:
-    """Import the function that "module:function" names."""
-    module, _, name = function.partition(":")
-    work: Work = getattr(importlib.import_module(module), name)
-    return work
-
-
 def _left(job: Job, parts: Sequence[dict[str, Any]]) -> Iterator[Done]:
     for part in parts:
         yield Done(job.what, part, None)
 
 
-def _here(jobs: Sequence[Job], function: Work, limits: Limits) -> Iterator[Done]:
+def _here(jobs: Sequence[Job], work: Work, limits: Limits) -> Iterator[Done]:
     for job in jobs:
-        rows = function(job.what, job.parts)
+        rows = work(job.what, job.parts)
         for part in job.parts:
             yield Done(job.what, part, next(rows) if time.time() < limits.until else None)
 
@@ -141,8 +134,9 @@ class _Board:
 class _Worker:
     """A thread that feeds one process after the other: a new one where the last is gone."""
 
-    def __init__(self, function: str, board: _Board) -> None:
-        self.function, self.limits, self.board = function, board.limits, board
+    def __init__(self, work: Work, board: _Board) -> None:
+        self.limits, self.board = board.limits, board
+        self.command = [*PYTHON, "-m", "skipcost.bench.kernels.jobs", work.__module__, work.__name__]
         self.done, self.over = board.done, board.over
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.process: Process | None = None
@@ -161,7 +155,7 @@ class _Worker:
     def _do(self, job: Job) -> None:
         while job.parts and not self.over.is_set():
             if self.process is None:
-                self.process = Process([*PYTHON, "-m", "skipcost.bench.kernels.jobs", self.function])
+                self.process = Process(self.command)
             if self.over.is_set():  # asked again once `give_up` can see the process
                 return
             answered, ending = self._answers(job)
@@ -214,9 +208,8 @@ class _Worker:
             self.process = None
 
 
-def serve(function: str, lines: IO[str], out: IO[str]) -> None:
+def serve(work: Work, lines: IO[str], out: IO[str]) -> None:
     """Do jobs, a line each, until there are no more: the other end of a worker. What is not begun `until` is left."""
-    work = _resolved(function)
     for line in lines:
         asked = json.loads(line)
         try:
@@ -237,4 +230,4 @@ if __name__ == "__main__":
     from skipcost.bench.kernels import jobs  # `LostDeviceError` of this module run as a script would be another class
 
     with answers() as rows:
-        jobs.serve(sys.argv[1], sys.stdin, rows)
+        jobs.serve(getattr(importlib.import_module(sys.argv[1]), sys.argv[2]), sys.stdin, rows)

@@ -19,7 +19,7 @@ from torch import Tensor
 from skipcost.bench.cases.record import outcome_of
 from skipcost.bench.kernels import jobs
 from skipcost.bench.kernels.cases import LIBRARIES
-from skipcost.bench.kernels.jobs import Done, Job, Limits, LostDeviceError, Row
+from skipcost.bench.kernels.jobs import Done, Job, Limits, LostDeviceError, Row, Work
 from skipcost.bench.measure.machine import arithmetic, machine_of
 from skipcost.bench.streams import Progress
 from skipcost.kernels.dispatch.call import Call
@@ -62,10 +62,10 @@ def limits_for(device: str, until: float) -> Limits:
     return Limits(until, workers=min(MOST_WORKERS, len(os.sched_getaffinity(0))), memory=memory)
 
 
-def watched(title: str, todo: Sequence[Job], function: str, limits: Limits) -> Iterator[Done]:
+def watched(title: str, todo: Sequence[Job], work: Work, limits: Limits) -> Iterator[Done]:
     """`jobs.run`, with a line of progress on stderr."""
     progress = Progress(title, sum(len(job.parts) for job in todo), limits.until)
-    for done in jobs.run(todo, function, limits):
+    for done in jobs.run(todo, work, limits):
         if done.row is not None:
             progress.step(failed=done.row["outcome"] in FAILURES)
         yield done

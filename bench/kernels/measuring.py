@@ -25,6 +25,7 @@ from skipcost.bench.kernels.judging import (
     on_operands,
     part_of,
     tile_of,
+    verify,
     watched,
     what_of,
 )
@@ -103,7 +104,7 @@ class Bench:
         passed, left = self._verify(title, todo)
         more = {"caches": self.caches, "budget": asdict(self.budget or BUDGET)}
         work = _grouped(passed, self.device, more)
-        for done in watched(f"{title}, timing", work, "skipcost.bench.kernels.measuring:take", self.alone):
+        for done in watched(f"{title}, timing", work, take, self.alone):
             if done.row is None:
                 left += 1
                 continue
@@ -115,7 +116,7 @@ class Bench:
         """Return the error of each configuration that may be timed; failures are rows, not missing ones."""
         passed, left = {}, 0
         work, limits = _grouped(todo, self.device), limits_for(self.device, self.until)
-        for done in watched(f"{title}, verifying", work, "skipcost.bench.kernels.judging:verify", limits):
+        for done in watched(f"{title}, verifying", work, verify, limits):
             if done.row is None:
                 left += 1
                 continue
@@ -185,7 +186,7 @@ def open_bench(
     until = time.time() + seconds
     limits = Limits(until, workers=1 if device == "cuda" else 0)
     what = {"device": device, "sizes": sizes, "budget": asdict(budget) if budget else None}
-    (done,) = jobs.run([Job(what, ({},))], "skipcost.bench.kernels.measuring:survey", limits)
+    (done,) = jobs.run([Job(what, ({},))], survey, limits)
     if done.row is None or "device" not in done.row:
         why = done.row["note"] if done.row else f"--seconds {seconds:g} were over before it was done"
         message = f"the device could not be surveyed: {why}"

@@ -60,7 +60,7 @@ def measure(wanted: Sequence[Key]) -> tuple[dict[Key, Resources], list[str]]:
     limits = Limits(math.inf, PATIENCE_S, workers if workers > 1 else 0)
     todo = [Job({}, ({"name": name, "target": target},)) for name, target in wanted]
     rows: dict[Key, Row] = {}
-    for done in jobs.run(todo, "skipcost.bench.kernels.resources:take", limits):
+    for done in jobs.run(todo, take, limits):
         rows[done.part["name"], done.part["target"]] = done.row or {}
     found = {key: Resources(**rows[key]["found"]) for key in wanted if rows[key]["outcome"] == "ok"}
     return found, [f"{key[0]} on {key[1]}: {rows[key]['note']}" for key in wanted if key not in found]

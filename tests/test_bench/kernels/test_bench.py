@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from skipcost.bench.errors import MachineError
-from skipcost.bench.kernels import bench, jobs, measuring, networks
+from skipcost.bench.kernels import bench, jobs, judging, measuring, networks
 from skipcost.bench.kernels.cases import need, settings
 from skipcost.bench.kernels.jobs import Row
 from skipcost.bench.kernels.judging import part_of
@@ -227,18 +227,18 @@ def test_processes_of_their_own_give_the_same_kinds_of_rows() -> None:
     network = {"network": LABEL, "case": "n1 8x8 inference", "device": "cpu", "budget": brief}
     sizes = {"device": "cpu", "sizes": {"copied_bytes": 2**16, "side": 16}, "budget": brief}
     work = {
-        "skipcost.bench.kernels.judging:verify": (shared, part_of("reference", None)),
-        "skipcost.bench.kernels.measuring:take": (shared, part_of("reference", None)),
-        "skipcost.bench.kernels.measuring:survey": (sizes, {}),
-        "skipcost.bench.kernels.networks:take": (network, {"implementation": "eager"}),
+        judging.verify: (shared, part_of("reference", None)),
+        measuring.take: (shared, part_of("reference", None)),
+        measuring.survey: (sizes, {}),
+        networks.take: (network, {"implementation": "eager"}),
     }
 
     rows = {
-        name: next(jobs.run([jobs.Job(what, (part,))], name, jobs.Limits(time.time() + 120))).row
-        for name, (what, part) in work.items()
+        each: next(jobs.run([jobs.Job(what, (part,))], each, jobs.Limits(time.time() + 120))).row
+        for each, (what, part) in work.items()
     }
 
-    assert {name: row and row.get("outcome", "ok") for name, row in rows.items()} == dict.fromkeys(work, "ok")
+    assert {each: row and row.get("outcome", "ok") for each, row in rows.items()} == dict.fromkeys(work, "ok")
 
 
 def test_the_order_is_calls_first_and_what_compiles_last() -> None:

@@ -162,7 +162,7 @@ def test_how_far_the_work_is_can_be_seen(
     doctored(CALL, one_off(0))
     todo = [Job(what_of(CALL, "cpu"), (part_of("triton", None), part_of("reference", None)))]
 
-    done = list(watched("check", todo, "skipcost.bench.kernels.judging:verify", limits_for("cpu", 1e12)))
+    done = list(watched("check", todo, judging.verify, limits_for("cpu", 1e12)))
 
     assert [each.row["outcome"] for each in done if each.row] == ["wrong", "ok"]
     assert capsys.readouterr().err == "check, 1 failed: 2 of 2 done, 0:00 left\n"
