@@ -10,7 +10,8 @@ import importlib.metadata
 import importlib.resources
 import importlib.util
 import json
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from kernel_compiler import python, skip_without_compiler
 
 import skipcost.kernels
 from skipcost.bench.errors import MachineError
-from skipcost.bench.kernels import resources, tune
+from skipcost.bench.kernels import jobs, resources, tune
 from skipcost.bench.kernels.cases import need
 from skipcost.bench.kernels.resources import DEFAULT_TARGETS, keys, main
 from skipcost.kernels.dispatch.call import Call
@@ -167,6 +168,24 @@ def test_without_triton_the_command_says_what_to_install(monkeypatch: pytest.Mon
 
     with pytest.raises(MachineError, match=r"triton is not installed: pip install 'skipcost\[gpu\]'"):
         main([])
+
+
+def test_a_compiler_that_dies_is_a_problem_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel has a sentence; the others are found, in the order in which they were asked for."""
+    row = stored()[-1].rows["batch_norm/add/fp32", "sm_90"]
+    answers = {"dies": jobs.failed("crash", "the process ended with signal 11 (SIGSEGV)")}
+
+    def run(todo: list[jobs.Job], *_: object) -> Iterator[jobs.Done]:
+        for job in reversed(todo):  # whoever is first
+            (part,) = job.parts
+            yield jobs.Done(job.what, part, answers.get(part["name"], {"outcome": "ok", "found": asdict(row)}))
+
+    monkeypatch.setattr(jobs, "run", run)
+
+    found, failed = resources.measure([("a", "sm_90"), ("dies", "sm_90"), ("b", "sm_90")])
+
+    assert list(found.items()) == [(("a", "sm_90"), row), (("b", "sm_90"), row)]
+    assert failed == ["dies on sm_90: the process ended with signal 11 (SIGSEGV)"]
 
 
 @pytest.mark.slow
