@@ -24,11 +24,10 @@ from rich.table import Table
 from rich.text import Text
 
 from skipcost.bench.errors import BenchError
-from skipcost.bench.streams import visible
-from skipcost.bench.units import MAX_BATCH
+from skipcost.bench.streams import EVERY_S, how_far, minutes, visible
+from skipcost.bench.units import MAX_BATCH, parse_number
 from skipcost.kernels import outputs
 
-EVERY_S = 30.0  # between lines that say how far a command is, where no bar can be seen
 PIPED_WIDTH = 200  # columns for a pipe or a file; a terminal has its own
 GAP, PROSE_WIDTH = 2, 16  # columns between cells; the fewest that a sentence in a cell is wrapped to
 
@@ -212,65 +211,44 @@ class Description(ProgressColumn):
         return Text(visible(task.description))
 
 
-class Ticker:
-    """Says on stderr every EVERY_S how far something is, from `start` to `stop`: a pipe shows no bar."""
-
-    def __init__(self, line: Callable[[float], str]) -> None:
-        self._line, self._over = line, threading.Event()
-
-    def start(self) -> None:
-        """Begin; `line` is given the seconds since."""
-        threading.Thread(target=self._run, args=(time.monotonic(),), daemon=True).start()
-
-    def _run(self, began: float) -> None:
-        while not self._over.wait(EVERY_S):
-            ERR.print(self._line(time.monotonic() - began))
-
-    def stop(self) -> None:
-        """Say no more."""
-        self._over.set()
-
-
 @contextlib.contextmanager
-def going_on(what: str) -> Iterator[None]:
-    """Say now and then that work which has no parts to count still goes on."""
-    ticker = Ticker(lambda seconds: f"{what}: {_minutes(seconds)} so far")
-    ticker.start()
+def telling(line: Callable[[float], str]) -> Iterator[None]:
+    """Say on stderr every EVERY_S how far something is; `line` is given the seconds since it began."""
+    began, over = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not over.wait(EVERY_S):
+            ERR.print(line(time.monotonic() - began))
+
+    threading.Thread(target=tell, daemon=True).start()
     try:
         yield
     finally:
-        ticker.stop()
+        over.set()
 
 
-class Bar(Progress):
-    """A bar on stderr with the time left; where that is no terminal, a line now and then."""
+def going_on(what: str) -> contextlib.AbstractContextManager[None]:
+    """Say now and then that work which has no parts to count still goes on."""
+    return telling(lambda seconds: f"{what}: {minutes(seconds)} so far")
 
-    def __init__(self, *columns: ProgressColumn) -> None:
-        super().__init__(*columns, Description(), TimeRemainingColumn(), console=ERR, disable=not ERR.is_terminal)
-        self._ticker = Ticker(self._told)
 
-    def _told(self, seconds: float) -> str:
-        task = self.tasks[-1] if self.tasks else None
+@contextlib.contextmanager
+def progress_bar(*columns: ProgressColumn) -> Iterator[Progress]:
+    """A bar on stderr with the time left; where that is no terminal, a line now and then.
+
+    columns: in front; without any, the bar and how many parts are done.
+    """
+    shown = columns or (BarColumn(), MofNCompleteColumn())
+    bar = Progress(*shown, Description(), TimeRemainingColumn(), console=ERR, disable=not ERR.is_terminal)
+
+    def told(seconds: float) -> str:
+        task = bar.tasks[-1] if bar.tasks else None
         if task is None or not task.total:
-            return f"{_minutes(seconds)} so far"
-        left = seconds * (task.total - task.completed) / task.completed if task.completed else None
-        expected = "" if left is None else f", {_minutes(left)} left"
-        return f"{task.completed:.0f} of {task.total:.0f} done{expected}: {task.description or 'starting'}"
+            return f"{minutes(seconds)} so far"
+        return f"{how_far(task.completed, task.total, seconds)}: {task.description or 'starting'}"
 
-    def start(self) -> None:
-        """Show it."""
-        super().start()
-        if self.disable:
-            self._ticker.start()
-
-    def stop(self) -> None:
-        """Leave what it shows."""
-        self._ticker.stop()
-        super().stop()
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+    with bar, contextlib.nullcontext() if ERR.is_terminal else telling(told):
+        yield bar
 
 
 def number(title: str, low: float, high: float, kind: type[int | float] = int) -> Any:
@@ -279,26 +257,12 @@ def number(title: str, low: float, high: float, kind: type[int | float] = int) -
     typer's own `min` and `max` let nan pass, since it is not below or above anything.
     """
 
-    def read(text: Any) -> Any:
-        try:
-            return kind(text) if str(text).isascii() else text
-        except ValueError:
-            return text  # no number: said below, where the option's name is known
+    def read(param: typer.CallbackParam, value: Any) -> Any:
+        if value is None or isinstance(value, list):
+            return value and [read(param, each) for each in value]
+        return parse_number(param.opts[-1], value, low, high, kind)
 
-    def check(param: typer.CallbackParam, value: Any) -> Any:
-        for each in value if isinstance(value, list) else [value]:
-            if each is not None and (isinstance(each, str) or not low <= each <= high):
-                whole = "whole " if kind is int else ""
-                message = f"{param.opts[-1]} {each!r} is not a {whole}number from {low} to {high}"
-                raise BenchError(message)
-        return value
-
-    return typer.Option(help=f"{title}; {low} to {high}", parser=read, callback=check, metavar=f"<{kind.__name__}>")
+    return typer.Option(help=f"{title}; {low} to {high}", parser=str, callback=read, metavar=f"<{kind.__name__}>")
 
 
 BATCH = Annotated[int, number("images in a step", 1, MAX_BATCH)]
-
-
-def progress_bar() -> Progress:
-    """Make a bar of parts that are counted."""
-    return Bar(BarColumn(), MofNCompleteColumn())

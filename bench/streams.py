@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import sys
 import time
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 KEPT_SPACE = "\u00a0"  # which figures stand beside their units with
-EVERY_SECONDS = 10.0  # between lines of progress where they do not overwrite each other
+EVERY_S = 30.0  # between lines that say how far a command is, where none overwrites another
 DIGITS_FROM, DIGITS_TO = 1e3, 1e7  # numbers between are written out; all others with three digits
 
 
@@ -29,17 +30,26 @@ class Progress:
         now, last = time.time(), self.done == self.total
         if sys.stderr.isatty():
             sys.stderr.write(f"\r{self.line(now)}\x1b[K" + "\n" * last)
-        elif last or now >= self.told + EVERY_SECONDS:
+        elif last or now >= self.told + EVERY_S:
             self.told = now
             sys.stderr.write(self.line(now) + "\n")
         sys.stderr.flush()
 
     def line(self, now: float) -> str:
         """Say how far it is: the time left is what it will take, or what there is if that is less."""
-        expected = (now - self.began) / max(self.done, 1) * (self.total - self.done)
-        left = max(min(expected, self.until - now), 0)
         trouble = f", {self.failed} failed" if self.failed else ""
-        return f"{self.title}: {self.done}/{self.total}{trouble}, {left // 60:.0f}:{left % 60:02.0f} left"
+        return f"{self.title}{trouble}: {how_far(self.done, self.total, now - self.began, self.until - now)}"
+
+
+def how_far(done: float, total: float, seconds: float, most: float = math.inf) -> str:
+    """Say how much of something is done after so many seconds, and from that what is left; there are `most` at most."""
+    left = f", {minutes(max(min(seconds * (total - done) / done, most), 0))} left" if done else ""
+    return f"{done:.0f} of {total:.0f} done{left}"
+
+
+def minutes(seconds: float) -> str:
+    """Minutes and seconds, as a clock shows them."""
+    return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
 
 
 def write_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

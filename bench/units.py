@@ -7,6 +7,7 @@ and are not.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -15,7 +16,7 @@ from skipcost.bench.errors import BenchError
 MAX_SIDE = 65536  # pixels, of a case's image
 MAX_BATCH, MAX_THREADS = 65536, 1024  # of a case
 MOST = 2**63 - 1  # bytes, and whatever else is counted: what 64 bits hold
-MOST_SECONDS = 1e6  # some twelve days
+MOST_SECONDS = 10**6  # some twelve days
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SECONDS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -49,6 +50,18 @@ def parse_count(text: object) -> int:
         message = f"{text!r} is not a count: write 50G (10**9 each), 31M (10**6), 7.5k (10**3), 2T, or a whole number"
         raise BenchError(message)
     return int(found)
+
+
+def parse_number(name: str, text: str, low: float, high: float, kind: type[int | float] = int) -> float:
+    """Read a number from `low` to `high`, which nan is not; `name` is the option's."""
+    try:
+        value = kind(text) if text.isascii() else math.nan
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:
+        message = f"{name} {text!r} is not a {'whole ' if kind is int else ''}number from {low} to {high}"
+        raise BenchError(message)
+    return value
 
 
 def _read(text: str, units: Mapping[str, float]) -> float | None:

@@ -1,4 +1,4 @@
-"""What ends a command beside a failed check; bad input is a ValueError, as everywhere."""
+"""How a command ends that a signal or a closed pipe stops."""
 
 from __future__ import annotations
 
@@ -13,10 +13,6 @@ from collections.abc import Iterator
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PIPE_CLOSED = 128 + signal.SIGPIPE  # as shells report whom a closed pipe ended, such as that to `head`
 TIDYING_S = 10.0  # after a signal, in which another one does nothing: `timeout` and impatient people send several
-
-
-class MachineError(RuntimeError):
-    """The machine or its installation cannot do what was asked: one sentence, exit code 4."""
 
 
 class Stopped(BaseException):

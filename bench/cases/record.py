@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -25,6 +26,24 @@ NEEDED = {"roofline_s": ("device", "flop_per_s", "bandwidth_bytes_per_s", "sourc
 OUTCOMES = ("ok", "out_of_memory", "timeout", "crash", "unsupported", "throttled")
 
 FAILED = OUTCOMES[1:]
+MOST_OF_AN_ERROR = 400  # characters; what follows is a stack of C++ frames
+
+
+def outcome_of(
+    error: Exception, refusal: type[Exception], others: Mapping[str, str], no_memory: Sequence[str] = ()
+) -> tuple[str, str]:
+    """The outcome and the note of what was raised; notes of the exception itself say where it came from.
+
+    refusal: its text alone says why something is unsupported. others: outcomes of exceptions by name; of the rest, what
+    has words of `no_memory` ran out of it, and all else is a crash.
+    """
+    text = " ".join(str(error).encode(errors="backslashreplace").decode().split())
+    if isinstance(error, refusal):
+        return "unsupported", text
+    kind = type(error).__name__
+    where = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
+    usual = "out_of_memory" if any(words in text for words in no_memory) else "crash"
+    return others.get(kind, usual), f"{kind}: {text[:MOST_OF_AN_ERROR]}{where}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +95,6 @@ class Result:
             raise ValueError(message)
 
     @classmethod
-    def from_json(cls, text: str) -> Result:
-        """Read a line of the worker's output."""
-        values = json.loads(text)
+    def from_json(cls, values: dict[str, Any]) -> Result:
+        """Read what JSON made of a line of the worker's output."""
         return cls(**{**values, "samples": tuple(values["samples"])})

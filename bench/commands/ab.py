@@ -27,7 +27,7 @@ from skipcost.bench.compare.revisions import (
     state,
 )
 from skipcost.bench.compare.verdicts import Verdict
-from skipcost.bench.console import ERR, JSON, JUNIT, KEPT, OUT, SET, Bar, check_outputs, number, settings_of
+from skipcost.bench.console import ERR, JSON, JUNIT, KEPT, OUT, SET, check_outputs, number, progress_bar, settings_of
 from skipcost.bench.errors import BenchError
 from skipcost.bench.measure.environment import code_hash, cpus
 from skipcost.bench.measure.worker import refusal_of
@@ -158,7 +158,7 @@ def _kept(what: str, sides: tuple[str, str], subjects: list[Subject], arena: Are
 @contextlib.contextmanager
 def _bar() -> Iterator[Callable[[str], Callable[[int, str], None]]]:
     """A bar whose total may shrink, because settled cases are left alone, or grow by what has to be confirmed."""
-    with Bar(BarColumn(), TaskProgressColumn()) as progress:
+    with progress_bar(BarColumn(), TaskProgressColumn()) as progress:
 
         def start(what: str) -> Callable[[int, str], None]:
             task = progress.add_task(what, total=None)

@@ -13,9 +13,8 @@ import typer
 from skipcost.bench import figures
 from skipcost.bench.cases.case import CHOICES, Case
 from skipcost.bench.console import BATCH, ERR, JSON, OUT, SIZE, Column, Screen, bold, number
-from skipcost.bench.errors import BenchError, MachineError
+from skipcost.bench.errors import BenchError
 from skipcost.bench.units import MAX_THREADS, parse_size
-from skipcost.kernels import errors
 from skipcost.kernels.dispatch import winners
 from skipcost.kernels.dispatch.low_resolution import calls_to_measure, executed_macs, rewritings
 from skipcost.unet_models import ModelSpec
@@ -71,11 +70,8 @@ def _measure(case: Case, threads: int) -> None:
         return
     from skipcost.bench.kernels.forms import measure  # noqa: PLC0415 - torch, for this alone
 
-    try:
-        for done, call in enumerate(measure(calls, threads), 1):
-            ERR.print(f"{done} of {len(calls)} timed: {call.key}")
-    except errors.MachineError as error:
-        raise MachineError(str(error)) from None
+    for done, call in enumerate(measure(calls, threads), 1):
+        ERR.print(f"{done} of {len(calls)} timed: {call.key}")
     ERR.print(f"rows are in {winners.own_file()}; without them the choice is by counting again")
 
 

@@ -6,8 +6,6 @@ import contextlib
 import json
 import math
 import statistics
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from skipcost.bench.cases.case import Case
 from skipcost.bench.compare import turns
 from skipcost.bench.compare.revisions import Revision
 from skipcost.bench.errors import MachineError
-from skipcost.bench.measure.process import PYTHON
+from skipcost.bench.measure.process import PYTHON, Process
 
 TURN_S = 0.02  # of calls in a turn: long against the pipe's latency, short against what disturbs the machine
 LEAST_BLOCKS = 6
@@ -42,45 +40,27 @@ class Side:
 
     def __init__(self, revision: Revision) -> None:
         self.revision = revision
-        self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed with the process
-        self._process = subprocess.Popen(  # noqa: S603 - our own script
-            [*PYTHON, str(SCRIPT)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env=revision.environment() | ALLOCATION,
-            start_new_session=True,  # Ctrl-C reaches the driver alone
-        )
+        self._process = Process([*PYTHON, str(SCRIPT)], env=revision.environment() | ALLOCATION)
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Send a request and return the answer; SideError where it is an error, MachineError where the process died."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            self._log.seek(0)
-            said = " ".join(self._log.read().split())[-400:]
-            message = f"the process of {self.revision.commit[:12]} died: {said or 'it said nothing'}"
+        self._process.tell(request)
+        reply = self._process.read()
+        if reply is None:
+            message = f"the process of {self.revision.commit[:12]} {self._process.ended()}"
             raise MachineError(message)
-        reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
             raise SideError({self.revision.commit: reply["error"]})
         return reply
 
     def ticks(self) -> int:
         """Clock ticks of processor time that the process has used."""
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{self._process.popen.pid}/stat").read_text().rpartition(")")[2].split()
         return int(fields[11]) + int(fields[12])
 
     def close(self) -> None:
         """End the process."""
-        self._process.kill()
-        self._process.communicate()
-        self._log.close()
+        self._process.close()
 
 
 @contextlib.contextmanager

@@ -9,10 +9,11 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from skipcost.bench.errors import BenchError
 from skipcost.bench.streams import steady_streams, tell
-from skipcost.kernels.errors import PIPE_CLOSED, MachineError, Stopped, flushed, stoppable
+from skipcost.kernels.errors import PIPE_CLOSED, Stopped, flushed, stoppable
 
-BAD_USAGE, ENVIRONMENT = 2, 4
+BAD_USAGE = BenchError.exit_code
 COMMANDS = {
     "check": "every configuration at real shapes against float64, on a GPU; tiny shapes in Triton's interpreter",
     "bench": "time every call and every network, ours and PyTorch's ways, on a GPU",
@@ -42,9 +43,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         with stoppable(), flushed():
             code: int = importlib.import_module(f"skipcost.bench.kernels.{command}").main(rest)
-    except (ValueError, MachineError) as error:
+    except (ValueError, BenchError) as error:
         tell(str(error))
-        return ENVIRONMENT if isinstance(error, MachineError) else BAD_USAGE
+        return error.exit_code if isinstance(error, BenchError) else BAD_USAGE
     except BrokenPipeError:
         return PIPE_CLOSED
     except Stopped as stop:

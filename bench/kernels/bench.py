@@ -16,17 +16,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from skipcost.bench.kernels import jobs, networks
+from skipcost.bench.errors import MachineError
+from skipcost.bench.kernels import networks
 from skipcost.bench.kernels.cases import LIBRARIES, NETWORKS, Setting, add_selection, chosen, distinct, settings, tiles
 from skipcost.bench.kernels.check import print_grouped
-from skipcost.bench.kernels.judging import FAILURES, Configuration, implementations, why_not
+from skipcost.bench.kernels.jobs import Row
+from skipcost.bench.kernels.judging import FAILURES, Configuration, implementations, watched, why_not
 from skipcost.bench.kernels.measuring import Bench, open_bench
 from skipcost.bench.measure.journal import identity
-from skipcost.bench.measure.process import Row
-from skipcost.bench.streams import Progress, tell, visible, write_table
+from skipcost.bench.streams import tell, visible, write_table
 from skipcost.kernels.dispatch import winners
 from skipcost.kernels.dispatch.call import OPS, Call
-from skipcost.kernels.errors import MachineError
 from skipcost.kernels.ops.launch import architecture_of
 
 PRECISION = "bf16"
@@ -45,18 +45,13 @@ def shipped(calls: Iterable[Call], device: str) -> list[Configuration]:
 def time_networks(bench: Bench, title: str, rows: Sequence[Row]) -> int:
     """Time whole networks, given as rows without numbers; return for how many time ran out."""
     todo = [row for row in rows if identity(row) not in bench.journal.known]
-    progress = Progress(title, len(todo), bench.until)
+    work = networks.make_jobs(todo, bench.device, bench.budget or networks.BUDGET)
     limits = replace(bench.alone, patience=PATIENCE_SECONDS)
     left = 0
-    for done in jobs.run(
-        networks.make_jobs(todo, bench.device, bench.budget or networks.BUDGET),
-        "skipcost.bench.kernels.stepping:take",
-        limits,
-    ):
+    for done in watched(title, work, networks.take, limits):
         if done.row is None:
             left += 1
             continue
-        progress.step(failed=done.row["outcome"] in FAILURES)
         found: Row = {
             "seconds": [],
             **dict.fromkeys(("cache", "graph", "saved_bytes", "peak_bytes", "worst")),

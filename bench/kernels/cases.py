@@ -7,12 +7,12 @@ then every candidate of tuning. Needs no torch.
 from __future__ import annotations
 
 import argparse
-import math
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import gcd
 
+from skipcost.bench.units import MOST_SECONDS, parse_number
 from skipcost.kernels.dispatch.call import OPS, Call
 from skipcost.kernels.dispatch.network_calls import network_calls
 from skipcost.kernels.ops.tiles import CANDIDATES, FEW_CHANNELS, Need, Tile, tile_for
@@ -24,8 +24,7 @@ TILED = ("conv_bn_relu", "conv_bn_relu_pool", "concat_conv_bn_relu", "up_conv") 
 USEFUL = ("bf16", "fp16", "tf32", "fp32")  # all precisions, in the order in which they are run
 INTERPRETED = ("fp32", "fp16")  # those that Triton's interpreter computes as a GPU does
 LARGEST_SIDE = 8192
-MOST = 65536  # of a batch, and of a side that is only looked at
-MOST_SECONDS = 10**6
+STEP_MACS = 3  # a training step multiplies as much again for the gradients of its inputs and of its weights
 
 # The family at its usual size, without the bias that batch norm takes away again, and the network of 2015.
 FAMILY = tuple(f"{variant}/d4/w64/concat/in_channels=3/bias=false" for variant in ("unet", "unet++", "unet3+"))
@@ -147,34 +146,6 @@ def tiles(call: Call, implementation: str, architecture: str) -> list[Tile | Non
     return list(dict.fromkeys([tile_for(need(call), kind, architecture), *candidates]))
 
 
-def number(kind: type[int | float], low: int, high: int) -> Callable[[str], float]:
-    """A reader for argparse of a number from `low` to `high`; nan is in no range."""
-
-    def read(text: str) -> float:
-        try:
-            value = kind(text) if text.isascii() else math.nan
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            message = f"{text!r} is not a {'whole ' if kind is int else ''}number from {low} to {high}"
-            raise argparse.ArgumentTypeError(message)
-        return value
-
-    return read
-
-
-def read_size(text: str) -> tuple[int, int]:
-    """Read "512" or "480x640", height x width; ValueError says what is wrong."""
-    match = re.fullmatch(r"([0-9]{1,9})(?:x([0-9]{1,9}))?", text)
-    if not match:
-        message = f"--size {text!r} is not a size: write 512, or 480x640 (height x width)"
-        raise ValueError(message)
-    height, width = int(match[1]), int(match[2] or match[1])
-    for side in (height, width):
-        check_integer("--size", side, 1, MOST)
-    return height, width
-
-
 def add_selection(parser: argparse.ArgumentParser, seconds: int) -> None:
     """Add the options that choose what is run, and for how long."""
     parser.add_argument(
@@ -183,7 +154,7 @@ def add_selection(parser: argparse.ArgumentParser, seconds: int) -> None:
     parser.add_argument("--ops", help=f"only calls of these ops: {','.join(OPS)}")
     parser.add_argument(
         "--seconds",
-        type=number(float, 0, MOST_SECONDS),
+        type=partial(parse_number, "--seconds", low=0, high=MOST_SECONDS, kind=float),
         default=seconds,
         help="begin nothing new after so long; what is left is named",
     )

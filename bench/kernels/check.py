@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from skipcost.bench.errors import MachineError
 from skipcost.bench.kernels import jobs
 from skipcost.bench.kernels.cases import (
     INTERPRETED,
@@ -30,7 +31,7 @@ from skipcost.bench.kernels.cases import (
     settings,
     tiles,
 )
-from skipcost.bench.kernels.jobs import Done, Job
+from skipcost.bench.kernels.jobs import Done, Job, Row
 from skipcost.bench.kernels.judging import (
     FAILURES,
     implementations,
@@ -38,13 +39,13 @@ from skipcost.bench.kernels.judging import (
     limits_for,
     part_of,
     tile_of,
+    verify,
+    watched,
     what_of,
     why_not,
 )
-from skipcost.bench.measure.process import Row
-from skipcost.bench.streams import Progress, tell, visible, write_table
+from skipcost.bench.streams import tell, visible, write_table
 from skipcost.kernels.dispatch.call import OPS, Call
-from skipcost.kernels.errors import MachineError
 from skipcost.kernels.ops.launch import architecture_of
 
 BATCHES = ((1, "inference"), (1, "training"), (2, "inference"), (2, "training"))
@@ -74,13 +75,7 @@ def run(calls: Sequence[Call], device: str, seconds: float) -> list[Row]:
     """Check calls on a device for at most so long and return a row for every configuration."""
     todo = make_jobs(calls, device)
     limits = limits_for(device, time.time() + seconds)
-    progress = Progress("check", sum(len(job.parts) for job in todo), limits.until)
-    rows = []
-    for done in jobs.run(todo, "skipcost.bench.kernels.judging:verify", limits):
-        rows.append(as_row(done))
-        if done.row:
-            progress.step(failed=bool(failures(rows[-1:])))
-    return rows
+    return [as_row(done) for done in watched("check", todo, verify, limits)]
 
 
 def as_row(done: Done) -> Row:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from typing import Any
 
-from skipcost.bench.kernels.cases import MOST, number, read_size
+from skipcost.bench.streams import write_table
+from skipcost.bench.units import MAX_BATCH, parse_number, parse_size
 from skipcost.kernels.devices import Device, device_or_guess, devices
 from skipcost.kernels.dispatch.call import MODES, PRECISIONS
 from skipcost.kernels.dispatch.choose import choose, predict
@@ -64,15 +66,13 @@ def print_explanation(facts: dict[str, Any]) -> None:
     height, width = facts["size"]
     write(f"{facts['label']}, {facts['mode']}, batch {facts['batch']}, {height}x{width}, {facts['precision']}\n")
     write(f"on {facts['card']} ({facts['card_origin']})\n\n")
-    table = [("where", "op", "runs on", "time", "from", "why")]
+    table = []
     for row in facts["calls"]:
         op, _, shape = row["call"].partition(" ")
         shape = shape.removesuffix(f" {facts['precision']} {facts['mode']}").partition(" ")[2]
         time = f"{row['seconds'] * US:.1f} us"
         table.append((row["where"], f"{op} {shape}", row["implementation"], time, row["origin"], row["why"]))
-    widths = [max(len(line[at]) for line in table) for at in range(len(table[0]) - 1)]
-    for line in table:
-        write("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=False)) + f"  {line[-1]}\n")
+    write_table(("where", "op", "runs on", "time", "from", "why"), table)
     write("\nall calls, pooling and up-sampling without weights left out:\n")
     for way, title in WAYS.items():
         write(f"  {title:30s} {facts['seconds'][way] * US:10.1f} us\n")
@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser("skipcost kernels explain", description=__doc__)
     made.add_argument("label", help="a network, e.g. unet3+/d4/w64/concat")
     made.add_argument("--size", default="512", help="of the image: 512, or 480x640 (height x width)")
-    made.add_argument("--batch", type=number(int, 1, MOST), default=1)
+    made.add_argument("--batch", type=partial(parse_number, "--batch", low=1, high=MAX_BATCH), default=1)
     made.add_argument("--precision", default="bf16", choices=PRECISIONS)
     made.add_argument("--mode", default="inference", choices=MODES)
     made.add_argument("--card", help=f"default: this machine's, or {_usual().name}; known: {', '.join(devices())}")
@@ -96,12 +96,10 @@ def _usual() -> Device:
 
 
 def main(argv: list[str]) -> int:
-    """Run the command; ValueError says what is wrong with its arguments."""
+    """Run the command; ValueError or BenchError says what is wrong with its arguments."""
     given = parser().parse_args(argv)
     card, note = _card(given.card)
-    facts = explain(
-        given.label, given.batch, read_size(given.size), given.mode, given.precision, card
-    )  # fmt: skip
+    facts = explain(given.label, given.batch, parse_size(given.size), given.mode, given.precision, card)
     if given.json:
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")
         return 0

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from skipcost.bench.errors import MachineError
 from skipcost.bench.measure.journal import Journal, code_hash
 from skipcost.bench.measure.timing import Budget, cpu_clock, sample
 from skipcost.kernels.dispatch import winners
 from skipcost.kernels.dispatch.call import Call
 from skipcost.kernels.dispatch.low_winners import CPU, TAP_FIRST
-from skipcost.kernels.errors import MachineError
 from skipcost.kernels.low_resolution.tap_first import tap_first
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

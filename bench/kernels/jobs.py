@@ -1,24 +1,33 @@
 """Work in processes of its own: a kernel that hangs, or breaks its process, costs its own row and nothing else.
 
-A job is JSON: what its parts share, and the parts. A function, named as "module:function", takes both and yields one
-row for each part, in order, so that what is shared (inputs, an oracle) is made once. After an illegal access a CUDA
-process is of no use any more: the function raises `LostDeviceError`, and another process goes on with the next part.
-What the time does not suffice for is handed back as well, so that nothing is left out silently.
+A job is JSON: what its parts share, and the parts. A function at the top of a module takes both and yields one row for
+each part, in order, so that what is shared (inputs, an oracle) is made once. After an illegal access a CUDA process is
+of no use any more: the function raises `LostDeviceError`, and another process goes on with the next part. What the time
+does not suffice for is handed back as well, so that nothing is left out silently.
 """
 
 from __future__ import annotations
 
+import importlib
+import json
 import queue
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import IO, Any
 
-from skipcost.bench.measure.process import Process, Row, Work, resolve
+from skipcost.bench.measure.process import PYTHON, Process, answers, say
 
+Row = dict[str, Any]
+Work = Callable[[dict[str, Any], Sequence[dict[str, Any]]], Iterator[Row]]
 GRACE_SECONDS = 45.0  # beyond the end of the time, for what is under way then
+
+
+class LostDeviceError(RuntimeError):
+    """The device of this process is of no use any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +62,13 @@ class Limits:
     memory: int = 2**63
 
 
-def run(jobs: Sequence[Job], function: str, limits: Limits) -> Iterator[Done]:
+def run(jobs: Sequence[Job], work: Work, limits: Limits) -> Iterator[Done]:
     """Yield each part of each job once, as it is done: parts of a job in order, jobs begun in order."""
     if not limits.workers:
-        yield from _here(jobs, resolve(function), limits)
+        yield from _here(jobs, work, limits)
         return
     board = _Board(jobs, limits)
-    workers = [_Worker(function, board) for _ in range(min(limits.workers, len(jobs)))]
+    workers = [_Worker(work, board) for _ in range(min(limits.workers, len(jobs)))]
     for worker in workers:
         worker.thread.start()
     try:
@@ -88,9 +97,9 @@ def _left(job: Job, parts: Sequence[dict[str, Any]]) -> Iterator[Done]:
         yield Done(job.what, part, None)
 
 
-def _here(jobs: Sequence[Job], function: Work, limits: Limits) -> Iterator[Done]:
+def _here(jobs: Sequence[Job], work: Work, limits: Limits) -> Iterator[Done]:
     for job in jobs:
-        rows = function(job.what, job.parts)
+        rows = work(job.what, job.parts)
         for part in job.parts:
             yield Done(job.what, part, next(rows) if time.time() < limits.until else None)
 
@@ -125,8 +134,9 @@ class _Board:
 class _Worker:
     """A thread that feeds one process after the other: a new one where the last is gone."""
 
-    def __init__(self, function: str, board: _Board) -> None:
-        self.function, self.limits, self.board = function, board.limits, board
+    def __init__(self, work: Work, board: _Board) -> None:
+        self.limits, self.board = board.limits, board
+        self.command = [*PYTHON, "-m", "skipcost.bench.kernels.jobs", work.__module__, work.__name__]
         self.done, self.over = board.done, board.over
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.process: Process | None = None
@@ -145,7 +155,7 @@ class _Worker:
     def _do(self, job: Job) -> None:
         while job.parts and not self.over.is_set():
             if self.process is None:
-                self.process = Process(self.function)
+                self.process = Process(self.command)
             if self.over.is_set():  # asked again once `give_up` can see the process
                 return
             answered, ending = self._answers(job)
@@ -169,7 +179,7 @@ class _Worker:
         """Put the rows of a job out as they come; return how many did, and what ended them: None if all is well."""
         process, answered = self.process, 0
         assert process is not None
-        process.ask(job.what, job.parts, self.limits.until)
+        process.tell({"what": job.what, "parts": job.parts, "until": self.limits.until})
         while True:
             wait = min(self.limits.patience, self.limits.until + GRACE_SECONDS - time.time())
             message = process.read(wait)
@@ -178,7 +188,7 @@ class _Worker:
                     late = time.time() >= self.limits.until + GRACE_SECONDS
                     slow = f"timeout: no result within {self.limits.patience:.0f} seconds"
                     return answered, "time" if late else slow
-                return answered, f"crash: {process.epitaph()}"
+                return answered, f"crash: the process {process.ended()}"
             if "row" in message:
                 self.done.put(Done(job.what, job.parts[answered], message["row"]))
                 answered += 1
@@ -196,3 +206,28 @@ class _Worker:
         if self.process is not None:
             self.process.close()
             self.process = None
+
+
+def serve(work: Work, lines: IO[str], out: IO[str]) -> None:
+    """Do jobs, a line each, until there are no more: the other end of a worker. What is not begun `until` is left."""
+    for line in lines:
+        asked = json.loads(line)
+        try:
+            rows = work(asked["what"], asked["parts"])
+            for _ in asked["parts"]:
+                if time.time() >= asked["until"]:
+                    say(out, {"ending": "time"})
+                    break
+                say(out, {"row": next(rows)})
+            else:
+                say(out, {"ending": None})
+        except LostDeviceError:
+            say(out, {"ending": "lost"})
+            return
+
+
+if __name__ == "__main__":
+    from skipcost.bench.kernels import jobs  # `LostDeviceError` of this module run as a script would be another class
+
+    with answers() as rows:
+        jobs.serve(getattr(importlib.import_module(sys.argv[1]), sys.argv[2]), sys.stdin, rows)

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from skipcost.bench.cases.record import outcome_of
 from skipcost.bench.kernels import jobs
 from skipcost.bench.kernels.cases import LIBRARIES
-from skipcost.bench.kernels.jobs import Limits
+from skipcost.bench.kernels.jobs import Done, Job, Limits, LostDeviceError, Row, Work
 from skipcost.bench.measure.machine import arithmetic, machine_of
-from skipcost.bench.measure.process import LostDeviceError, Row
+from skipcost.bench.streams import Progress
 from skipcost.kernels.dispatch.call import Call
 from skipcost.kernels.ops.launch import interpreted
 from skipcost.kernels.ops.tiles import Tile
@@ -32,6 +33,10 @@ Configuration = tuple[Call, str, Tile | None]  # what is run, by which implement
 
 SEED = 0
 INFINITE = 1e30  # stands for an infinite error where it is written down: JSON has no infinity
+OUTCOMES = {  # of exceptions
+    "OutOfMemoryError": "out_of_memory",
+    "OutOfResources": "unsupported",  # Triton's: more shared memory or threads than this GPU has
+}
 FAILURES = ("wrong", "unrepeatable", "crash", "timeout")
 MOST_WORKERS = 8
 MEMORY_SHARE = 0.85  # of the GPU's, for all processes; their contexts take the rest
@@ -55,6 +60,15 @@ def limits_for(device: str, until: float) -> Limits:
         return Limits(until, workers=0)
     memory = int(torch.cuda.get_device_properties(0).total_memory * MEMORY_SHARE)
     return Limits(until, workers=min(MOST_WORKERS, len(os.sched_getaffinity(0))), memory=memory)
+
+
+def watched(title: str, todo: Sequence[Job], work: Work, limits: Limits) -> Iterator[Done]:
+    """`jobs.run`, with a line of progress on stderr."""
+    progress = Progress(title, sum(len(job.parts) for job in todo), limits.until)
+    for done in jobs.run(todo, work, limits):
+        if done.row is not None:
+            progress.step(failed=done.row["outcome"] in FAILURES)
+        yield done
 
 
 def job_bytes(call: Call) -> int:
@@ -195,14 +209,7 @@ def by_image(given: Operands, results: Results) -> Iterator[tuple[Operands, Resu
 
 def reason(error: Exception) -> Row:
     """Return the row of what was raised: a refusal before the launch, want of memory, or a crash."""
-    text = f"{type(error).__name__}: {error}"
-    if isinstance(error, torch.OutOfMemoryError):
-        return jobs.failed("out_of_memory", text)
-    if isinstance(error, ValueError):
-        return jobs.failed("unsupported", str(error))
-    if type(error).__name__ == "OutOfResources":  # Triton's: more shared memory or threads than this GPU has
-        return jobs.failed("unsupported", text)
-    return jobs.failed("crash", text)
+    return jobs.failed(*outcome_of(error, ValueError, OUTCOMES))
 
 
 def same_bits(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:

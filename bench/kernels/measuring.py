@@ -14,26 +14,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from skipcost.bench.errors import MachineError
 from skipcost.bench.kernels import jobs
-from skipcost.bench.kernels.cases import USEFUL
-from skipcost.bench.kernels.jobs import Done, Job, Limits
+from skipcost.bench.kernels.cases import STEP_MACS, USEFUL
+from skipcost.bench.kernels.jobs import Done, Job, Limits, Row
 from skipcost.bench.kernels.judging import (
-    FAILURES,
     Configuration,
     job_bytes,
     limits_for,
     on_operands,
     part_of,
     tile_of,
+    verify,
+    watched,
     what_of,
 )
 from skipcost.bench.measure.journal import Journal, code_hash, identity
 from skipcost.bench.measure.machine import Machine, facts, machine_of, measure_ceilings, versions
-from skipcost.bench.measure.process import Row
 from skipcost.bench.measure.timing import Budget, sample
-from skipcost.bench.streams import Progress
 from skipcost.kernels.dispatch.call import Call
-from skipcost.kernels.errors import MachineError
 
 if TYPE_CHECKING:
     from skipcost.kernels.verify.table import Operands
@@ -42,7 +41,6 @@ CACHES = ("hot", "cold")
 CHUNK = 300  # configurations, or a few more: a minute of work, against ten seconds of starting processes
 REPEATS = 8  # calls in one hot sample: the gap before a graph starts is a large part of a single short call
 BUDGET = Budget(seconds=0.04, noise=0.01, least=15, warmup_seconds=0.2)
-STEP_MACS = 3  # a training step multiplies as much again for the gradients of its input and of its weights
 
 
 def survey(what: dict[str, Any], parts: Sequence[dict[str, Any]]) -> Iterator[Row]:
@@ -105,12 +103,11 @@ class Bench:
         """Verify configurations, several at a time, then time those that passed, one by one."""
         passed, left = self._verify(title, todo)
         more = {"caches": self.caches, "budget": asdict(self.budget or BUDGET)}
-        progress = Progress(f"{title}, timing", len(passed), self.until)
-        for done in jobs.run(_grouped(passed, self.device, more), "skipcost.bench.kernels.measuring:take", self.alone):
+        work = _grouped(passed, self.device, more)
+        for done in watched(f"{title}, timing", work, take, self.alone):
             if done.row is None:
                 left += 1
                 continue
-            progress.step(failed=done.row["outcome"] != "ok")
             key = _configuration(done)
             self._keep(key, done.row | {"worst": passed[key]})
         return left
@@ -118,13 +115,11 @@ class Bench:
     def _verify(self, title: str, todo: Sequence[Configuration]) -> tuple[dict[Configuration, float], int]:
         """Return the error of each configuration that may be timed; failures are rows, not missing ones."""
         passed, left = {}, 0
-        progress = Progress(f"{title}, verifying", len(todo), self.until)
-        limits = limits_for(self.device, self.until)
-        for done in jobs.run(_grouped(todo, self.device), "skipcost.bench.kernels.judging:verify", limits):
+        work, limits = _grouped(todo, self.device), limits_for(self.device, self.until)
+        for done in watched(f"{title}, verifying", work, verify, limits):
             if done.row is None:
                 left += 1
                 continue
-            progress.step(failed=done.row["outcome"] in FAILURES)
             if done.row["outcome"] == "ok":
                 passed[_configuration(done)] = done.row["worst"]
             else:
@@ -191,7 +186,7 @@ def open_bench(
     until = time.time() + seconds
     limits = Limits(until, workers=1 if device == "cuda" else 0)
     what = {"device": device, "sizes": sizes, "budget": asdict(budget) if budget else None}
-    (done,) = jobs.run([Job(what, ({},))], "skipcost.bench.kernels.measuring:survey", limits)
+    (done,) = jobs.run([Job(what, ({},))], survey, limits)
     if done.row is None or "device" not in done.row:
         why = done.row["note"] if done.row else f"--seconds {seconds:g} were over before it was done"
         message = f"the device could not be surveyed: {why}"

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
+import math
 import os
-import signal
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from skipcost.bench.errors import MachineError
+from skipcost.bench.kernels import jobs
+from skipcost.bench.kernels.jobs import Job, Limits, Row
 from skipcost.bench.streams import tell, write_table
-from skipcost.kernels.errors import STOPPING, MachineError
 from skipcost.kernels.outputs import OutputError
 from skipcost.kernels.verify.baseline import Key, Resources, baseline_for, compare, incomparable, write
 from skipcost.kernels.verify.compiling import can_run, compile_launch, why_not
@@ -29,6 +29,7 @@ from skipcost.kernels.verify.targets import TARGETS
 
 DEFAULT_TARGETS = ("sm_90", "gfx942")
 PROCESSES = 8  # at most: each takes 0.5 GB
+PATIENCE_S = 600.0  # for one kernel, which takes 3 s
 COLUMNS: dict[str, Callable[[Resources], object]] = {
     "target": lambda row: row.target,
     "warps": lambda row: row.warps,
@@ -56,40 +57,28 @@ def keys(targets: Sequence[str]) -> list[Key]:
 def measure(wanted: Sequence[Key]) -> tuple[dict[Key, Resources], list[str]]:
     """Compile on all cores: what each kernel needs, and a sentence for each that does not compile."""
     workers = min(os.cpu_count() or 1, PROCESSES, len(wanted))
-    if workers <= 1:
-        results = list(map(_measured, wanted))
-    else:
-        os.environ["PYTHONSAFEPATH"] = "1"  # as serving.PYTHON: these are started by the library
-        # Threads of torch would not survive a fork. Ctrl-C reaches this process, which ends the others.
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _leave_stopping) as pool:
-            try:
-                results = [each.result() for each in [pool.submit(_measured, key) for key in wanted]]
-            except BaseException:
-                for process in multiprocessing.active_children():  # else the pool waits for what is still to do
-                    process.kill()
-                raise
-    found = {key: each for key, each in zip(wanted, results, strict=True) if isinstance(each, Resources)}
-    failed = [
-        f"{key[0]} on {key[1]}: {each}" for key, each in zip(wanted, results, strict=True) if isinstance(each, str)
-    ]
-    return found, failed
+    limits = Limits(math.inf, PATIENCE_S, workers if workers > 1 else 0)
+    todo = [Job({}, ({"name": name, "target": target},)) for name, target in wanted]
+    rows: dict[Key, Row] = {}
+    for done in jobs.run(todo, take, limits):
+        rows[done.part["name"], done.part["target"]] = done.row or {}
+    found = {key: Resources(**rows[key]["found"]) for key in wanted if rows[key]["outcome"] == "ok"}
+    return found, [f"{key[0]} on {key[1]}: {rows[key]['note']}" for key in wanted if key not in found]
 
 
-def _leave_stopping() -> None:
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _measured(key: Key) -> Resources | str:
-    name, target = key
-    try:
-        return compile_launch(gated(target)[name](), target)
-    except Exception as error:  # noqa: BLE001 - compilers fail in many ways; the others still count
-        cause: BaseException = error
-        while cause.__cause__:  # Triton quotes the kernel, and chains what is wrong with it
-            cause = cause.__cause__
-        last = str(cause).strip().splitlines() or [""]
-        return f"does not compile: {type(cause).__name__}: {last[-1]}"
+def take(_what: dict[str, Any], parts: Sequence[dict[str, Any]]) -> Iterator[Row]:
+    """Compile kernels for targets; a row has the fields of `Resources`, or what the compiler said."""
+    for part in parts:
+        try:
+            found = compile_launch(gated(part["target"])[part["name"]](), part["target"])
+        except Exception as error:  # noqa: BLE001 - compilers fail in many ways; the others still count
+            cause: BaseException = error
+            while cause.__cause__:  # Triton quotes the kernel, and chains what is wrong with it
+                cause = cause.__cause__
+            last = str(cause).strip().splitlines() or [""]
+            yield jobs.failed("crash", f"does not compile: {type(cause).__name__}: {last[-1]}")
+        else:
+            yield {"outcome": "ok", "found": asdict(found)}
 
 
 def rows(found: dict[Key, Resources]) -> list[dict[str, Any]]:

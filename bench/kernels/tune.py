@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import skipcost.kernels
+from skipcost.bench.errors import MachineError
 from skipcost.bench.kernels.cases import (
     NETWORKS,
     TILED,
@@ -32,12 +33,11 @@ from skipcost.bench.kernels.cases import (
     tiles,
 )
 from skipcost.bench.kernels.check import print_grouped
+from skipcost.bench.kernels.jobs import Row
 from skipcost.bench.kernels.judging import FAILURES, Configuration, implementations, why_not
 from skipcost.bench.kernels.measuring import open_bench
-from skipcost.bench.measure.process import Row
 from skipcost.bench.streams import tell, write_table
 from skipcost.kernels.dispatch.call import Call
-from skipcost.kernels.errors import MachineError
 from skipcost.kernels.ops.launch import architecture_of
 from skipcost.kernels.ops.tiles import Tile, default_tile, tuned_row, tuning_key
 from skipcost.kernels.outputs import check_output, write_file

@@ -6,7 +6,6 @@ in tests, slowly and without graphs.
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import shutil
 import statistics
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from skipcost.bench.measure.environment import version_of
 from skipcost.bench.measure.timing import Budget, Clock, cpu_clock, no_gc, sample
 from skipcost.kernels.ops.launch import interpreted
 from skipcost.kernels.precision import rounding
@@ -191,15 +191,8 @@ def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _installed("triton"),
-        "skipcost": _installed("skipcost"),
+        "triton": version_of("triton"),
+        "skipcost": version_of("skipcost"),
         "cuda": torch.version.cuda or "none",
         "cudnn": str(cudnn or "none"),
     }
-
-
-def _installed(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

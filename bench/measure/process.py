@@ -1,14 +1,14 @@
-"""The two ends of a process that works: `Process`, who asks, and `serve`, who answers, a line of JSON for each message.
+"""The two ends of a process that is asked and answers, JSON in lines: `Process` and, in its `__main__`, `answers`.
 
-A kernel that hangs, or breaks its process, is ended from here. What is to be done with whom and for how long is not
-known here, see `jobs`.
+What hangs, or breaks its process, is ended from here. What is asked of whom, and for how long, is not known here: see
+`driver`, `duel` and `jobs`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
+import math
 import os
 import select
 import signal
@@ -16,24 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 PYTHON = (sys.executable, "-P")  # of every process that is started: without the current folder on its path
 GRACE_S = 5.0  # for a process that is asked to end
-Row = dict[str, Any]
-Work = Callable[[dict[str, Any], Sequence[dict[str, Any]]], Iterator[Row]]
-
-
-class LostDeviceError(RuntimeError):
-    """The device of this process is of no use any more."""
-
-
-def resolve(function: str) -> Work:
-    """Import the function that "module:function" names."""
-    module, _, name = function.partition(":")
-    work: Work = getattr(importlib.import_module(module), name)
-    return work
+MOST_WORDS = 350  # characters of last words: a note has room for 400
+SIGNALS = {each.value: each.name for each in signal.Signals}
 
 
 @contextlib.contextmanager
@@ -68,35 +57,46 @@ def finished(command: Sequence[str], **options: Any) -> subprocess.CompletedProc
     return subprocess.CompletedProcess(command, process.returncode, said, errors)
 
 
+def how_ended(code: int, said: str = "") -> str:
+    """Say by which signal or with which exit code a process ended, and its last words."""
+    how = f"exit code {code}" if code >= 0 else f"signal {-code} ({SIGNALS.get(-code, 'without a name')})"
+    return f"ended with {how}{': ' * bool(said)}{said}"
+
+
+def last_words(log: IO[bytes]) -> str:
+    """The last lines of what was printed, as text whatever it is."""
+    log.seek(max(0, log.seek(0, os.SEEK_END) - 4096))
+    return " ".join(log.read().decode(errors="replace").strip().splitlines()[-3:])[-MOST_WORDS:]
+
+
 class Process:
-    """`python -m skipcost.bench.measure.process FUNCTION`: jobs in, a line each; rows out, a line each."""
+    """A process that is asked, and answers. It leads a session of its own, as those of `started`."""
 
-    def __init__(self, function: str) -> None:
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
+    def __init__(self, command: Sequence[str], **options: Any) -> None:
+        """Start it; options are of `Popen`. Where `stderr` is one of them, it leaves no last words."""
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self.buffer = b""
-        command = [*PYTHON, "-m", "skipcost.bench.measure.process", function]
-        self.process = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, start_new_session=True
-        )
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
+        self.popen = subprocess.Popen(command, start_new_session=True, **(pipes | options))  # noqa: S603 - our own
 
-    def ask(self, what: dict[str, Any], parts: Sequence[dict[str, Any]], until: float) -> None:
-        """Hand a job over; parts that are not begun at `until`, a time.time(), are left."""
-        assert self.process.stdin is not None
-        text = json.dumps({"what": what, "parts": parts, "until": until}) + "\n"
-        with contextlib.suppress(BrokenPipeError):  # the epitaph will say why
-            self.process.stdin.write(text.encode())
-            self.process.stdin.flush()
+    def tell(self, message: dict[str, Any]) -> None:
+        """Send a message; whether anybody hears it, `read` finds out."""
+        assert self.popen.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.popen.stdin.write(json.dumps(message).encode() + b"\n")
+            self.popen.stdin.flush()
 
-    def read(self, seconds: float) -> dict[str, Any] | None:
+    def read(self, seconds: float = math.inf) -> dict[str, Any] | None:
         """Return the next message; None where there is none within `seconds`, or the process has ended."""
-        assert self.process.stdout is not None
+        assert self.popen.stdout is not None
         end = time.monotonic() + max(seconds, 0.0)
         while b"\n" not in self.buffer:
-            ready, _, _ = select.select([self.process.stdout], [], [], max(end - time.monotonic(), 0.0))
-            chunk = os.read(self.process.stdout.fileno(), 1 << 16) if ready else b""
+            left = None if seconds == math.inf else max(end - time.monotonic(), 0.0)
+            ready, _, _ = select.select([self.popen.stdout], [], [], left)
+            chunk = os.read(self.popen.stdout.fileno(), 1 << 16) if ready else b""
             if not chunk:
-                if ready:
-                    self.process.wait()
+                if ready:  # it has closed its end: there is nothing more to come
+                    self._wait(GRACE_S)
                 return None
             self.buffer += chunk
         line, _, self.buffer = self.buffer.partition(b"\n")
@@ -105,64 +105,49 @@ class Process:
 
     def alive(self) -> bool:
         """Whether the process has not ended."""
-        return self.process.poll() is None
+        return self.popen.poll() is None
 
-    def epitaph(self) -> str:
-        """Say how the process ended: by which signal or code, and its last words."""
-        code = self.process.wait()
-        self.errors.seek(0)
-        said = [line.strip() for line in self.errors if line.strip()]
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        return f"the process ended with {how}" + (f": {said[-1]}" if said else "")
+    def ended(self) -> str:
+        """Wait for the end of the process, and say how it ended."""
+        return how_ended(self.popen.wait(), last_words(self.log))
 
     def end(self) -> None:
         """End the process and those that it started, such as compilers: they are a group of their own."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.popen.pid, signal.SIGKILL)
 
-    def close(self) -> None:
-        """End the process and let go of what it was spoken to through."""
+    def close(self, grace_s: float = 0.0) -> None:
+        """End the process, and let go of it. grace_s: seconds in which it may end by itself, asked nothing more."""
+        assert self.popen.stdin is not None
+        assert self.popen.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.popen.stdin.close()
+        self._wait(grace_s)
+        self.popen.stdout.close()
+        self.log.close()
+
+    def _wait(self, seconds: float) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.popen.wait(seconds)
         self.end()
-        self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout, self.errors):
-            if stream is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    stream.close()
+        self.popen.wait()
 
 
-def serve(function: str, lines: IO[str], out: IO[str]) -> None:
-    """Answer jobs until there are no more: the other end of `Process`."""
-
-    def say(message: dict[str, Any]) -> None:
-        out.write(json.dumps(message) + "\n")
-        out.flush()
-
-    work = resolve(function)
-    for line in lines:
-        asked = json.loads(line)
-        try:
-            rows = work(asked["what"], asked["parts"])
-            for _ in asked["parts"]:
-                if time.time() >= asked["until"]:
-                    say({"ending": "time"})
-                    break
-                say({"row": next(rows)})
-            else:
-                say({"ending": None})
-        except LostDeviceError:
-            say({"ending": "lost"})
-            return
+def say(out: IO[str], message: dict[str, Any]) -> None:
+    """Write a message to whoever asked."""
+    out.write(json.dumps(message) + "\n")
+    out.flush()
 
 
-if __name__ == "__main__":
-    # What is printed by others must not get between the rows. Who asked may be gone: then there is nobody to tell.
-    rows_out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    from skipcost.bench.measure import (
-        process as serving,  # `LostDeviceError` of this module run as a script would be another class
-    )
+@contextlib.contextmanager
+def answers() -> Iterator[IO[str]]:
+    """What a `__main__` writes its answers to; what anything else prints goes to stderr, and not among them.
 
+    Who asked may be gone: then there is nobody to tell.
+    """
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     try:
-        serving.serve(sys.argv[1], sys.stdin, rows_out)
+        yield out
     except BrokenPipeError:
         os._exit(0)  # without writing what is left in the buffer

@@ -27,6 +27,7 @@ from skipcost.bench.errors import BenchError
 from skipcost.bench.measure.environment import describe
 from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.measure.probe import probed_cpu
+from skipcost.bench.measure.process import answers, last_words, say
 from skipcost.bench.measure.worker import limit_memory, run_case
 
 GRACE_S, POLL_S = 1.0, 0.01
@@ -58,11 +59,11 @@ def warm_up() -> None:
 def serve(requests: IO[str], replies: IO[str]) -> None:
     """Answer requests until the driver closes its end; its death ends the case that is running, too."""
     warm_up()
-    _say(replies, {"environment": describe()})
+    say(replies, {"environment": describe()})
     while line := requests.readline():
         request = json.loads(line)
         _probe_for(request)
-        _say(replies, {"done": _run(request, requests, replies)})
+        say(replies, {"done": _run(request, requests, replies)})
 
 
 def _probe_for(request: dict[str, Any]) -> None:
@@ -74,11 +75,6 @@ def _probe_for(request: dict[str, Any]) -> None:
     if case.device == "cpu" and not {"roofline_s", "latency_s"}.isdisjoint(request["metrics"]):
         with contextlib.suppress(BenchError):
             probed_cpu(case.threads)
-
-
-def _say(replies: IO[str], value: dict[str, Any]) -> None:
-    replies.write(json.dumps(value) + "\n")
-    replies.flush()
 
 
 def _run(request: dict[str, Any], requests: IO[str], replies: IO[str]) -> dict[str, Any]:
@@ -100,7 +96,7 @@ def _run(request: dict[str, Any], requests: IO[str], replies: IO[str]) -> dict[s
             for number in (results, *exits):
                 os.close(number)
             code, late = _finish(child, {ENDED: time.monotonic() + GRACE_S, CLOSED: deadline}.get(ended, 0.0))
-        said = _last_words(log)
+        said = last_words(log)
     timed_out = ended in (LATE, GONE) or (ended == CLOSED and late)
     done = {"timed_out": timed_out, "code": code, "said": said, "wall_s": time.perf_counter() - start}
     return done | {"two_answered": ended == SECOND}
@@ -165,12 +161,6 @@ def _finish(child: int, until: float) -> tuple[int, bool]:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), late
 
 
-def _last_words(log: IO[bytes]) -> str:
-    """The last lines of what was printed past Python, as text whatever it is."""
-    log.seek(max(0, log.seek(0, os.SEEK_END) - 4096))
-    return " ".join(log.read().decode(errors="replace").strip().splitlines()[-3:])[-400:]
-
-
 def _become_worker(request: dict[str, Any], writer: int, log: int, replies: int) -> None:
     """Run the request in this fork and leave, without a way back into the server's code."""
     code = 1
@@ -220,9 +210,5 @@ def _die_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what anything here prints must not end up among the replies
-    try:
+    with answers() as replies:
         serve(sys.stdin, replies)
-    except BrokenPipeError:  # the driver is gone, and with it whoever would want to know
-        os._exit(0)

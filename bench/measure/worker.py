@@ -19,14 +19,15 @@ from typing import IO, Any
 from skipcost.bench.cases.case import Case
 from skipcost.bench.cases.factory import Transcript, importing_from_here, make, shorten, sources_of
 from skipcost.bench.cases.opened import digests, listening
-from skipcost.bench.cases.record import Result
+from skipcost.bench.cases.record import Result, outcome_of
 from skipcost.bench.errors import UnsupportedError
 from skipcost.bench.measure.metrics import MEASURED, METRICS
+from skipcost.bench.measure.process import answers
 from skipcost.bench.measure.timing import Budget
 from skipcost.unet_models.program import lower
 from skipcost.unet_models.sizes import norm_note
 
-MOST_OF_AN_ERROR = 400  # characters; what follows is a stack of C++ frames
+OUT_OF_MEMORY = {"OutOfMemoryError": "out_of_memory"}  # torch's, of a GPU
 # How torch words a failed allocation on a CPU, and oneDNN inside it.
 NO_MEMORY = ("can't allocate memory", "could not create a memory object", "not enough memory", "Cannot allocate memory")
 
@@ -134,16 +135,9 @@ def _measure(names: list[str], case: Case, budget: Budget) -> list[Result]:
 
 
 def _outcome(error: Exception) -> tuple[str, str]:
-    """The outcome and the note of what was raised; notes of the exception itself say where it came from."""
     if isinstance(error, MemoryError):
         return "out_of_memory", "the process ran out of memory"
-    text = " ".join(str(error).encode(errors="backslashreplace").decode().split())
-    if isinstance(error, UnsupportedError):
-        return "unsupported", text
-    kind = type(error).__name__
-    short = kind == "OutOfMemoryError" or any(words in text for words in NO_MEMORY)
-    where = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
-    return "out_of_memory" if short else "crash", f"{kind}: {text[:MOST_OF_AN_ERROR]}{where}"
+    return outcome_of(error, UnsupportedError, OUT_OF_MEMORY, NO_MEMORY)
 
 
 def _why_not(case: Case) -> str:
@@ -187,6 +181,5 @@ def answer(request: dict[str, Any], stream: IO[str]) -> None:
 
 
 if __name__ == "__main__":
-    results = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what anything here prints must not end up among the results
-    answer(json.loads(sys.stdin.readline()), results)
+    with answers() as results:
+        answer(json.loads(sys.stdin.readline()), results)

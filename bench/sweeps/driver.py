@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
-import subprocess
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from skipcost.bench.cases.case import Case
 from skipcost.bench.cases.opened import Present
 from skipcost.bench.cases.record import Result
 from skipcost.bench.errors import MachineError
-from skipcost.bench.measure.process import PYTHON
+from skipcost.bench.measure.process import GRACE_S, PYTHON, Process, how_ended
 from skipcost.bench.store.store import Store
 from skipcost.bench.store.tables import results_by_case
 from skipcost.bench.sweeps.plan import Plan, PlannedCase
 
-GRACE_S = 5.0
-
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a worker is asked to do; `json` is the server's protocol."""
+    """What a worker is asked to do; `message` is the server's protocol."""
 
     case: Case
     metrics: tuple[str, ...]
@@ -33,9 +29,9 @@ class Request:
     time_limit_s: float
     memory_limit_bytes: int | None
 
-    def json(self) -> str:
-        """One line for the server."""
-        return json.dumps({**asdict(self), "case": json.loads(self.case.to_json())})
+    def message(self) -> dict[str, Any]:
+        """What the server is told."""
+        return {**asdict(self), "case": json.loads(self.case.to_json())}
 
 
 class Server:
@@ -46,51 +42,27 @@ class Server:
         try:
             self.environment = self._hello()
         except BaseException:
-            self._process.kill()
-            self._stop()
+            self._process.close()
             raise
 
-    def _start(self) -> subprocess.Popen[str]:
-        # A session of its own: Ctrl-C at the terminal reaches the driver alone, which then ends the server in order.
-        return subprocess.Popen(  # noqa: S603 - our own module
-            [*PYTHON, "-m", "skipcost.bench.measure.server"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+    def _start(self) -> Process:
+        return Process([*PYTHON, "-m", "skipcost.bench.measure.server"], stderr=None)  # its warnings reach the user
 
     def _hello(self) -> dict[str, Any]:
-        line = self._replies.readline()
-        if not line:
+        reply = self._process.read()
+        if reply is None:
             command = " ".join(("python", *PYTHON[1:], "-m skipcost.bench.measure.server"))
             message = f"the measuring process did not start: run `{command}` to see why"
             raise MachineError(message)
-        environment: dict[str, Any] = json.loads(line)["environment"]
+        environment: dict[str, Any] = reply["environment"]
         return environment
-
-    @property
-    def _replies(self) -> IO[str]:
-        assert self._process.stdout is not None
-        return self._process.stdout
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop()
-
-    def _stop(self) -> None:
-        """Close the server's input, at which it ends its case and leaves; kill it where it does not."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._replies.close()
+        """Close the server's input, at which it ends its case and leaves; end it where it does not."""
+        self._process.close(GRACE_S)
 
     def run(self, request: Request) -> Iterator[Result]:
         """Yield a result for every metric of the request; what a fork did not live to measure is asked for again."""
@@ -108,17 +80,13 @@ class Server:
                 yield _failure(left.pop(0), ending, request)
 
     def _ask(self, request: Request) -> Iterator[Result | dict[str, Any]]:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(request.json() + "\n")
-            self._process.stdin.flush()
-        for line in self._replies:
-            reply = json.loads(line)
+        self._process.tell(request.message())
+        while (reply := self._process.read()) is not None:
             if "done" in reply:
                 yield reply["done"]
                 return
-            yield Result.from_json(line)
-        self._stop()
+            yield Result.from_json(reply)
+        self._process.close()
         self._process = self._start()
         self._hello()
         yield {"timed_out": False, "code": -9, "said": "the measuring process itself was killed"}
@@ -139,7 +107,7 @@ def _failure(metric: str, ending: dict[str, Any], request: Request) -> Result:
             "out_of_memory",
             note=f"the process was killed from outside, as the system does when memory is short{said}",
         )
-    return Result(metric, "crash", note=f"the process ended with status {ending['code']}{said}")
+    return Result(metric, "crash", note=f"the process {how_ended(ending['code'], ending['said'])}")
 
 
 def recognised(plan: Plan, store: Store) -> Plan:

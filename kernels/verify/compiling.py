@@ -18,7 +18,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from skipcost.kernels.errors import MachineError
 from skipcost.kernels.ops.launch import Descriptor, Launch, described, device_function, interpreted
 from skipcost.kernels.verify.baseline import Resources
 from skipcost.kernels.verify.targets import TARGETS, Target, residency
@@ -58,13 +57,13 @@ def compiled(launch: Launch, target: str) -> Any:
     """Compile what `launch.run` would launch on `target`, a key of TARGETS: Triton's own CompiledKernel.
 
     0.3 to 3 s, or no time if it is in Triton's cache (TRITON_CACHE_DIR). ValueError for an unknown target;
-    MachineError where nothing can be compiled, as where Triton interprets.
+    RuntimeError where nothing can be compiled, as where Triton interprets.
     """
     if target not in TARGETS:
         message = f"target={target!r} is unknown; accepted: {', '.join(TARGETS)}"
         raise ValueError(message)
     if reason := why_not():
-        raise MachineError(reason)
+        raise RuntimeError(reason)
     with _pretending(TARGETS[target]):
         arguments = {name: described(value) for name, value in launch.arguments.items()}
         options = {"num_warps": launch.warps, "num_stages": launch.stages}

@@ -119,7 +119,7 @@ def test_every_command_has_help(command: str, run_script: Run) -> None:
         (("explain", "unet/d4/w64/concat", "--size", "abc"), "is not an image size"),
         (("explain", "unet/d4/w64/concat/padding=valid", "--size", "100"), "the nearest size that works is 188x188"),
         (("explain", "unet/d4/w64/concat", "--precision", "fp23"), "unknown precision 'fp23'; did you mean 'fp32'"),
-        (("explain", "unet/d4/w64/concat", "--batch", "0"), "--batch 0 is not a whole number from 1 to 65536"),
+        (("explain", "unet/d4/w64/concat", "--batch", "0"), "--batch '0' is not a whole number from 1 to 65536"),
         (("show", "missing.sqlite"), "there is no store at missing.sqlite"),
         (("sweep", "quik"), "unknown sweep 'quik'; did you mean 'quick'"),
         (("plan", "quick", "--device", "gpu"), "unknown device 'gpu'"),

@@ -339,7 +339,7 @@ def test_prints_stay_out_of_the_worker_s_lines() -> None:
         input=json.dumps(request) + "\n", capture_output=True, text=True, check=True, cwd=HELPERS,
     )  # fmt: skip
 
-    results = [Result.from_json(line) for line in done.stdout.splitlines()]
+    results = [Result.from_json(json.loads(line)) for line in done.stdout.splitlines()]
     assert [result.metric for result in results] == ["params", "conv_macs"]
 
 

@@ -101,17 +101,17 @@ def test_an_effect_that_is_too_small_to_matter_is_refused(effect: str) -> None:
     assert "is not above 0.01, which is the change that is too small" in refused("ab", "--effect", effect)
 
 
-@pytest.mark.parametrize("option", ["--batch", "--size"])
-def test_kernels_explain_takes_the_same_numbers(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("option", "accepted"), [("--batch", "not a whole number from 1 to 65536"), ("--size", "write 512, or 480x640")]
+)
+def test_kernels_explain_takes_the_same_numbers(option: str, accepted: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 2, and what is accepted."""
     for text in (*NO_NUMBERS, "0", "-1", "65537", "100000000", "31x"):
-        try:
-            code = kernels(["explain", LABEL, f"{option}={text}"])
-        except SystemExit as ended:
-            code = int(str(ended.code))
+        code = kernels(["explain", LABEL, f"{option}={text}"])
         said = capsys.readouterr()
         assert code == 2, text
-        assert "from 1 to 65536" in said.err or "write 512, or 480x640" in said.err
+        assert repr(text) in said.err
+        assert accepted in said.err
         assert not said.out
 
 
@@ -119,10 +119,8 @@ def test_kernels_explain_takes_the_same_numbers(option: str, capsys: pytest.Capt
 def test_seconds_without_end_are_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """With nan nothing would ever be over."""
     for text in ("nan", "inf", "-1", "1e300", "", "abc"):
-        with pytest.raises(SystemExit) as ended:
-            kernels([command, f"--seconds={text}"])
-        assert ended.value.code == 2
-        assert f"{text!r} is not a number from 0 to 1000000" in capsys.readouterr().err
+        assert kernels([command, f"--seconds={text}"]) == 2
+        assert f"--seconds {text!r} is not a number from 0 to 1000000" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", ["batch", "threads", "image_height", "depth", "width", "classes", "in_channels"])

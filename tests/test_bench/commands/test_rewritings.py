@@ -95,7 +95,7 @@ def test_command_prints_json() -> None:
         (["unet3+/d4/w64/concat", "--precision", "bf61"], "unknown precision 'bf61'; did you mean 'bf16'"),
         (["unet3+/d4/w64/concat", "--mode", "train"], "unknown mode 'train'; did you mean 'training'"),
         (["unet3+/d4/w64/concat", "--size", "8"], "this network needs at least"),
-        (["unet3+/d4/w64/concat", "--batch", "0"], "--batch 0 is not a whole number"),
+        (["unet3+/d4/w64/concat", "--batch", "0"], "--batch '0' is not a whole number"),
     ],
 )
 def test_bad_input_gets_a_sentence(arguments: list[str], message: str) -> None:

@@ -19,6 +19,7 @@ from skipcost.bench.compare.ab import Arena, Journal, Rules, Subject, compare
 from skipcost.bench.compare.duel import Bout, SideError, bout, facing
 from skipcost.bench.compare.revisions import Revision
 from skipcost.bench.compare.turns import slowed
+from skipcost.bench.errors import MachineError
 from skipcost.unet_models import ModelSpec, build
 
 CASES = tuple(Case(spec=ModelSpec(width=8 * number), threads=1) for number in range(1, 5))
@@ -220,6 +221,20 @@ def test_the_injected_slowdown_is_in_the_call() -> None:
 
     assert cpu_clock(step, 1)[0] >= 0.02
     assert calls == [1]
+
+
+def test_a_side_that_dies_is_told_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which revision, how it ended, and what it said; the other one is ended, too."""
+    script = tmp_path / "turns.py"
+    script.write_text("import os, sys\ninput()\nsys.stderr.write('out of luck\\n')\nsys.stderr.flush()\nos.abort()\n")
+    monkeypatch.setattr(duel, "SCRIPT", script)
+    here = Revision("0123456789abcdef", "", Path())
+
+    with facing(here, here) as sides, pytest.raises(MachineError) as told:
+        sides[0].ask(calls=1)
+
+    assert str(told.value) == "the process of 0123456789ab ended with signal 6 (SIGABRT): out of luck"
+    assert not sides[1]._process.alive()
 
 
 def test_the_script_needs_nothing_of_this_version_but_itself(tmp_path: Path) -> None:

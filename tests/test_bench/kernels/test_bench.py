@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch import nn
 
-from skipcost.bench.kernels import bench, jobs, measuring, stepping
+from skipcost.bench.errors import MachineError
+from skipcost.bench.kernels import bench, jobs, judging, measuring, networks
 from skipcost.bench.kernels.cases import need, settings
+from skipcost.bench.kernels.jobs import Row
 from skipcost.bench.kernels.judging import part_of
 from skipcost.bench.kernels.measuring import open_bench
 from skipcost.bench.kernels.networks import QUICK_WAYS, SLOW_WAYS, parse_case, wanted
 from skipcost.bench.measure import journal
 from skipcost.bench.measure.journal import Journal, identity
-from skipcost.bench.measure.process import Row
 from skipcost.bench.measure.timing import Budget
 from skipcost.kernels.dispatch.call import Call
 from skipcost.kernels.dispatch.winners import own_file, read_rows
-from skipcost.kernels.errors import MachineError
 from skipcost.kernels.ops.tiles import default_tile
 from skipcost.kernels.outputs import OutputError
 from skipcost.kernels.verify import table
@@ -227,18 +227,18 @@ def test_processes_of_their_own_give_the_same_kinds_of_rows() -> None:
     network = {"network": LABEL, "case": "n1 8x8 inference", "device": "cpu", "budget": brief}
     sizes = {"device": "cpu", "sizes": {"copied_bytes": 2**16, "side": 16}, "budget": brief}
     work = {
-        "skipcost.bench.kernels.judging:verify": (shared, part_of("reference", None)),
-        "skipcost.bench.kernels.measuring:take": (shared, part_of("reference", None)),
-        "skipcost.bench.kernels.measuring:survey": (sizes, {}),
-        "skipcost.bench.kernels.stepping:take": (network, {"implementation": "eager"}),
+        judging.verify: (shared, part_of("reference", None)),
+        measuring.take: (shared, part_of("reference", None)),
+        measuring.survey: (sizes, {}),
+        networks.take: (network, {"implementation": "eager"}),
     }
 
     rows = {
-        name: next(jobs.run([jobs.Job(what, (part,))], name, jobs.Limits(time.time() + 120))).row
-        for name, (what, part) in work.items()
+        each: next(jobs.run([jobs.Job(what, (part,))], each, jobs.Limits(time.time() + 120))).row
+        for each, (what, part) in work.items()
     }
 
-    assert {name: row and row.get("outcome", "ok") for name, row in rows.items()} == dict.fromkeys(work, "ok")
+    assert {each: row and row.get("outcome", "ok") for each, row in rows.items()} == dict.fromkeys(work, "ok")
 
 
 def test_the_order_is_calls_first_and_what_compiles_last() -> None:
@@ -274,7 +274,7 @@ def test_a_network_that_computes_something_else_is_not_timed(mode: str, monkeypa
     monkeypatch.setitem(WAYS, "folded", off)
     what = {"network": LABEL, "case": f"n2 8x8 {mode}", "device": "cpu", "budget": asdict(QUICK["budget"])}
 
-    honest, wrong = stepping.take(what, [{"implementation": "eager"}, {"implementation": "folded"}])
+    honest, wrong = networks.take(what, [{"implementation": "eager"}, {"implementation": "folded"}])
 
     assert honest["outcome"] == "ok"
     assert honest["worst"] == pytest.approx(0.5, rel=0.01)  # its own error is half of what is allowed
@@ -292,7 +292,7 @@ def test_a_network_that_raises_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(WAYS, "folded", broken)
     what = {"network": LABEL, "case": "n1 8x8 inference", "device": "cpu", "budget": asdict(QUICK["budget"])}
 
-    first, second = stepping.take(what, [{"implementation": "folded"}, {"implementation": "eager"}])
+    first, second = networks.take(what, [{"implementation": "folded"}, {"implementation": "eager"}])
 
     assert (first["outcome"], second["outcome"]) == ("crash", "ok")
     assert "no kernel image" in first["note"]

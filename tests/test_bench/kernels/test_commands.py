@@ -18,7 +18,7 @@ from skipcost.bench.kernels.cases import need
 from skipcost.bench.kernels.check import print_rows, tell_left_out
 from skipcost.bench.kernels.jobs import failed
 from skipcost.bench.kernels.judging import part_of
-from skipcost.bench.streams import Progress, write_table
+from skipcost.bench.streams import Progress, how_far, write_table
 from skipcost.kernels.dispatch.call import Call
 from skipcost.kernels.errors import Stopped
 from skipcost.kernels.ops.tiles import CANDIDATES, default_tile
@@ -98,9 +98,10 @@ def test_progress_tells_the_time_left_and_never_more_than_there_is() -> None:
     progress.began = time.time() - 10
     progress.done, progress.failed = 5, 2
 
-    assert progress.line(progress.began + 10) == "check: 5/10, 2 failed, 0:10 left"
+    assert progress.line(progress.began + 10) == "check, 2 failed: 5 of 10 done, 0:10 left"
     progress.until = progress.began + 13
     assert progress.line(progress.began + 10).endswith("0:03 left")
+    assert how_far(0, 10, 5.0) == "0 of 10 done"
 
 
 def test_tables_are_aligned(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,8 +14,6 @@ from places import HELPERS
 from skipcost.bench.kernels import jobs
 from skipcost.bench.kernels.jobs import Done, Job, Limits
 
-FUNCTION = "kernel_work:work"
-
 
 @pytest.fixture(autouse=True)
 def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +28,7 @@ def job(name: str, *does: str, memory: int = 0) -> Job:
 
 def run(*todo: Job, seconds: float = 60, **limits: Any) -> list[Done]:
     """Run jobs for at most so many seconds."""
-    return list(jobs.run(todo, FUNCTION, Limits(time.time() + seconds, **limits)))
+    return list(jobs.run(todo, work, Limits(time.time() + seconds, **limits)))
 
 
 def outcomes(found: list[Done]) -> list[str]:
@@ -56,7 +54,12 @@ def test_what_is_printed_does_not_get_between_the_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("do", "said"), [("die", "signal 6"), ("exit", "exit code 3: last words"), ("raise", "RuntimeError: no such thing")]
+    ("do", "said"),
+    [
+        ("die", "the process ended with signal 6 (SIGABRT)"),
+        ("exit", "the process ended with exit code 3: first words last words"),
+        ("raise", "RuntimeError: no such thing"),
+    ],
 )
 def test_a_process_that_ends_costs_the_part_it_was_at(do: str, said: str) -> None:
     """The parts before and after have their rows, the latter from a new process; the reason is in the row."""
@@ -128,7 +131,7 @@ def test_a_process_that_ends_after_its_last_row_costs_nothing() -> None:
 
 def test_giving_up_ends_the_processes() -> None:
     """Whoever stops listening, as after Ctrl-C, leaves nothing running."""
-    rows = jobs.run([job("x", "go", *["sleep"] * 100)], FUNCTION, Limits(time.time() + 60))
+    rows = jobs.run([job("x", "go", *["sleep"] * 100)], work, Limits(time.time() + 60))
     assert isinstance(rows, Generator)
     process = next(rows).row["process"]  # type: ignore[index]
 
@@ -136,8 +139,3 @@ def test_giving_up_ends_the_processes() -> None:
 
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
-
-
-def test_the_function_is_the_one_that_was_named() -> None:
-    """What a test calls and what a process calls are the same."""
-    assert next(work({"name": "x"}, [{"do": "go"}]))["outcome"] == "ok"

@@ -11,9 +11,20 @@ import pytest
 import torch
 
 from skipcost.bench.kernels import judging
-from skipcost.bench.kernels.judging import FAILURES, INFINITE, by_image, job_bytes, part_of, reason, same_bits, what_of
+from skipcost.bench.kernels.jobs import Job, LostDeviceError, Row
+from skipcost.bench.kernels.judging import (
+    FAILURES,
+    INFINITE,
+    by_image,
+    job_bytes,
+    limits_for,
+    part_of,
+    reason,
+    same_bits,
+    watched,
+    what_of,
+)
 from skipcost.bench.measure.machine import machine_of
-from skipcost.bench.measure.process import LostDeviceError, Row
 from skipcost.kernels.dispatch.call import Call
 from skipcost.kernels.verify import table
 from skipcost.kernels.verify.table import KERNELS, Operands, Results, operands
@@ -142,6 +153,19 @@ def test_what_is_raised_is_a_row_and_the_next_is_judged(
     assert said in broken["note"]
     assert (outcome in FAILURES) == (outcome == "crash")
     assert next_one["outcome"] == "ok"
+
+
+def test_how_far_the_work_is_can_be_seen(
+    doctored: Callable[[Call, Doctor], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Parts that are done, and of them those that failed; every part is handed on."""
+    doctored(CALL, one_off(0))
+    todo = [Job(what_of(CALL, "cpu"), (part_of("triton", None), part_of("reference", None)))]
+
+    done = list(watched("check", todo, judging.verify, limits_for("cpu", 1e12)))
+
+    assert [each.row["outcome"] for each in done if each.row] == ["wrong", "ok"]
+    assert capsys.readouterr().err == "check, 1 failed: 2 of 2 done, 0:00 left\n"
 
 
 def test_operands_that_cannot_be_made_are_the_outcome_of_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ import importlib.metadata
 import importlib.resources
 import importlib.util
 import json
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ import pytest
 from kernel_compiler import python, skip_without_compiler
 
 import skipcost.kernels
-from skipcost.bench.kernels import resources, tune
+from skipcost.bench.errors import MachineError
+from skipcost.bench.kernels import jobs, resources, tune
 from skipcost.bench.kernels.cases import need
 from skipcost.bench.kernels.resources import DEFAULT_TARGETS, keys, main
 from skipcost.kernels.dispatch.call import Call
-from skipcost.kernels.errors import MachineError
 from skipcost.kernels.ops.tiles import Tile, tuned_row, tuning_key
 from skipcost.kernels.verify import baseline, compiling
 from skipcost.kernels.verify.baseline import stored
@@ -154,9 +155,11 @@ def test_where_triton_interprets_nothing_is_compiled(monkeypatch: pytest.MonkeyP
         pytest.skip("triton is not installed, so another reason comes first")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
-    for attempt in (lambda: main([]), lambda: compiled(next(iter(GATED.values()))(), "sm_90")):
-        with pytest.raises(MachineError, match=r"TRITON_INTERPRET=1 makes Triton interpret its kernels .*: unset it$"):
-            attempt()
+    said = r"TRITON_INTERPRET=1 makes Triton interpret its kernels .*: unset it$"
+    with pytest.raises(MachineError, match=said):
+        main([])
+    with pytest.raises(RuntimeError, match=said):
+        compiled(next(iter(GATED.values()))(), "sm_90")
 
 
 def test_without_triton_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +168,24 @@ def test_without_triton_the_command_says_what_to_install(monkeypatch: pytest.Mon
 
     with pytest.raises(MachineError, match=r"triton is not installed: pip install 'skipcost\[gpu\]'"):
         main([])
+
+
+def test_a_compiler_that_dies_is_a_problem_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel has a sentence; the others are found, in the order in which they were asked for."""
+    row = stored()[-1].rows["batch_norm/add/fp32", "sm_90"]
+    answers = {"dies": jobs.failed("crash", "the process ended with signal 11 (SIGSEGV)")}
+
+    def run(todo: list[jobs.Job], *_: object) -> Iterator[jobs.Done]:
+        for job in reversed(todo):  # whoever is first
+            (part,) = job.parts
+            yield jobs.Done(job.what, part, answers.get(part["name"], {"outcome": "ok", "found": asdict(row)}))
+
+    monkeypatch.setattr(jobs, "run", run)
+
+    found, failed = resources.measure([("a", "sm_90"), ("dies", "sm_90"), ("b", "sm_90")])
+
+    assert list(found.items()) == [(("a", "sm_90"), row), (("b", "sm_90"), row)]
+    assert failed == ["dies on sm_90: the process ended with signal 11 (SIGSEGV)"]
 
 
 @pytest.mark.slow

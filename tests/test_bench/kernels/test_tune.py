@@ -12,8 +12,8 @@ import pytest
 
 from skipcost.bench.kernels import tune
 from skipcost.bench.kernels.cases import need
+from skipcost.bench.kernels.jobs import Row
 from skipcost.bench.kernels.measuring import call_row
-from skipcost.bench.measure.process import Row
 from skipcost.kernels.dispatch.call import Call
 from skipcost.kernels.ops import tiles
 from skipcost.kernels.ops.tiles import Tile, default_tile, tile_for

@@ -370,7 +370,7 @@ def test_the_command_gives_programs_everything() -> None:
         (("unet/d1/w4/concat", "--model", "m:f"), "name one network"),
         (("unett/d1/w4/concat",), "did you mean 'unet'"),
         (("unet/d4/w4/concat", "--size", "4"), "leaves no pixel"),
-        (("unet/d1/w4/concat", "--batch", "0"), "--batch 0 is not a whole number"),
+        (("unet/d1/w4/concat", "--batch", "0"), "--batch '0' is not a whole number"),
         (("--model", "models.unet"), "is not the path of a function"),
         (("--model", "nothere:unet"), "cannot be counted: cannot import nothere"),
         (("--model", "custom_models:raising"), "no weights here; raised by the factory custom_models:raising"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from skipcost.bench.measure.process import PYTHON, finished, started
+from skipcost.bench.measure.process import MOST_WORDS, PYTHON, Process, finished, last_words, started
 
 
 def test_the_current_folder_is_not_on_the_path(tmp_path: Path) -> None:
@@ -46,3 +46,74 @@ def test_a_process_ends_with_those_it_started(tmp_path: Path, stubborn: bool, mo
     time.sleep(0.1)
     assert (tmp_path / "tidied").exists() != stubborn
     assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+ECHO = "import sys\nfor line in sys.stdin:\n    print(line, end='', flush=True)\n"
+
+
+def test_a_process_that_is_asked_answers_until_it_is_let_go_of() -> None:
+    """Messages are JSON, in order; asked nothing more, it ends by itself where it is given the time."""
+    process = Process([*PYTHON, "-c", ECHO])
+    process.tell({"first": [1, "\n"]})
+    process.tell({"second": None})
+    heard = [process.read(30.0), process.read(30.0), process.read(0.01)]
+    alive = process.alive()
+
+    process.close(grace_s=30.0)
+
+    assert heard == [{"first": [1, "\n"]}, {"second": None}, None]
+    assert (alive, process.popen.returncode) == (True, 0)
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("print('half a line', end='')", "ended with exit code 0"),
+        ("sys.stderr.write('first\\nlast\\n'); sys.exit(3)", "ended with exit code 3: first last"),
+        ("os.kill(os.getpid(), 11)", "ended with signal 11 (SIGSEGV)"),
+        ("os.kill(os.getpid(), signal.SIGRTMAX - 1)", "ended with signal 63 (without a name)"),
+        ("os.close(1); time.sleep(60)", "ended with signal 9 (SIGKILL)"),
+    ],
+)
+def test_a_process_that_ends_says_nothing_more_and_how(code: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that only closes its end: nobody would wait for it. What is told afterwards is no error."""
+    monkeypatch.setattr("skipcost.bench.measure.process.GRACE_S", 0.5)
+    process = Process([*PYTHON, "-c", f"import os, signal, sys, time\n{code}"])
+
+    heard = process.read()
+    process.tell({"too": "late"})
+    how = process.ended()
+    process.close()
+
+    assert (heard, how) == (None, told)
+
+
+def test_the_last_words_are_text_whatever_was_printed(tmp_path: Path) -> None:
+    """Three lines at most, and the end of them where they are long."""
+    with (tmp_path / "log").open("wb+") as log:
+        log.write(b"x" * 10_000 + b"\nfirst\n\xff second\nthird\n")
+        few = last_words(log)
+        log.write(b"y" * 10_000)
+        long = last_words(log)
+
+    assert few == "first \ufffd second third"
+    assert long == "y" * MOST_WORDS
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_what_others_print_does_not_get_between_the_answers(gone: bool) -> None:  # noqa: FBT001
+    """It is among the last words; and where nobody listens any more, nothing fails."""
+    code = "print('noise', flush=True); sys.stdin.readline(); say(out, {'x': 1}); say(out, {'y': 2})"
+    head = "import sys\nfrom skipcost.bench.measure.process import answers, say\nwith answers() as out:\n"
+    process = Process([*PYTHON, "-c", f"{head}    {code}"])
+    if gone:
+        assert process.popen.stdout is not None
+        process.popen.stdout.close()
+
+    process.tell({})
+    heard = [] if gone else [process.read(30.0), process.read(30.0)]
+    how = process.ended()
+    process.close()
+
+    assert heard == ([] if gone else [{"x": 1}, {"y": 2}])
+    assert how == "ended with exit code 0: noise"

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -125,8 +124,8 @@ def ask(server: Server, name: str, *metrics: str) -> list[Result]:
         ("reads_stdin", "crash", "EOFError"),
         ("changes_folder", "ok", ""),
         ("starts_threads", "ok", ""),
-        ("leaves", "crash", "the process ended with status 7"),
-        ("dies_and_leaves_a_child", "crash", "the process ended with status 7"),
+        ("leaves", "crash", "the process ended with exit code 7"),
+        ("dies_and_leaves_a_child", "crash", "the process ended with exit code 7"),
         ("exits", "unsupported", "leaves the program"),
         ("raises_half_a_letter", "crash", "ValueError: half\\udcff"),
     ],
@@ -213,10 +212,3 @@ def test_a_result_that_comes_twice_counts_once(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Server, "_ask", lambda _self, _request: iter(replies))
 
     assert list(Server.run(Server.__new__(Server), request)) == replies[:1]
-
-
-def test_the_last_words_are_text_whatever_was_printed(tmp_path: Path) -> None:
-    """Three lines at most, and the end of them where they are long."""
-    with (tmp_path / "log").open("wb+") as log:
-        log.write(b"x" * 10_000 + b"\nfirst\n\xff second\nthird\n")
-        assert serving._last_words(log) == "first \ufffd second third"

@@ -112,13 +112,13 @@ def test_a_case_over_its_memory_is_an_out_of_memory_row(server: Server) -> None:
 
 @pytest.mark.parametrize(
     ("number", "outcome", "note"),
-    [(signal.SIGSEGV, "crash", "status -11"), (signal.SIGKILL, "out_of_memory", "killed")],
+    [(signal.SIGSEGV, "crash", "signal 11 (SIGSEGV)"), (signal.SIGKILL, "out_of_memory", "killed")],
 )
 def test_a_worker_that_dies_is_a_row_and_the_rest_is_measured(
     server: Server, number: signal.Signals, outcome: str, note: str
 ) -> None:
     """Only the metric during which a worker died fails; the ones after it run in a new process."""
-    threading.Timer(1.0, lambda: os.kill(children(server._process.pid)[0], number)).start()
+    threading.Timer(1.0, lambda: os.kill(children(server._process.popen.pid)[0], number)).start()
 
     results = ask(server, replace(LARGE, mode="training"), ("latency_s", "compile_s"))
 
@@ -135,7 +135,7 @@ def children(pid: int) -> list[int]:
 def test_the_server_is_restarted_when_it_dies() -> None:
     """If the server itself is killed under a case, that metric is a row and the next one is measured."""
     with Server() as mortal:
-        threading.Timer(1.0, mortal._process.kill).start()
+        threading.Timer(1.0, mortal._process.popen.kill).start()
 
         results = ask(mortal, replace(LARGE, mode="training"), ("latency_s", "params"))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from skipcost.bench.errors import BenchError
 from skipcost.bench.kernels.explain import explain, main
 from skipcost.kernels.devices import Device, device_named, device_or_guess, devices
 from skipcost.kernels.dispatch import winners
@@ -223,7 +224,7 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_size_that_is_none_is_refused() -> None:
     """One sentence says how sizes are written."""
-    with pytest.raises(ValueError, match="--size '5a' is not a size: write 512, or 480x640"):
+    with pytest.raises(BenchError, match="size='5a' is not an image size: write 512, or 480x640"):
         main(["unet/d1/w8/concat", "--size", "5a"])
 
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from skipcost.bench.cases.case import Case
+from skipcost.bench.errors import MachineError
 from skipcost.bench.kernels import forms as tap_measuring
 from skipcost.bench.measure.timing import Budget
 from skipcost.bench.memory import liveness
 from skipcost.kernels.dispatch import low_winners, winners
 from skipcost.kernels.dispatch.low_resolution import calls_to_measure, choose, executed_macs, rewritings
-from skipcost.kernels.errors import MachineError
 from skipcost.kernels.low_resolution.axis import Axis
 from skipcost.kernels.low_resolution.tap_first import tap_first
 from skipcost.kernels.rewriting import low as rewritten
