@@ -34,8 +34,7 @@ THROUGH = {  # long modules that no test names, by the tests that run all of the
         "test_bench/memory/test_liveness_traced.py: byte for byte and event by event against a trace",
     ),
     "kernels/ops/checks.py": "test_kernels/ops/test_crop_concat.py: what each op refuses",
-    "kernels/rewriting/layer_ops.py": "test_kernels/rewriting/test_fusion.py: what `fuse` runs",
-    "kernels/rewriting/wiring.py": "test_kernels/rewriting/test_rewiring.py: what a new forward reads",
+    "kernels/rewriting/nodes.py": "test_kernels/rewriting/test_graph.py: what is asked of its nodes",
     **dict.fromkeys(
         (
             "reports/drawings/topology.py",

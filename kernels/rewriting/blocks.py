@@ -270,8 +270,9 @@ def _is_halving(node: Node) -> bool:
 def _owner(value: Any) -> tuple[str, str] | None:
     """Return the names of the module and the attribute that an input of the graph is; None where it is none."""
     source = getattr(value, "_dynamo_source", None)
-    found = re.fullmatch(r".*_(?:parameters|buffers)\['([^']+)'\]", source.name) if source is not None else None
-    return None if found is None else (".".join(re.findall(r"\._modules\['([^']+)'\]", source.name)), found[1])
+    name = "" if source is None else str(source.name)
+    found = re.fullmatch(r".*_(?:parameters|buffers)\['([^']+)'\]", name)
+    return None if found is None else (".".join(re.findall(r"\._modules\['([^']+)'\]", name)), found[1])
 
 
 def doubles(layer: nn.Module) -> bool:

@@ -27,7 +27,9 @@ from skipcost.unet_models.network import SkipNet
 from skipcost.unet_models.rewriting import flat
 
 # Where PyTorch knows it, each model's graphs count for themselves towards the limit of graphs for one Python function
-ISOLATED = {each: True for each in ("isolate_recompiles",) if each in inspect.signature(torch.compile).parameters}
+ISOLATED: dict[str, Any] = dict.fromkeys(
+    {"isolate_recompiles"} & inspect.signature(torch.compile).parameters.keys(), True
+)
 
 WHY = "in the form that is cheaper for the maps of each call"
 KNOWN = (Tensor, nn.Parameter)
@@ -77,7 +79,7 @@ class Forms:
 
 
 def _running(
-    model: nn.Module, caller: str, forms: Forms, example: tuple[Any, ...]
+    model: Any, caller: str, forms: Forms, example: tuple[Any, ...]
 ) -> tuple[nn.Module, list[Change]]:  # fmt: skip
     if not isinstance(model, nn.Module):
         message = f"{caller} got a {type(model).__name__}, whose code it cannot follow: give it an nn.Module of Python"
@@ -88,7 +90,7 @@ def _running(
     ]
     if isinstance(made, SkipNet):
         return made, changes
-    own = made.__dict__.get("forward")
+    own: Any = made.__dict__.get("forward")
     if isinstance(own, Running):
         own, forms = own.own, forms.and_of(own.forms)
     running = Running(made, own, forms, changes)

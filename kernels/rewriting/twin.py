@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 TENSORS = {"_parameters", "_buffers", "_non_persistent_buffers_set"}
 ENDS = (type, ModuleType, CodeType, Tensor, str, bytes, int, float, torch.Generator)
@@ -54,7 +54,7 @@ def _refuse(module: nn.Module, name: str) -> None:
         message = f"{where} is compiled already: give the module that torch.compile was given"
         raise ValueError(message)  # noqa: TRY004 - as above
     own = (*module._parameters.values(), *module._buffers.values())  # noqa: SLF001 - parameters() leaves out repeats
-    if any(isinstance(each, UninitializedTensorMixin) for each in own):
+    if any(is_lazy(each) for each in own if each is not None):
         message = f"{where} is a lazy layer, {type(module).__name__}, without weights yet: run the model once first"
         raise ValueError(message)
 

@@ -21,7 +21,8 @@ from skipcost.bench.cases.case import CHOICES, Case
 from skipcost.bench.cases.factory import Factory
 from skipcost.bench.measure import live_bytes as memory
 from skipcost.bench.measure.budget import cost_of
-from skipcost.bench.measure.counting import traced_peaks
+from skipcost.bench.errors import UnsupportedError
+from skipcost.bench.measure.counting import predicted_peaks, traced_peaks
 from skipcost.bench.measure.live_bytes import APART_ON_CUDA, Watching, as_if_on
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -230,17 +231,12 @@ def test_what_a_library_keeps_by_its_own_rules_is_said() -> None:
     assert "LSTM: what oneDNN or cuDNN keeps" in traced_peaks(case)[0].note
 
 
-def test_what_fuse_keeps_is_in_the_peak_and_said() -> None:
-    """Copies of weights that a network keeps from its first call on exist with data alone: it is run with data."""
+def test_a_model_of_fuse_is_refused() -> None:
+    """It runs as its original where operators are watched, so that its own peak would not be what is said."""
     case = Case(spec=Factory("custom_models:fused"), height=8, width=8)
 
-    steady, first = traced_peaks(case)
-
-    plain = traced_peaks(Case(spec=Factory("custom_models:unfused"), height=8, width=8))[0]
-    assert steady.samples[0] == pytest.approx(profiled(case, 2).peaks[-1], rel=0.03)
-    assert first.samples[0] >= steady.samples[0] > 1.5 * plain.samples[0]
-    assert "counted in a run on the CPU" in steady.note
-    assert "runs as its original where it is watched" in steady.note
+    with pytest.raises(UnsupportedError, match="^the model is one of fuse or rewrite, .*: trace the original, or"):
+        predicted_peaks(case)
 
 
 def test_layers_in_another_form_on_a_card_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

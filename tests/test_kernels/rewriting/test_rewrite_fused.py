@@ -233,7 +233,7 @@ def test_training_statistics_and_weights_are_those_of_the_call() -> None:
     assert_as_good(fused.eval(), model.eval(), x)
     model.load_state_dict(state)
     assert_as_good(fused, model, x)
-    fused.inc.double_conv[1] = model.inc.double_conv[1] = trained(nn.BatchNorm2d(8))
+    fused.inc.double_conv[1] = model.inc.double_conv[1] = trained(nn.BatchNorm2d(8))  # type: ignore[assignment]
     assert_as_good(fused, model, x)
 
 

@@ -2,7 +2,7 @@
 
 They run in a second pytest, see `helpers/interpreter.py`. To run them in one process:
 
-    TRITON_INTERPRET=1 pytest tests/test_kernels/rewriting/test_fusion_interpreted.py
+    TRITON_INTERPRET=1 pytest tests/test_kernels/rewriting/test_places_interpreted.py
 """
 
 from __future__ import annotations
