@@ -93,8 +93,8 @@ def _refuse_running(network: nn.Module) -> None:
     for name, module in network.named_modules():
         if isinstance(module.__dict__.get("forward"), Running):
             message = (
-                f"{name or 'the model'} is one of fuse or rewrite, which runs as its original where operators are watched: "
-                "trace the original, or measure this one"
+                f"{name or 'the model'} is one of fuse or rewrite, which runs as its original where operators are "
+                "watched: trace the original, or measure this one"
             )
             raise UnsupportedError(message)
 

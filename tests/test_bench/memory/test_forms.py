@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from skipcost.bench.cases.case import CHOICES, Case
 from skipcost.bench.cases.factory import Factory
+from skipcost.bench.errors import UnsupportedError
 from skipcost.bench.measure import live_bytes as memory
 from skipcost.bench.measure.budget import cost_of
-from skipcost.bench.errors import UnsupportedError
 from skipcost.bench.measure.counting import predicted_peaks, traced_peaks
 from skipcost.bench.measure.live_bytes import APART_ON_CUDA, Watching, as_if_on
 
@@ -235,7 +235,7 @@ def test_a_model_of_fuse_is_refused() -> None:
     """It runs as its original where operators are watched, so that its own peak would not be what is said."""
     case = Case(spec=Factory("custom_models:fused"), height=8, width=8)
 
-    with pytest.raises(UnsupportedError, match="^the model is one of fuse or rewrite, .*: trace the original, or"):
+    with pytest.raises(UnsupportedError, match=r"^the model is one of fuse or rewrite, .*: trace the original, or"):
         predicted_peaks(case)
 
 
