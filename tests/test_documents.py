@@ -131,7 +131,11 @@ def test_the_readmes_sweep_table_is_a_sweep() -> None:
     assert set(table) <= {"factory", "arguments", "label", "size", "mode"}
 
 
-PRELUDE: dict[str, Any] = {"torch": torch, "model": nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())}
+PRELUDE: dict[str, Any] = {
+    "torch": torch,
+    "image": torch.ones(1, 3, 8, 8),
+    "model": nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()),
+}
 
 
 @pytest.mark.parametrize(
