@@ -9,7 +9,7 @@ Left out: strides, dilation, and factors that are no whole number.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -39,10 +39,11 @@ class Band:
 
 @dataclass(frozen=True)
 class Axis:
-    """`extent` pixels, up-sampled by `factor`, cut to `length` pixels from `start` on, convolved with `kernel` taps.
+    """`extent` pixels, up-sampled by `factor`, `length` pixels from `start` on convolved with `kernel` taps.
 
-    mode and align_corners as in torch.nn.functional.interpolate; nearest has no corners to align. padding: zeros on
-    both sides of the cut map. ValueError for what cannot be.
+    Of those pixels, which may begin before the map and end behind it, the ones outside are zeros. mode, align_corners:
+    as in torch.nn.functional.interpolate; nearest has no corners to align. padding: more zeros on both sides.
+    ValueError for what cannot be.
     """
 
     extent: int
@@ -65,9 +66,8 @@ class Axis:
         if self.factor < 1 or self.extent < 1:
             message = f"{self.extent} pixels by a factor of {self.factor}: both must be 1 or more"
             raise ValueError(message)
-        if self.start < 0 or self.length < 1 or self.start + self.length > self.extent * self.factor:
-            up = self.extent * self.factor
-            message = f"{self.length} pixels from {self.start} on do not lie in an up-sampled map of {up}"
+        if self.length < 1 or self.start >= self.up or self.start + self.length <= 0:
+            message = f"{self.length} pixels from {self.start} on are none of an up-sampled map of {self.up}"
             raise ValueError(message)
         if not 0 <= self.padding < self.kernel:
             message = f"padding={self.padding} beside {self.kernel} taps: accepted are 0 to {self.kernel - 1}"
@@ -77,6 +77,11 @@ class Axis:
                 f"{self.kernel} taps leave no pixel of {self.length} with padding={self.padding}: pad, or crop less"
             )
             raise ValueError(message)
+
+    @property
+    def up(self) -> int:
+        """Pixels of the whole up-sampled map."""
+        return self.extent * self.factor
 
     @property
     def output(self) -> int:
@@ -95,9 +100,10 @@ class Axis:
         return tuple(max(min(end, band.last) - band.first, 0) for end, band in zip(ends, self.bands, strict=False))
 
     def blocks(self, outputs: int) -> tuple[Band, ...]:
-        """Return the same in blocks of so many outputs, of which the last may have fewer."""
+        """Return the same in blocks of so many outputs, the last of the rest; each reads a pixel or more."""
         out, tap, pixel, weight = self._entries()
-        return _blocks(out, tap, pixel, weight, (self.output, outputs, self.kernel))
+        made = _blocks(out, tap, pixel, weight, (self.output, outputs, self.kernel))
+        return tuple(each if each.last else _of_zeros(each) for each in made)
 
     @cached_property
     def adjoint_bands(self) -> tuple[Band, ...]:
@@ -113,8 +119,9 @@ class Axis:
         """
         out, tap = np.mgrid[: self.output, : self.kernel]
         read = out + tap - self.padding
-        inside = (read >= 0) & (read < self.length)
-        low, high, share = self._sources(np.clip(read, 0, self.length - 1) + self.start)
+        at = read + self.start
+        inside = (read >= 0) & (read < self.length) & (at >= 0) & (at < self.up)
+        low, high, share = self._sources(np.clip(at, 0, self.up - 1))
         weights = np.stack((1 - share, share), -1) * inside[..., None]
         return np.stack((low, high), -1), weights
 
@@ -134,11 +141,16 @@ class Axis:
             low = up // self.factor
             return low, low, np.zeros(up.shape)
         if self.align_corners:
-            at = up.astype(np.float64) * ((self.extent - 1) / max(1, self.extent * self.factor - 1))
+            at = up.astype(np.float64) * ((self.extent - 1) / max(1, self.up - 1))
         else:
             at = np.maximum((up.astype(np.float64) + 0.5) / self.factor - 0.5, 0)
         low = np.minimum(at.astype(np.int64), self.extent - 1)
         return low, np.minimum(low + 1, self.extent - 1), at - low
+
+
+def _of_zeros(band: Band) -> Band:
+    """Let a block that lies outside of the map read its first pixel, times 0."""
+    return replace(band, last=1, weights=np.zeros((*band.weights.shape[:2], 1)))
 
 
 def _blocks(

@@ -59,9 +59,10 @@ def tap_first(
 
     x: (N, C, h, w); weight: (O, C, kh, kw) and bias: (O,) of x's type and device: fp32, fp64, or fp16 and bf16, which
     are multiplied and added in fp32, also under autocast. mode: bilinear or nearest. padding: less than each side of
-    the kernel. window: (top, left, height, width) of the up-sampled map, to which it is cropped before it is padded and
-    convolved; all of it where None. The result, (N, O, height + 2 * padding - kh + 1, ...), is channels_last where x or
-    the weight is. Differentiable once in x, weight and bias. ValueError with the reason for what this does not do.
+    the kernel. window: (top, left, height, width) of the up-sampled map, to which it is cropped, or extended by zeros,
+    before it is padded and convolved; all of it where None. The result, (N, O, height + 2 * padding - kh + 1, ...), is
+    channels_last where x or the weight is. Differentiable once in x, weight and bias. ValueError with the reason for
+    what this does not do.
 
     On a GPU, and where Triton interprets, `tap_upsample_add` runs; fp32 is multiplied as torch.mm is told to there.
     """

@@ -55,13 +55,19 @@ class Enlarged(NamedTuple):
     pads: tuple[tuple[int, int, int, int], ...]
 
     def window(self) -> Window | None:
-        """Return (top, left, height, width) of what is left of the whole map; None where zeros are added to it."""
-        top, left, height, width = 0, 0, self.x.shape[2] * self.up.factor, self.x.shape[3] * self.up.factor
-        for before, after, above, below in self.pads:
-            if max(before, after, above, below) > 0:
-                return None
-            top, left = top - above, left - before
-            height, width = height + above + below, width + before + after
+        """Return (top, left, height, width) of what is read of the whole map, which may begin before it and end behind.
+
+        Outside are zeros. None where zeros are added at a side that was cropped before.
+        """
+        spans = []
+        for size, sides in ((self.x.shape[2], slice(2, 4)), (self.x.shape[3], slice(0, 2))):
+            start, stop, end = 0, size * self.up.factor, size * self.up.factor
+            for before, after in (pad[sides] for pad in self.pads):
+                if (before > 0 and start > 0) or (after > 0 and stop < end):
+                    return None
+                start, stop = start - before, stop + after
+            spans.append((start, stop - start))
+        (top, height), (left, width) = spans
         return top, left, height, width
 
     def make(self) -> Tensor:

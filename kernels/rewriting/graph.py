@@ -60,20 +60,29 @@ def rewrite_graph(graph: fx.Graph) -> list[Change]:
     paths = _Paths(graph)
     changes = []
     made: dict[Node, Node] = {}  # for each convolution the call in its place, which later places may read
-    for node in list(graph.nodes):
-        if node.op == "output" or node not in paths.ends:
-            continue
-        why = paths.ends[node]
-        parts = paths.parts_read(node)
-        chain = paths.chain(node)
-        why = why or _why_not_together(paths, chain, node)
+    chains = {end: paths.chain(end) for end in paths.ends if end.op != "output"}
+    for node, why in _reasons(paths, chains).items():
+        parts, chain = paths.parts_read(node), chains[node]
         taken, counted = (False, why) if why else _foretold(parts, node)
         changes.append(Change(places_of(chain), " -> ".join(map(name_of, chain)), AFTER if taken else "", counted))
         if not why and (taken or not _known(parts)):
-            made[node] = _replace(
-                graph, [made.get(each, each) if isinstance(each, Node) else each for each in parts], chain
-            )
+            now = [made.get(each, each) if isinstance(each, Node) else each for each in parts]
+            made[node] = _replace(graph, now, chain)
     return changes
+
+
+def _reasons(paths: _Paths, chains: Mapping[Node, Sequence[Node]]) -> dict[Node, str]:
+    """Say of every end why what stands in front of it cannot be left out; empty where it can.
+
+    Convolutions may read one map together, if all of them are places.
+    """
+    why = {end: paths.ends[end] or _why_not_later(paths, chain) for end, chain in chains.items()}
+    while True:
+        left_out = {node for end, chain in chains.items() if not why[end] for node in chain}
+        more = {end: _why_made(paths, chain, left_out) for end, chain in chains.items() if not why[end]}
+        if not any(more.values()):
+            return why
+        why |= more
 
 
 class _Paths:
@@ -228,14 +237,23 @@ def _side(padding: Any, kernel: Sequence[int]) -> int | None:
     return int(side) if not sides and 0 <= side < min(kernel) else None
 
 
-def _why_not_together(paths: _Paths, chain: list[Node], end: Node) -> str:
-    """Say why what stands between up-sampling and convolution cannot be left out; empty where it can."""
-    inner = set(chain[:-1])
+def _why_made(paths: _Paths, chain: Sequence[Node], left_out: set[Node]) -> str:
+    """Say who needs the maps of a chain made; empty where nobody does.
+
+    left_out: the chains of all places. Where the sizes are others in each call, each would make the maps for itself.
+    """
+    alone = left_out if _known(paths.parts_read(chain[-1])) else set(chain)
     for node in chain[:-1]:
-        others = [user for user in node.users if user not in inner and user is not end]
+        others = [user for user in node.users if user not in alone]
         if others:
             named = ", ".join("the result" if each.op == "output" else name_of(each) for each in others)
             return f"{named} reads the map of {name_of(node)} as well"
+    return ""
+
+
+def _why_not_later(paths: _Paths, chain: Sequence[Node]) -> str:
+    """Say who writes to what a chain reads before it is read for the last time; empty where nobody does."""
+    inner = set(chain[:-1])
     read = [each for node in chain for each in node.all_input_nodes if each not in inner]
     memories = {memory_of(each) for each in read} - {None}
     for node in list(paths.order)[paths.order[chain[0]] + 1 :]:  # behind the convolution backward still reads them
@@ -260,7 +278,7 @@ def _foretold(parts: Parts, conv: Node) -> tuple[bool, str]:
         if (window := map_.window()) is not None:
             found.append(choice_of(map_, window, weight, padding))
     first = next((each for each in found if each.taken), found[0] if found else None)
-    return (first.taken, first.why) if first else (False, "zeros are added to its map on the way")
+    return (first.taken, first.why) if first else (False, "zeros are added to its map where it was cropped")
 
 
 def _known(parts: Parts) -> bool:
@@ -285,5 +303,6 @@ def _replace(graph: fx.Graph, parts: Sequence[Node | Grown], chain: Sequence[Nod
     made.meta = dict(conv.meta)
     conv.replace_all_uses_with(made)
     for node in (conv, *reversed(inner)):
-        graph.erase_node(node)
+        if not node.users:  # a map that another place reads goes with that one
+            graph.erase_node(node)
     return made

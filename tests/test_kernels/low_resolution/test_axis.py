@@ -21,11 +21,11 @@ PLAIN = {"mode": "bilinear", "align_corners": False, "start": 0, "kernel": 3, "p
 
 @st.composite
 def axis_strategy(draw: Any) -> Axis:
-    """Any axis, cut anywhere, of one block or several."""
+    """Any axis, cut or extended anywhere, of one block or several."""
     extent, factor = draw(st.integers(1, 3 * BLOCK)), draw(st.integers(1, 9))
     mode, align_corners = draw(st.sampled_from(WAYS))
-    start = draw(st.integers(0, extent * factor - 1))
-    length = draw(st.integers(1, extent * factor - start))
+    start = draw(st.integers(-BLOCK, extent * factor - 1))
+    length = draw(st.integers(max(1, 1 - start), extent * factor - start + BLOCK))
     kernel = draw(st.integers(1, 5))
     padding = draw(st.integers(0, kernel - 1))
     assume(length + 2 * padding - kernel + 1 >= 1)
@@ -38,7 +38,9 @@ def _expected(axis: Axis) -> np.ndarray:
     corners = {"align_corners": axis.align_corners} if axis.mode == "bilinear" else {}
     mode = "linear" if axis.mode == "bilinear" else "nearest"
     up = functional.interpolate(unit, scale_factor=axis.factor, mode=mode, **corners)[0].T
-    padded = functional.pad(up[axis.start : axis.start + axis.length], (0, 0, axis.padding, axis.padding))
+    behind = axis.start + axis.length - axis.up
+    seen = functional.pad(up, (0, 0, -axis.start, behind))
+    padded = functional.pad(seen, (0, 0, axis.padding, axis.padding))
     return torch.stack([padded[tap : tap + axis.output] for tap in range(axis.kernel)], 1).numpy()
 
 
@@ -94,7 +96,7 @@ def test_blocks_read_few_pixels_beside_their_own() -> None:
         ({"mode": "bicubic"}, "mode='bicubic' is unknown; accepted: bilinear, nearest"),
         ({"mode": "nearest", "align_corners": True}, "align_corners=True means nothing for mode='nearest'"),
         ({"factor": 0}, "4 pixels by a factor of 0: both must be 1 or more"),
-        ({"start": 1}, "8 pixels from 1 on do not lie in an up-sampled map of 8"),
+        ({"start": 8}, "8 pixels from 8 on are none of an up-sampled map of 8"),
         ({"padding": 3}, "padding=3 beside 3 taps: accepted are 0 to 2"),
         ({"padding": 0, "length": 2}, "3 taps leave no pixel of 2 with padding=0"),
     ],

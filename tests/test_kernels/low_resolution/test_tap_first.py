@@ -63,7 +63,8 @@ class Problem:
         up = functional.interpolate(tensors[0], scale_factor=given["factor"], mode=given["mode"], **corners)
         if given["window"]:
             top, left, height, width = given["window"]
-            up = up[:, :, top : top + height, left : left + width]
+            right, bottom = left + width - up.shape[3], top + height - up.shape[2]
+            up = functional.pad(up, (-left, right, -top, bottom))
         bias = tensors[2] if len(tensors) > 2 else None
         return functional.conv2d(up, tensors[1], bias, padding=given["padding"])
 
@@ -77,7 +78,7 @@ def problem(shape: tuple[int, int, int, int] = (2, 3, 5, 4), out_channels: int =
 
 @st.composite
 def problem_strategy(draw: Any) -> Problem:
-    """Any call: odd sizes, one block or several, crops, kernels, layouts."""
+    """Any call: odd sizes, one block or several, crops, zeros around, kernels, layouts."""
     side = st.one_of(st.integers(1, 6), st.integers(BLOCK - 1, 2 * BLOCK + 2))
     batch, channels, height, width = draw(st.integers(0, 2)), draw(st.integers(1, 5)), draw(side), draw(side)
     factor = draw(st.sampled_from((1, 2, 3, 4, 8) if max(height, width) < BLOCK - 1 else (2, 3)))
@@ -86,8 +87,12 @@ def problem_strategy(draw: Any) -> Problem:
     padding = draw(st.integers(0, min(kernel) - 1))
     seen = (0, 0, height * factor, width * factor)
     if window := draw(st.booleans()):
-        top, left = draw(st.integers(0, seen[2] - 1)), draw(st.integers(0, seen[3] - 1))
-        seen = (top, left, draw(st.integers(1, seen[2] - top)), draw(st.integers(1, seen[3] - left)))
+        top, left = (draw(st.integers(-2, size - 1)) for size in seen[2:])
+        rows, columns = (
+            draw(st.integers(max(1, 1 - start), size - start + 2))
+            for start, size in zip((top, left), seen[2:], strict=True)
+        )
+        seen = (top, left, rows, columns)
     assume(all(seen[2 + axis] + 2 * padding >= kernel[axis] for axis in (0, 1)))
     settings = {"factor": factor, "mode": mode, "align_corners": align_corners, "padding": padding}
     settings["window"] = seen if window else None
@@ -369,7 +374,7 @@ def _plain(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list
         (_plain((1, 2, 3, 3), (4, 2, 3, 3), (3,)), {}, r"bias of shape \(3,\) for 4 output channels"),
         (_plain((1, 2, 3, 3), (4, 2, 3, 3)), {"mode": "bicubic"}, "mode='bicubic' is unknown"),
         (_plain((1, 2, 3, 3), (4, 2, 3, 3)), {"padding": 3}, "padding=3 beside 3 taps"),
-        (_plain((1, 2, 3, 3), (4, 2, 3, 3)), {"window": (0, 0, 9, 6)}, "9 pixels from 0 on do not lie in"),
+        (_plain((1, 2, 3, 3), (4, 2, 3, 3)), {"window": (6, 0, 9, 6)}, "9 pixels from 6 on are none of"),
     ],
 )
 def test_what_it_does_not_do_is_refused(tensors: list[Tensor], changes: dict[str, Any], message: str) -> None:
