@@ -5,7 +5,7 @@ follow runs as it is, and so does a call for which a guard fails, until it has b
 rewritten (`graph`), and run as they are, so that autograd follows them, or go on to Inductor.
 
 What is rewritten is differentiable once: a second derivative raises PyTorch's error. Left out: transposed convolutions,
-convolutions that share an up-sampled map, zeros around it, and slices of it where sizes are not known beforehand.
+zeros where a map was cropped before, slices of it where sizes are not known beforehand.
 
 options: `then`, "eager" (default) or "inductor": who runs the rewritten graph. `form`, "low": what it is rewritten to.
 

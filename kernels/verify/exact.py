@@ -133,13 +133,13 @@ def up_sampled_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
     factor: int, padding: int, window: Sequence[int] | None = None, **interpolation: Any,
 ) -> Exact:  # fmt: skip
-    """Convolution over x (N, C, h, w), up-sampled as `interpolation` says and cut to (top, left, height, width)."""
+    """Convolution over x (N, C, h, w), up-sampled as `interpolation` says; window: as of `tap_first`."""
     options = {"mode": "bilinear", **interpolation}
 
     def computed(change: Callable[[Tensor], Tensor]) -> Tensor:
         up = functional.interpolate(change(x.double()), scale_factor=factor, **options)
         top, left, height, width = window or (0, 0, *up.shape[2:])
-        up = up[:, :, top : top + height, left : left + width]
+        up = functional.pad(up, (-left, left + width - up.shape[3], -top, top + height - up.shape[2]))
         return functional.conv2d(
             up, change(weight.double()), None if bias is None else change(bias.double()), padding=padding
         )

@@ -85,7 +85,7 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Any factor, crop, kernel and layout, sizes that no tile divides."""
+    """Any factor, crop or zeros around, kernel and layout, sizes that no tile divides."""
     factor = draw(st.sampled_from((1, 2, 3, 4, 8, 16)))
     largest = 7 if factor < 4 else 3
     height, width = draw(st.integers(1, largest)), draw(st.integers(1, largest))
@@ -93,8 +93,12 @@ def cases(draw: st.DrawFn) -> Case:
     padding = draw(st.integers(0, min(kernel) - 1))
     window = (0, 0, height * factor, width * factor)
     if cropped := draw(st.booleans()):
-        top, left = draw(st.integers(0, window[2] - 1)), draw(st.integers(0, window[3] - 1))
-        window = (top, left, draw(st.integers(1, window[2] - top)), draw(st.integers(1, window[3] - left)))
+        spans = []
+        for size in window[2:]:
+            start = draw(st.integers(-2, size - 1))
+            spans.append((start, draw(st.integers(max(1, 1 - start), size - start + 2))))
+        (top, rows), (left, columns) = spans
+        window = (top, left, rows, columns)
     assume(all(window[2 + axis] + 2 * padding >= kernel[axis] for axis in (0, 1)))
     return Case(
         (draw(st.integers(0, 2)), draw(st.integers(1, 5)), height, width),
@@ -122,6 +126,7 @@ EDGES = {
     "ragged tiles": replace(EDGE, size=(1, 3, 2, 20), factor=8, outputs=3, dtype=torch.float32),
     "aligned": replace(EDGE, size=(1, 2, 4, 3), factor=3, way=("bilinear", True), window=(2, 1, 7, 6), padding=2),
     "nearest": replace(EDGE, size=(1, 2, 3, 4), factor=4, way=WAYS[2], window=(3, 2, 8, 11), padding=0, bias=False),
+    "zeros around": replace(EDGE, size=(1, 2, 3, 4), window=(-1, -2, 8, 11)),
     "blocks of channels": replace(EDGE, size=(1, 2, 2, 2), factor=16, outputs=70),
     "tall kernel": replace(EDGE, size=(2, 2, 4, 4), kernel=(5, 3), padding=2, dtype=torch.float32),
 }
