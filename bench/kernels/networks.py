@@ -21,9 +21,8 @@ from skipcost.bench.kernels.jobs import Done, Job, Row, failed
 from skipcost.bench.kernels.judging import INFINITE, probe, reason
 from skipcost.bench.measure.machine import Machine, arithmetic, machine_of
 from skipcost.bench.measure.timing import Budget, sample
-from skipcost.kernels.backends import BACKENDS
+from skipcost.kernels.backends import BACKENDS, WAYS, case_name
 from skipcost.kernels.rewriting.fused import FusedOps
-from skipcost.kernels.ways import WAYS, case_name
 from skipcost.unet_models import ModelSpec, build
 
 PRECISIONS = {"inference": "bf16", "training": "amp-bf16"}

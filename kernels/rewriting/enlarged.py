@@ -57,18 +57,11 @@ class Enlarged(NamedTuple):
     def window(self) -> Window | None:
         """Return (top, left, height, width) of what is read of the whole map, which may begin before it and end behind.
 
-        Outside are zeros. None where zeros are added at a side that was cropped before.
+        Outside are zeros. None where zeros are added at a side that was cropped before, or no pixel is left.
         """
-        spans = []
-        for size, sides in ((self.x.shape[2], slice(2, 4)), (self.x.shape[3], slice(0, 2))):
-            start, stop, end = 0, size * self.up.factor, size * self.up.factor
-            for before, after in (pad[sides] for pad in self.pads):
-                if (before > 0 and start > 0) or (after > 0 and stop < end):
-                    return None
-                start, stop = start - before, stop + after
-            spans.append((start, stop - start))
-        (top, height), (left, width) = spans
-        return top, left, height, width
+        rows = _span(self.x.shape[2] * self.up.factor, [(above, below) for _, _, above, below in self.pads])
+        columns = _span(self.x.shape[3] * self.up.factor, [(before, after) for before, after, _, _ in self.pads])
+        return None if rows is None or columns is None else (rows[0], columns[0], rows[1], columns[1])
 
     def make(self) -> Tensor:
         """Return the map, by PyTorch's own operators."""
@@ -76,6 +69,16 @@ class Enlarged(NamedTuple):
         for pad in self.pads:
             made = functional.pad(made, pad) if any(pad) else made
         return made
+
+
+def _span(size: int, pads: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+    """Return where what is left of an axis begins, and its length; None if that is empty or has lost pixels to zeros."""
+    start, stop = 0, size
+    for before, after in pads:
+        if (before > 0 and start > 0) or (after > 0 and stop < size):
+            return None
+        start, stop = start - before, stop + after
+    return (start, stop - start) if max(start, 0) < min(stop, size) else None
 
 
 Part = Tensor | Enlarged
@@ -141,6 +144,8 @@ def taken_window(part: Part, weight: Tensor, padding: int) -> Window | None:
     """Return what tap-first would read of a part; None where it is not taken."""
     if isinstance(part, Tensor) or (window := part.window()) is None:
         return None
+    if any(side + 2 * padding < taps for side, taps in zip(window[2:], weight.shape[2:], strict=True)):
+        return None  # PyTorch has a word for it
     return window if choice_of(part, window, weight, padding).taken else None
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 import skipcost.kernels
-from skipcost.kernels import BACKENDS, KERNELS, Backend, backends, ways
+from skipcost.kernels import BACKENDS, KERNELS, Backend, backends
+from skipcost.kernels.backends import WAYS
 from skipcost.kernels.devices import device_named
 from skipcost.kernels.dispatch import winners
 from skipcost.kernels.rewriting.fused import FusedOps
-from skipcost.kernels.ways import WAYS
 from skipcost.unet_models import REFERENCE, ModelSpec, build
 
 DEVICES = ("cpu", "cuda")
@@ -224,14 +224,14 @@ def test_a_network_runs_in_the_way_that_won(
     seconds: dict[str, float], way: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Measured on the same card at the same size and precision; where nothing of ours wins, what does."""
-    rows = _measured(LABEL, ways.case_name(1, 8, 8, training=False), seconds)
+    rows = _measured(LABEL, backends.case_name(1, 8, 8, training=False), seconds)
     monkeypatch.setenv(winners.FOLDER, str(tmp_path))
     winners.own_file().write_text("".join(json.dumps(row) + "\n" for row in rows))
     winners.networks.cache_clear()
     network = ModelSpec.parse(LABEL).graph()
 
     choices = [
-        ways.choose_way(network, case, "bf16", CARD)
+        backends.choose_way(network, case, "bf16", CARD)
         for case in ("n1 8x8 inference", "n1 8x8 training", "n2 8x8 inference")
     ]
     winners.networks.cache_clear()

@@ -20,7 +20,7 @@ import os, sys
 import torch
 from skipcost.kernels.precision import rounding, tf32_allowed
 from skipcost.bench.measure.machine import arithmetic
-from skipcost.kernels.ways import precision_of
+from skipcost.kernels.backends import precision_of
 
 def rounds():
     backends = torch.backends

@@ -21,12 +21,12 @@ from skipcost.bench.kernels.networks import QUICK_WAYS, SLOW_WAYS, parse_case, w
 from skipcost.bench.measure import journal
 from skipcost.bench.measure.journal import Journal, identity
 from skipcost.bench.measure.timing import Budget
+from skipcost.kernels.backends import WAYS
 from skipcost.kernels.dispatch.call import Call
 from skipcost.kernels.dispatch.winners import own_file, read_rows
 from skipcost.kernels.ops.tiles import default_tile
 from skipcost.kernels.outputs import OutputError
 from skipcost.kernels.verify import table
-from skipcost.kernels.ways import WAYS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

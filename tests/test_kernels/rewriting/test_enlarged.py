@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -50,9 +51,34 @@ def test_on_a_cpu_small_maps_are_convolved_directly(channels: tuple[int, int], s
     assert ("before fewer are faster" in found.why) is (form == "direct")
 
 
+@pytest.mark.parametrize(
+    ("pads", "window"),
+    [
+        ((), (0, 0, 8, 10)),
+        (((1, 2, 3, 4),), (-3, -1, 15, 13)),
+        (((-1, -2, 0, -4),), (0, 1, 4, 7)),
+        (((1, 0, 0, 0), (-3, 0, 0, 0)), (0, 2, 8, 8)),  # zeros, then cropped away and more
+        (((-1, 0, 0, 0), (1, 0, 0, 0)), None),  # a zero where a pixel was
+        (((0, 0, 0, -1), (0, 0, 0, 1)), None),
+        (((0, 0, 9, 0), (0, 0, 0, -8)), None),  # zeros alone are left
+    ],
+)
+def test_pads_come_to_a_window_of_the_whole_map(pads: Any, window: tuple[int, ...] | None) -> None:
+    """Or to none, where that cannot say it; either way the convolution is PyTorch's."""
+    x, weight = torch.randn(1, 64, 4, 5, dtype=torch.float64), torch.randn(32, 64, 3, 3, dtype=torch.float64)
+    part = enlarged.enlarged(x, 2, "bilinear", None, pads)
+
+    result = convolve([(x, 2, "bilinear", None, pads)], weight, None, 1)
+
+    assert part.window() == window
+    torch.testing.assert_close(result, functional.conv2d(part.make(), weight, padding=1), rtol=1e-12, atol=1e-12)
+
+
 def test_what_pytorch_refuses_it_refuses_itself() -> None:
-    """In its own words: a weight for other channels."""
-    part = (torch.randn(1, 64, 16, 16), 2, "bilinear", None, ())
+    """In its own words: a weight for other channels, a kernel that is larger than the map."""
+    x = torch.randn(1, 64, 16, 16)
 
     with pytest.raises(RuntimeError, match="channels"):
-        convolve([part], torch.randn(8, 60, 3, 3), None, 1)
+        convolve([(x, 2, "bilinear", None, ())], torch.randn(8, 60, 3, 3), None, 1)
+    with pytest.raises(RuntimeError, match="Kernel size"):
+        convolve([(x, 2, "bilinear", None, ((-15, -15, 0, 0),))], torch.randn(8, 64, 3, 3), None, 0)
