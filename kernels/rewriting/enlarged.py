@@ -72,7 +72,7 @@ class Enlarged(NamedTuple):
 
 
 def _span(size: int, pads: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
-    """Return where what is left of an axis begins, and its length; None if that is empty or has lost pixels to zeros."""
+    """Return where what is left of an axis begins, and its length; None if it is empty or has lost pixels to zeros."""
     start, stop = 0, size
     for before, after in pads:
         if (before > 0 and start > 0) or (after > 0 and stop < size):
