@@ -147,14 +147,30 @@ def test_what_cannot_be_fused_stays_and_says_why(layers: list[nn.Module], why: s
     assert torch.equal(*outputs(model, x), *outputs(fused, x))
 
 
+class Borrowing(nn.Conv2d):
+    """Convolves with the weight of another layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, 6, H - 2, W - 2)."""
+        return functional.conv2d(x, self.other.weight, self.bias)
+
+
+def borrowing() -> nn.Module:
+    """Return such a layer."""
+    layer = Borrowing(3, 6, 3)
+    layer.other = nn.Conv2d(3, 6, 3)
+    return layer
+
+
 @pytest.mark.parametrize(
     ("conv", "why"),
     [
+        (borrowing(), "Borrowing has the weight of another layer"),
         (OwnConv(3, 6, 3), "the weight of OwnConv is computed in each call, or no layer's own"),
         (hooked(nn.Conv2d(3, 6, 3)), "Conv2d stands between"),
         (nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 3)), "computed in each call"),
     ],
-    ids=["subclass", "hook", "weight norm"],
+    ids=["borrowed", "subclass", "hook", "weight norm"],
 )
 def test_a_convolution_that_does_more_stays(conv: nn.Module, why: str) -> None:
     """A subclass with a way of its own, one with hooks, one whose weight is computed."""
@@ -200,7 +216,10 @@ class ReadTwice(nn.Module):
             return normal * clipped
         if self.where == "conv, not normal":
             return raw + functional.relu(raw)
-        clipped += 1
+        if self.where == "pool":
+            clipped += 1
+        else:
+            clipped.mul_(2)
         return functional.max_pool2d(clipped, 2) + clipped.mean()
 
 
@@ -211,6 +230,7 @@ class ReadTwice(nn.Module):
         ("conv, not normal", []),
         ("norm", ["Conv2d -> BatchNorm2d"]),
         ("pool", ["Conv2d -> BatchNorm2d -> relu"]),
+        ("pool, by a method", ["Conv2d -> BatchNorm2d -> relu"]),
     ],
 )
 def test_a_map_that_others_need_is_there(where: str, expected: list[str]) -> None:
@@ -246,6 +266,9 @@ class Concatenating(nn.Module):
             maps[0] = maps[0] + up
         if self.way == "batch":
             return self.conv(torch.cat([torch.cat(maps), torch.cat(maps)], dim=1))
+        if self.way == "written behind its pad":
+            maps = [functional.pad(other, [0, 0, 0, 0]), up]
+            other.mul_(2)
         if self.way == "padded":
             maps[1] = functional.pad(functional.pad(maps[1], [1, 1, 0, 2], "reflect"), [-1, -1, 0, -2])
         if self.way == "pooled":
@@ -266,6 +289,7 @@ class Concatenating(nn.Module):
         ("written", ["concat_conv_bn_relu"]),  # before the map would be made
         ("read", ["concat_conv_bn_relu"]),
         ("padded", ["concat_conv_bn_relu"]),  # by two pads, of which the last is of nothing but crops
+        ("written behind its pad", [JOINED]),
         ("batch", ["concat_conv_bn_relu"]),  # of two that are concatenated along the batch
         ("axis", [JOINED]),
         ("joined", ["up_conv_concat"]),  # the concatenated map is needed

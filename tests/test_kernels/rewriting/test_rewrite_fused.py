@@ -237,6 +237,19 @@ def test_training_statistics_and_weights_are_those_of_the_call() -> None:
     assert_as_good(fused, model, x)
 
 
+def test_writes_through_data_show_after_training() -> None:
+    """They leave no trace of their own, and a convolution without a norm counts no batches."""
+    model, x = small(nn.Conv2d(3, 6, 3), nn.ReLU()), torch.randn(2, 3, 6, 7)
+    fused, _ = fuse_at(model, x)
+
+    fused.train()
+    model[0].weight.data.mul_(2)
+    outputs(fused, x)
+    fused.eval()
+
+    assert_as_good(fused, model, x)
+
+
 class Wrong(nn.Module):
     """Concatenates what does not fit."""
 
