@@ -193,17 +193,17 @@ def test_a_journal_cut_off_in_a_line_keeps_the_others(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_take_turns_and_a_busy_wait_shows() -> None:
-    """A real pair of processes measures a real case; a wait of as long as the call itself doubles it."""
+    """A real pair of processes measures a real case; a wait of nine times the call shows on any machine, however busy."""
     case = Case(spec=ModelSpec(depth=1, width=4), height=32, width=32, threads=1)
     here = Revision("here", "", Path())
 
     with facing(here, here) as sides:
-        measured = bout(case, sides, 0.2, 1.0)
+        measured = bout(case, sides, 0.2, 9.0)
         profiled = sides[0].ask(profile=1)["profile"]
         with pytest.raises(SideError) as told:
             bout(Case(spec=ModelSpec(depth=6), height=8, width=8), sides, 0.1)
 
-    assert 1.4 < math.exp(float(np.median(measured.ratios))) < 2.8
+    assert float(np.median(measured.ratios)) > math.log(3)
     assert measured.now_s > measured.base_s
     assert "aten::convolution" in profiled["operators"]
     layers = set(profiled["layers"])
