@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 ATTRIBUTE = "_skipcost_pack"
 
@@ -38,7 +40,8 @@ def why_not_fold(norm: nn.Module | None) -> str:
     if norm is None:
         return ""
     if not isinstance(norm, nn.BatchNorm2d):
-        return f"{type(norm).__name__} takes its statistics from each image"
+        own = isinstance(norm, nn.SyncBatchNorm) or getattr(norm, "track_running_stats", False)
+        return f"{type(norm).__name__} {'is no BatchNorm2d' if own else 'takes its statistics from each image'}"
     if norm.running_mean is None:
         return "this batch norm keeps no running statistics and takes those of each batch"
     return "the batch norm is in training and takes its statistics from each batch" if norm.training else ""
@@ -130,8 +133,10 @@ class _Source:
     version: int
 
     def is_still(self, x: Tensor | None) -> bool:
-        """Whether `x` is that weight, unchanged."""
-        return x is self.tensor and x.data_ptr() == self.alias.data_ptr() and _version(x) == self.version
+        """Whether `x` is that weight, unchanged; nothing tells of one made under inference_mode."""
+        if x is not self.tensor or x.is_inference():
+            return False
+        return x.data_ptr() == self.alias.data_ptr() and x._version == self.version  # noqa: SLF001 - no public name
 
 
 def kept(
@@ -142,6 +147,7 @@ def kept(
     It is under `attribute` of the owner, and empty where a weight or the setting, which is compared, is another now.
     """
     found: _Kept = owner.__dict__.setdefault(attribute, _Kept())
+    setting = (setting, _steps())
     if found.setting != setting or not _same(found.sources, weights):
         found.setting = setting
         found.sources = tuple(
@@ -158,6 +164,18 @@ def _same(sources: Sequence[_Source | None], weights: Sequence[Tensor | None]) -
     return all(x is None if source is None else source.is_still(x) for source, x in pairs)
 
 
+@cache
+def _counting() -> list[None]:
+    """Return a list that grows with each step of any optimizer: those with fused=True leave a weight's version."""
+    steps: list[None] = []
+    register_optimizer_step_post_hook(lambda *_: steps.append(None))
+    return steps
+
+
+def _steps() -> int:
+    return len(_counting())
+
+
 def _version(x: Tensor) -> int:
-    """Return what changes with a tensor; one made under inference_mode has no version, and cannot be changed."""
+    """Return what changes with a tensor that something is written to; one made under inference_mode has no version."""
     return -1 if x.is_inference() else x._version  # noqa: SLF001 - no public name

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import Node
 from torch.nn import functional
+from torch.nn.modules import module as module_hooks
 
 from skipcost.kernels.ops.conv import padding_of
 from skipcost.kernels.rewriting.change import Change
@@ -28,6 +29,7 @@ from skipcost.kernels.rewriting.nodes import (
     JOIN,
     MAP,
     PAD,
+    SWITCHES,
     convolution_of,
     example_of,
     given_of,
@@ -48,6 +50,7 @@ MAX_POOL = (functional.max_pool2d, torch.max_pool2d)
 NORMS = (functional.batch_norm, functional.instance_norm, functional.group_norm, functional.layer_norm)
 POOLING = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 NORMING = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+UP_CONV = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 TRANSPOSED = (torch.conv_transpose2d, functional.conv_transpose2d)
 GEOMETRY = ("stride", "padding", "dilation", "groups")
 # Calls that take a map as it lies in memory and give one that lies so too
@@ -56,7 +59,6 @@ ANY_LAYOUT = {
     functional.leaky_relu, functional.sigmoid, torch.sigmoid, operator.add, operator.mul, operator.sub, operator.iadd,
     operator.imul, "add", "add_", "mul", "mul_", "sigmoid", "size", "dim", pad_later,
 }  # fmt: skip
-SWITCHES = (torch._C._set_grad_enabled, torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)  # noqa: SLF001 - no public names
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,8 @@ def fuse_graph(graph: fx.Graph, find: Find, ops: FusedOps) -> list[Change]:
 
 
 def _why_not_here(graph: fx.Graph) -> str:
+    if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:  # noqa: SLF001 - no public names
+        return "every module has hooks"
     switched = next((node for node in graph.nodes if node.op == "call_function" and node.target in SWITCHES), None)
     if switched is not None:
         return "it switches gradients or autocast inside"
@@ -124,7 +128,7 @@ class _Finding:
         self.graph, self.find = graph, find
         for node in list(graph.nodes):
             if _is_empty(node):
-                node.replace_all_uses_with(node.args[0])
+                node.replace_all_uses_with(given_of(node, ("input",))["input"])
                 graph.erase_node(node)
         self.order = {node: at for at, node in enumerate(graph.nodes)}
         self.blocks: list[Block] = []
@@ -146,7 +150,8 @@ class _Finding:
         if len(chain) == 1 and join is None:
             self._nearly(node)
             return
-        if why := self._why_not_layer(node, nn.Conv2d, "weight") or self._why_not_norm(norm):
+        why = self._why_not_layer(node, nn.Conv2d, "weight") or self._why_not_norm(norm)
+        if why := why or self._why_not_at_once([*(join.parts if join else []), *chain]):
             self._refuse(chain, why if len(chain) > 1 else "")
             return
         conv = self.find(path_of(node))
@@ -183,7 +188,8 @@ class _Finding:
             return f"{name_of(node)} has the {weight.replace('_', ' ')} of another layer"
         if module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001 - no public name
             return f"{name_of(node)} is not only called: it has hooks"
-        return ""
+        own = type(module).forward is not kind.forward or (isinstance(module, nn.Conv2d) and not _plain(module))
+        return f"{name_of(node)} has a way of its own" if own else ""
 
     def _module(self, node: Node) -> nn.Module | None:
         try:
@@ -198,6 +204,15 @@ class _Finding:
         if why or self._module(norm) is None:
             return why or f"the statistics of {name_of(norm)} are no layer's"
         return self._why_not_layer(norm, nn.BatchNorm2d, "running_mean")
+
+    def _why_not_at_once(self, chain: Sequence[Node]) -> str:
+        """Say who writes between a chain's first and last to what is then read at once; empty where nobody does."""
+        inside = set(chain)
+        memories = {memory_of(each) for node in chain for each in node.all_input_nodes if each not in inside} - {None}
+        for node in list(self.order)[self.order[chain[0]] : self.order[chain[-1]]]:
+            if node not in inside and any(memory_of(each) in memories for each in written_by(node)):
+                return f"{name_of(node)} writes in between to what is read"
+        return ""
 
     def _pool(self, last: Node) -> Node | None:
         """Return the 2x2 pool that reads a map beside others, such as the skip of a U-Net."""
@@ -214,7 +229,7 @@ class _Finding:
     def _join(self, cat: Node) -> Join:
         """Look behind the maps of a concatenation for pads, and behind the last for a transposed convolution."""
         maps = joined_by(cat)
-        pads = tuple(each for each in dict.fromkeys(maps) if each.target in PAD and reader(each) is cat)
+        pads = tuple(each for each in dict.fromkeys(maps) if each.target in PAD and each.args and reader(each) is cat)
         pads = tuple(each for each in pads if not self._written(each.args[0], each, cat))  # type: ignore[arg-type]
         up = maps[-1].args[0] if maps[-1] in pads else maps[-1]
         if not isinstance(up, Node) or up.target not in TRANSPOSED:
@@ -222,9 +237,14 @@ class _Finding:
         source = given_of(up, ("input",))["input"]
         only_here = all(each is cat or each in pads[-1:] for each in up.users)
         good = not self._why_not_layer(up, nn.ConvTranspose2d, "weight") and doubles(self.find(path_of(up)))
+        good = good and given_of(up, UP_CONV).get("output_padding", 0) in (0, (0, 0), [0, 0])
         if not only_here or not good or maps.count(maps[-1]) > 1 or self._written(source, up, cat):
             return Join(cat, pads)
         return Join(cat, pads, up)
+
+
+def _plain(conv: nn.Conv2d) -> bool:
+    return type(conv)._conv_forward is nn.Conv2d._conv_forward  # noqa: SLF001 - what subclasses override
 
 
 def reader(node: Any) -> Node | None:
@@ -271,7 +291,7 @@ def _owner(value: Any) -> tuple[str, str] | None:
     """Return the names of the module and the attribute that an input of the graph is; None where it is none."""
     source = getattr(value, "_dynamo_source", None)
     name = "" if source is None else str(source.name)
-    found = re.fullmatch(r".*_(?:parameters|buffers)\['([^']+)'\]", name)
+    found = re.fullmatch(r"L\['self'\](?:\._modules\['[^']+'\])*\._(?:parameters|buffers)\['([^']+)'\]", name)
     return None if found is None else (".".join(re.findall(r"\._modules\['([^']+)'\]", name)), found[1])
 
 

@@ -27,6 +27,7 @@ from skipcost.kernels.rewriting.nodes import (
     DROPOUT,
     MAP,
     PAD,
+    SWITCHES,
     convolution_of,
     example_of,
     given_of,
@@ -136,6 +137,9 @@ def up_of(node: Node) -> Up | None:
         return None
     factor = _factor(source.shape[2:], result.shape[2:])
     if factor is None or (MODES[mode] == "nearest" and not rows_are_exact(factor)):
+        return None
+    scale = given.get("scale_factor")  # which rounds to a size, and is what is resampled by all the same
+    if scale is not None and not given.get("recompute_scale_factor") and set(_pair(scale)) != {factor}:
         return None
     return Up(factor, mode, corners)
 
@@ -256,6 +260,9 @@ def _why_not_later(paths: _Paths, chain: Sequence[Node]) -> str:
     inner = set(chain[:-1])
     read = [each for node in chain for each in node.all_input_nodes if each not in inner]
     memories = {memory_of(each) for each in read} - {None}
+    between = list(paths.order)[paths.order[chain[0]] + 1 : paths.order[chain[-1]]]
+    if any(node.target in SWITCHES for node in between):
+        return "gradients or autocast are switched on the way"
     for node in list(paths.order)[paths.order[chain[0]] + 1 :]:  # behind the convolution backward still reads them
         if node not in inner and any(memory_of(each) in memories for each in written_by(node)):
             return f"{name_of(node)} writes to a map that is read"

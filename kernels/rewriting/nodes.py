@@ -18,6 +18,7 @@ DROPOUT = (functional.dropout, functional.dropout2d, functional.alpha_dropout, f
 PAD = (functional.pad, torch._C._nn.pad)  # noqa: SLF001 - what Dynamo makes of it
 JOIN = ("tensors", "dim")
 CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+SWITCHES = (torch._C._set_grad_enabled, torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)  # noqa: SLF001 - no public names
 NO_LAYERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 MAP = 4  # dimensions: N, C, H, W
 WRITING = tuple(getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"))
@@ -63,8 +64,9 @@ def written_by(node: Node) -> Iterator[Node]:
         return
     name = str(getattr(node.target, "__name__", node.target))
     by_name = (name.endswith("_") and not name.endswith("__")) or name == "setitem" or node.target in WRITING
-    if (by_name or _in_place(node)) and node.args and isinstance(node.args[0], Node):
-        yield node.args[0]
+    if (by_name or _in_place(node)) and node.args:
+        first = node.args[0] if isinstance(node.args[0], list | tuple) else node.args[:1]
+        yield from (each for each in first if isinstance(each, Node))
 
 
 def _in_place(node: Node) -> bool:

@@ -7,6 +7,7 @@ attributes, replaced blocks and sizes are the model's in each call (docs/rewritt
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,7 @@ ISOLATED: dict[str, Any] = dict.fromkeys(
 )
 
 WHY = "in the form that is cheaper for the maps of each call"
+BROKEN = Change(("the model",), "forward", "", "it goes on in a module of its own behind a break of the graph")
 KNOWN = (Tensor, nn.Parameter)
 
 
@@ -113,7 +115,8 @@ def _on(network: SkipNet, forms: Forms, name: str) -> Iterator[Change]:
 def _compile(model: nn.Module, example: tuple[Any, ...]) -> None:
     """Run a model once in evaluation, which writes no statistics, and leave all modes as they were."""
     modes = {each: each.training for each in model.modules()}
-    model.eval()
+    for each in modes:  # a train() of the user's own may do more
+        each.training = False
     try:
         model(*example)
     finally:
@@ -140,7 +143,12 @@ class Running:
         if self.forms.choose is not None and self.module.training:
             self._forget()
         if self._compiled is None:
-            self._compiled = torch.compile(self.__wrapped__, backend=self._rewrite, **ISOLATED)
+            own = weakref.ref(self)  # Dynamo keeps a backend for good, and what holds on to the weights with it
+            self._compiled = torch.compile(
+                self.__wrapped__,
+                backend=lambda *given: cast("Running", own())._rewrite(*given),  # noqa: SLF001 - its own
+                **ISOLATED,
+            )
         try:
             return self._compiled(*args, **kwargs)
         finally:
@@ -151,13 +159,16 @@ class Running:
     def _rewrite(self, module: fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
         """Be the backend, and have hooks guarded, too, which by default Dynamo ignores if they come later."""
         from torch._dynamo import config  # noqa: PLC0415 - loads Dynamo
+        from torch._dynamo.symbolic_convert import InstructionTranslator  # noqa: PLC0415 - as above
 
         from skipcost.kernels.rewriting.blocks import fuse_graph  # noqa: PLC0415 - as above
         from skipcost.kernels.rewriting.graph import rewrite_graph  # noqa: PLC0415 - as above
 
         changes = rewrite_graph(module.graph) if self.forms.low else []
         if self.forms.choose is not None:
-            changes += fuse_graph(module.graph, self._find, FusedOps(self.forms.choose))
+            here = InstructionTranslator.current_tx().output.local_scope.get("self") is self.module
+            ops = FusedOps(self.forms.choose)
+            changes += fuse_graph(module.graph, _finder(self.module), ops) if here else [BROKEN]
         for change in changes:
             self._note(change)
         module.recompile()
@@ -171,13 +182,6 @@ class Running:
         """Drop what inference made of weights: writes through .data, as in training, leave no trace."""
         for each in self.module.modules():
             each.__dict__.pop(ATTRIBUTE, None)
-
-    def _find(self, path: str) -> nn.Module:
-        """Return the module that stands at a path now; KeyError where there is none."""
-        found: Any = self.module
-        for name in path.split(".") if path else ():
-            found = found._modules[name]  # noqa: SLF001 - get_submodule asks more
-        return cast("nn.Module", found)
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -197,6 +201,19 @@ class Running:
     def __reduce__(self) -> tuple[type[Running], tuple[Any, ...]]:
         """Copy and pickle by what it was made of."""
         return Running, (self.module, self.own, self.forms, self.changes)
+
+
+def _finder(model: nn.Module) -> Callable[[str], nn.Module]:
+    """Return what gives the module that is at a path now, KeyError where none is; it keeps no weights alive."""
+    root = weakref.ref(model)
+
+    def find(path: str) -> nn.Module:
+        found: Any = root()
+        for name in path.split(".") if path else ():
+            found = found._modules[name]  # noqa: SLF001 - get_submodule asks more
+        return cast("nn.Module", found)
+
+    return find
 
 
 def _seen_through(given: Iterable[Any]) -> bool:

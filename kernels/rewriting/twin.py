@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 import gc
 import weakref
 from collections.abc import Collection, Iterator
@@ -30,6 +31,10 @@ def twin(model: nn.Module) -> nn.Module:
         _refuse(module, name)
     known: dict[int, Any] = {id(module): object.__new__(type(module)) for module in names}
     for module, name in names.items():
+        for slot in copyreg._slotnames(type(module)):  # type: ignore[attr-defined]  # noqa: SLF001 - as copy does
+            if hasattr(module, slot):
+                value = _copied(getattr(module, slot), names, known, _at(name, slot))
+                object.__setattr__(known[id(module)], slot, value)
         state = dict(module.__dict__)
         state.pop("_compiled_call_impl", None)  # it would call the model's own, compiled
         shared = {key: state[key] for key in TENSORS & state.keys()}

@@ -193,7 +193,7 @@ def test_a_journal_cut_off_in_a_line_keeps_the_others(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_take_turns_and_a_busy_wait_shows() -> None:
-    """A real pair of processes measures a real case; a wait of nine times the call shows on any machine, however busy."""
+    """A real pair of processes measures a real case; a wait of nine times the call shows on any machine."""
     case = Case(spec=ModelSpec(depth=1, width=4), height=32, width=32, threads=1)
     here = Revision("here", "", Path())
 
