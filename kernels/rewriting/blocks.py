@@ -92,14 +92,14 @@ class Block:
         return [each for each in (self.conv, self.norm, self.act) if each is not None]
 
 
-def fuse_graph(graph: fx.Graph, find: Find, ops: FusedOps) -> list[Change]:
+def fuse_graph(graph: fx.Graph, roots: Sequence[str], find: Find, ops: FusedOps) -> list[Change]:
     """Let fused ops do the work of every block and concatenation; return what became of each. The graph is changed.
 
-    find: gives a module by its name. ops: what runs.
+    roots: what Dynamo calls the model. find: gives a module of it by its name. ops: what runs.
     """
     if why := _why_not_here(graph):
         return [Change(("the model",), "forward", "", why)]
-    finding = _Finding(graph, find)
+    finding = _Finding(graph, roots, find)
     edit = _Edit(graph, find, ops)
     changes = list(finding.refusals)
     changes += [edit.join(each) for each in finding.joins] + [edit.block(each) for each in finding.blocks]
@@ -124,8 +124,8 @@ def _why_not_here(graph: fx.Graph) -> str:
 class _Finding:
     """The blocks of a graph, the concatenations beside them, and what looks like a block and is none."""
 
-    def __init__(self, graph: fx.Graph, find: Find) -> None:
-        self.graph, self.find = graph, find
+    def __init__(self, graph: fx.Graph, roots: Sequence[str], find: Find) -> None:
+        self.graph, self.roots, self.find = graph, roots, find
         for node in list(graph.nodes):
             if _is_empty(node):
                 node.replace_all_uses_with(given_of(node, ("input",))["input"])
@@ -182,7 +182,7 @@ class _Finding:
         """Say why a call is not just that of a layer with its own weight; empty where it is."""
         given = given_of(node, ("input", "weight", "bias") if weight == "weight" else NORMING)
         module = self._module(node)
-        if not isinstance(module, kind) or (owned := _owner(given[weight])) is None:
+        if not isinstance(module, kind) or (owned := self._owner(given[weight])) is None:
             return f"the {weight.replace('_', ' ')} of {name_of(node)} is computed in each call, or no layer's own"
         if owned[1] != weight or self.find(owned[0]) is not module:
             return f"{name_of(node)} has the {weight.replace('_', ' ')} of another layer"
@@ -190,6 +190,15 @@ class _Finding:
             return f"{name_of(node)} is not only called: it has hooks"
         own = type(module).forward is not kind.forward or (isinstance(module, nn.Conv2d) and not _plain(module))
         return f"{name_of(node)} has a way of its own" if own else ""
+
+    def _owner(self, value: Any) -> tuple[str, str] | None:
+        """Return the names of the module and the attribute that an input of the graph is; None where it is none."""
+        source = getattr(value, "_dynamo_source", None)
+        pattern = r"(.*?)((?:\._modules\['[^']+'\])*)\._(?:parameters|buffers)\['([^']+)'\]"
+        found = re.fullmatch(pattern, "" if source is None else str(source.name))
+        if found is None or found[1] not in self.roots:
+            return None
+        return ".".join(re.findall(r"\['([^']+)'\]", found[2])), found[3]
 
     def _module(self, node: Node) -> nn.Module | None:
         try:
@@ -285,14 +294,6 @@ def _is_halving(node: Node) -> bool:
     sides = (given["kernel_size"], given.get("stride") or 2, given.get("padding", 0), given.get("dilation", 1))
     plain = [{each} if isinstance(each, int) else set(each) for each in sides] == [{2}, {2}, {0}, {1}]
     return plain and not given.get("ceil_mode") and not given.get("return_indices")
-
-
-def _owner(value: Any) -> tuple[str, str] | None:
-    """Return the names of the module and the attribute that an input of the graph is; None where it is none."""
-    source = getattr(value, "_dynamo_source", None)
-    name = "" if source is None else str(source.name)
-    found = re.fullmatch(r"L\['self'\](?:\._modules\['[^']+'\])*\._(?:parameters|buffers)\['([^']+)'\]", name)
-    return None if found is None else (".".join(re.findall(r"\._modules\['([^']+)'\]", name)), found[1])
 
 
 def doubles(layer: nn.Module) -> bool:

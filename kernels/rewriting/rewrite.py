@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -166,9 +166,9 @@ class Running:
 
         changes = rewrite_graph(module.graph) if self.forms.low else []
         if self.forms.choose is not None:
-            here = InstructionTranslator.current_tx().output.local_scope.get("self") is self.module
-            ops = FusedOps(self.forms.choose)
-            changes += fuse_graph(module.graph, _finder(self.module), ops) if here else [BROKEN]
+            roots = _called(InstructionTranslator.current_tx().output.local_scope, self.module)
+            find, ops = _finder(self.module), FusedOps(self.forms.choose)
+            changes += fuse_graph(module.graph, roots, find, ops) if roots else [BROKEN]
         for change in changes:
             self._note(change)
         module.recompile()
@@ -201,6 +201,13 @@ class Running:
     def __reduce__(self) -> tuple[type[Running], tuple[Any, ...]]:
         """Copy and pickle by what it was made of."""
         return Running, (self.module, self.own, self.forms, self.changes)
+
+
+def _called(scope: Mapping[str, Any], model: nn.Module) -> tuple[str, ...]:
+    """Return what Dynamo calls a model whose Python, or a method of which, is among the variables of a frame."""
+    own = [f"L['{name}']" for name, value in scope.items() if value is model]
+    methods = (name for name, value in scope.items() if getattr(value, "__self__", None) is model)
+    return (*own, *(f"L['{name}'].__self__" for name in methods))
 
 
 def _finder(model: nn.Module) -> Callable[[str], nn.Module]:
