@@ -74,6 +74,11 @@ def _step(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
         conv.weight.add_(1)
 
 
+def _fused_step(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    conv(torch.randn(1, 3, 5, 5)).square().sum().backward()
+    torch.optim.AdamW(conv.parameters(), 0.1, fused=True).step()  # which leaves the weight's version as it was
+
+
 def _statistics(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
     norm.train()(torch.randn(2, 5, 3, 3))
     norm.eval()
@@ -100,7 +105,7 @@ def _double(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
     norm.double()
 
 
-@pytest.mark.parametrize("change", [_step, _statistics, _load, _replace, _data, _epsilon, _double])
+@pytest.mark.parametrize("change", [_step, _fused_step, _statistics, _load, _replace, _data, _epsilon, _double])
 def test_a_pack_follows_every_change(change: Callable[[nn.Conv2d, nn.BatchNorm2d], None]) -> None:
     """Training, loading, replacing, converting: the next pack is of the new weights."""
     conv, norm = _layers()
@@ -112,6 +117,19 @@ def test_a_pack_follows_every_change(change: Callable[[nn.Conv2d, nn.BatchNorm2d
     assert after is not before
     x = torch.randn(1, 3, 5, 5, dtype=conv.weight.dtype)
     torch.testing.assert_close(run_folded(x, after, 1, relu=False), norm(conv(x)), rtol=1e-4, atol=1e-4)
+
+
+def test_weights_made_under_inference_mode_are_packed_anew() -> None:
+    """They have no version that would tell of a change."""
+    with torch.inference_mode():
+        conv, norm = _layers()
+        pack(conv, norm, torch.float32)
+        conv.weight.mul_(2)
+
+        after = pack(conv, norm, torch.float32)
+
+        x = torch.randn(1, 3, 5, 5)
+        torch.testing.assert_close(run_folded(x, after, 1, relu=False), norm(conv(x)), rtol=1e-4, atol=1e-4)
 
 
 def test_a_weight_at_the_address_of_its_predecessor_is_another_weight() -> None:
@@ -182,6 +200,8 @@ def test_a_pack_made_under_inference_mode_serves_afterwards() -> None:
         (nn.BatchNorm2d(2), "in training"),
         (nn.BatchNorm2d(2, track_running_stats=False).eval(), "keeps no running statistics"),
         (nn.InstanceNorm2d(2), "InstanceNorm2d takes its statistics from each image"),
+        (nn.InstanceNorm2d(2, track_running_stats=True).eval(), "InstanceNorm2d is no BatchNorm2d"),
+        (nn.SyncBatchNorm(2).eval(), "SyncBatchNorm is no BatchNorm2d"),
         (nn.GroupNorm(1, 2), "GroupNorm takes its statistics from each image"),
     ],
     ids=str,
