@@ -103,7 +103,13 @@ class Axis:
         """Return the same in blocks of so many outputs, the last of the rest; each reads a pixel or more."""
         out, tap, pixel, weight = self._entries()
         made = _blocks(out, tap, pixel, weight, (self.output, outputs, self.kernel))
-        return tuple(each if each.last else _of_zeros(each) for each in made)
+        return tuple(each if each.last else self._of_zeros(each) for each in made)
+
+    def _of_zeros(self, band: Band) -> Band:
+        """Let a block that lies outside of the map read the pixel that is nearest to it, times 0."""
+        nearest = 0 if band.start + self.start - self.padding < 0 else self.extent - 1
+        weights = np.zeros((*band.weights.shape[:2], 1))
+        return replace(band, first=nearest, last=nearest + 1, weights=weights)
 
     @cached_property
     def adjoint_bands(self) -> tuple[Band, ...]:
@@ -146,11 +152,6 @@ class Axis:
             at = np.maximum((up.astype(np.float64) + 0.5) / self.factor - 0.5, 0)
         low = np.minimum(at.astype(np.int64), self.extent - 1)
         return low, np.minimum(low + 1, self.extent - 1), at - low
-
-
-def _of_zeros(band: Band) -> Band:
-    """Let a block that lies outside of the map read its first pixel, times 0."""
-    return replace(band, last=1, weights=np.zeros((*band.weights.shape[:2], 1)))
 
 
 def _blocks(

@@ -139,7 +139,11 @@ def up_of(node: Node) -> Up | None:
     if factor is None or (MODES[mode] == "nearest" and not rows_are_exact(factor)):
         return None
     scale = given.get("scale_factor")  # which rounds to a size, and is what is resampled by all the same
-    if scale is not None and not given.get("recompute_scale_factor") and set(_pair(scale)) != {factor}:
+    if (
+        scale is not None
+        and not given.get("recompute_scale_factor")
+        and any(_number(each) != factor for each in _pair(scale))
+    ):
         return None
     return Up(factor, mode, corners)
 
@@ -155,6 +159,11 @@ def _hint(size: Any) -> int:
     """Return a size as a number: of the maps that are compiled for, where others are possible as well."""
     known = example_of(size) if isinstance(size, Node) else size
     return known if isinstance(known, int) else int(known.node.hint)
+
+
+def _number(value: Any) -> Any:
+    """Return a number of a call; one that varies from call to call as a symbol, whose comparison becomes a guard."""
+    return example_of(value) if isinstance(value, Node) else value
 
 
 def _source(up: Node) -> Any:
