@@ -134,6 +134,22 @@ def test_convolutions_that_read_one_map_are_places_together(taken: list[tuple[in
     assert len(taken) == shared
 
 
+def test_where_sizes_vary_each_convolution_would_make_the_shared_map(
+    taken: list[tuple[int, ...]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """So it is made once, by the model; the list says who reads it as well."""
+    model = Residual()
+    run_it = torch.compile(model, backend=backend, dynamic=True)
+
+    with caplog.at_level(logging.INFO, "skipcost.kernels.rewriting.backend"):
+        for side in (16, 20):
+            x = torch.randn(1, 64, side, side)
+            assert_close(run_it(x), model(x))
+
+    assert not taken
+    assert "as well" in caplog.text
+
+
 def _also_read(up: Tensor, _: Tensor) -> Tensor:
     return up + 0 * up.mean()
 

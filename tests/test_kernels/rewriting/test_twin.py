@@ -110,6 +110,12 @@ def _closed() -> nn.Module:
     return model
 
 
+def _referring() -> nn.Module:
+    model = Holding()
+    model.cache = [weakref.ref(model.conv)]  # type: ignore[list-item]
+    return model
+
+
 class Uncopied(Strategy):
     """Refuses to be copied."""
 
@@ -129,12 +135,13 @@ def _uncopied() -> nn.Module:
     ("make", "message"),
     [
         (_closed, "^forward holds modules of the model in a function or a weak reference, which would keep to those"),
+        (_referring, "^cache holds modules of the model in a function or a weak reference"),
         (_uncopied, "^strategy holds modules of the model and cannot be copied: one of a kind"),
         (lambda: nn.Sequential(nn.LazyConv2d(3, 3)), "^0 is a lazy layer, LazyConv2d, .* run the model once first"),
         (lambda: torch.compile(Holding()), "^the model is compiled already: give the module that"),
         (lambda: nn.Sequential(torch.jit.script(nn.ReLU())), "^0 is a RecursiveScriptModule, .* give the module of P"),  # type: ignore[no-untyped-call]
     ],
-    ids=["closure", "no copy", "lazy", "compiled", "script"],
+    ids=["closure", "references", "no copy", "lazy", "compiled", "script"],
 )
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_what_would_go_on_with_the_model_is_refused(make: Callable[[], nn.Module], message: str) -> None:
