@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from skipcost.bench.errors import UnsupportedError
+from skipcost.kernels.rewriting.rewrite import Running
 
+COMPILERS = "torch.compile, fuse or rewrite"
 NO_DATA = (
     str,
     bytes,
@@ -243,11 +245,15 @@ def as_written() -> AbstractContextManager[object]:
 
 
 def compiled_note(network: nn.Module) -> str:
-    """Say that torch.compile has a part in a module, or in one in it, which `as_written` leaves out."""
+    """Say that torch.compile, by itself or by `fuse` and `rewrite`, has a part in a module that is not counted.
+
+    `as_written` leaves it out, and Dynamo calls nothing that it compiled where operators are watched.
+    """
     compiled = any(
         hasattr(each, "_orig_mod")  # torch.compile(module)
         or each._compiled_call_impl is not None  # noqa: SLF001 - module.compile(), of which there is no other trace
         or hasattr(each.forward, "_torchdynamo_orig_callable")  # of the forward alone
+        or isinstance(each.forward, Running)
         for each in network.modules()
     )
-    return "counted on the model as it is written: what torch.compile makes of it is not in it" if compiled else ""
+    return f"counted on the model as it is written: what {COMPILERS} makes of it is not in it" if compiled else ""

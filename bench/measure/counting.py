@@ -13,12 +13,10 @@ from torch import nn
 from skipcost.bench.cases.case import Case
 from skipcost.bench.cases.modules import as_written, compiled_note, parameter_bytes
 from skipcost.bench.cases.record import Result
-from skipcost.bench.errors import UnsupportedError
 from skipcost.bench.measure.fvcore_handles import HANDLES
 from skipcost.bench.measure.live_bytes import device_to_trace, trace_peaks
 from skipcost.bench.measure.subject import Subject, make_subject
 from skipcost.bench.measure.tracing import trace
-from skipcost.kernels.rewriting.rewrite import Running
 
 UNLIKE_ON_CUDA = (nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer)  # cuDNN's, and whole layers
 
@@ -73,7 +71,6 @@ def predicted_peaks(case: Case) -> tuple[int, int, dict[str, Any]]:
     doubts: list[str] = []
 
     def use(subject: Subject) -> tuple[list[int], int]:
-        _refuse_running(subject.network)
         if case.factory and any(each.is_meta for each in subject.tensors):
             doubts.extend(_unlike(case, subject.network))
         device = case.device if case.factory else "meta"
@@ -86,17 +83,6 @@ def predicted_peaks(case: Case) -> tuple[int, int, dict[str, Any]]:
         (peaks, weights), note = trace(case, use, on_meta=case.factory is not None)
     note = "; ".join(filter(None, [note, *dict.fromkeys(doubts)]))
     return peaks[0], peaks[-1], {"parameter_bytes": weights} | ({"note": note} if note else {})
-
-
-def _refuse_running(network: nn.Module) -> None:
-    """Refuse a network of `fuse` or `rewrite`: what it was made of runs where a trace watches."""
-    for name, module in network.named_modules():
-        if isinstance(module.__dict__.get("forward"), Running):
-            message = (
-                f"{name or 'the model'} is one of fuse or rewrite, which runs as its original where operators are "
-                "watched: trace the original, or measure this one"
-            )
-            raise UnsupportedError(message)
 
 
 def _unlike(case: Case, network: nn.Module) -> list[str]:

@@ -262,11 +262,12 @@ def test_what_is_counted_first_is_compiled_later(
     assert (counted_marks, len(custom_models.MARKS) > 0) == (0, True)
 
 
-def test_rows_that_compiling_would_change_say_what_they_are_of() -> None:
+@pytest.mark.parametrize(("path", "arguments"), [("wrapped", {"by": "compile"}), ("fused", {})])
+def test_rows_that_compiling_would_change_say_what_they_are_of(path: str, arguments: dict[str, object]) -> None:
     """Operators and peaks are those of the model as written; MACs are the same either way and need no word."""
-    case = case_of("wrapped", {"by": "compile"})
+    case = case_of(path, arguments)
 
-    said = "counted on the model as it is written: what torch.compile makes of it is not in it"
+    said = "counted on the model as it is written: what torch.compile, fuse or rewrite makes of it is not in it"
     assert count_operators(case).note == traced_peaks(case)[0].note == said
     assert counted(case)["conv_macs"].note == ""
 

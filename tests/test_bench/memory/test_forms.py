@@ -19,10 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from skipcost.bench.cases.case import CHOICES, Case
 from skipcost.bench.cases.factory import Factory
-from skipcost.bench.errors import UnsupportedError
 from skipcost.bench.measure import live_bytes as memory
 from skipcost.bench.measure.budget import cost_of
-from skipcost.bench.measure.counting import predicted_peaks, traced_peaks
+from skipcost.bench.measure.counting import traced_peaks
 from skipcost.bench.measure.live_bytes import APART_ON_CUDA, Watching, as_if_on
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -229,14 +228,6 @@ def test_what_a_library_keeps_by_its_own_rules_is_said() -> None:
     case = Case(spec=Factory("custom_models:Middle", '{"form": "lstm"}'), height=4, width=4, mode="training")
 
     assert "LSTM: what oneDNN or cuDNN keeps" in traced_peaks(case)[0].note
-
-
-def test_a_model_of_fuse_is_refused() -> None:
-    """It runs as its original where operators are watched, so that its own peak would not be what is said."""
-    case = Case(spec=Factory("custom_models:fused"), height=8, width=8)
-
-    with pytest.raises(UnsupportedError, match=r"^the model is one of fuse or rewrite, .*: trace the original, or"):
-        predicted_peaks(case)
 
 
 def test_layers_in_another_form_on_a_card_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
