@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from skipcost.unet_models.program import IMAGE, lower
 from skipcost.unet_models.sizes import Size, by, shapes
 from skipcost.unet_models.sizes import placed as convolutions
-from skipcost.unet_models.topology import Edge, Node, SkipGraph
+from skipcost.unet_models.topology import INTERPOLATIONS, Edge, Node, SkipGraph
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +120,9 @@ def describe_edge(edge: Edge, sizes: EdgeSizes) -> str:
         steps.append(f"max-pool {factor}x{factor} ({'ceiling' if edge.skip else 'floor'})")
     elif edge.up:
         steps.append("transposed conv 2x2")
-    elif edge.shift > 0:
-        steps.append(f"{edge.mode} x{1 << edge.shift}")
+    elif edge.mode:
+        mode, align_corners = INTERPOLATIONS[edge.mode]
+        steps.append(f"{mode} x{1 << edge.shift}{' (corners aligned)' * align_corners}")
     if edge.gate:
         steps.append(f"gate ({edge.gate.psi.in_channels} wide)")
     if edge.conv:

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from skipcost.unet_models.program import Op, Program
 from skipcost.unet_models.program import drops as last_reads
+from skipcost.unet_models.topology import INTERPOLATIONS
 
 if TYPE_CHECKING:
     from skipcost.unet_models.topology import Conv, Gate
@@ -84,9 +85,10 @@ def up_conv(layer: nn.ConvTranspose2d, x: Tensor) -> Tensor:
     return result
 
 
-def up_sample(x: Tensor, factor: int, mode: str) -> Tensor:
-    """Enlarge (N, C, H, W) by a whole factor; bilinear with align_corners=False, or nearest."""
-    return functional.interpolate(x, scale_factor=float(factor), mode=mode)
+def up_sample(x: Tensor, factor: int, how: str) -> Tensor:
+    """Enlarge (N, C, H, W) by a whole factor. how: a key of INTERPOLATIONS."""
+    mode, align_corners = INTERPOLATIONS[how]  # PyTorch takes no False for nearest
+    return functional.interpolate(x, scale_factor=float(factor), mode=mode, align_corners=align_corners or None)
 
 
 def pool(x: Tensor, factor: int, *, ceil: bool) -> Tensor:

@@ -29,8 +29,8 @@ class Op(NamedTuple):
     conv: the record of that layer, which a convolution, its norm and its ReLU share.
 
     Kinds, each with what else it needs: `image`; `conv` (padding) and `up_conv`; `norm`; `relu`; `pool` (factor; how:
-    floor or ceil) and `up_sample` (factor; how: bilinear or nearest); `crop`, the first of the maps to the smallest of
-    all; `join`, all cropped to the smallest (how: concat or sum); a gate's `add`, `sigmoid` and `multiply`; a
+    floor or ceil) and `up_sample` (factor; how: a key of INTERPOLATIONS); `crop`, the first of the maps to the smallest
+    of all; `join`, all cropped to the smallest (how: concat or sum); a gate's `add`, `sigmoid` and `multiply`; a
     classifier's `dropout`, `amax` and `present`, which is 1 where its maxima say that there is an organ.
 
     A rewrite makes kinds of its own: one op that stands for several, its `parts`. They are a small program: their reads

@@ -302,10 +302,11 @@ Span = tuple[int, int]  # the first and the last position along an axis
 
 
 def _reach_up_sample(op: Op, low: int, high: int) -> Span:
-    if op.how != "bilinear":
+    if op.how == "nearest":
         return low // op.factor, high // op.factor
     # Bilinear, align_corners=False: output o reads floor((o + 1/2) / f - 1/2) and, unless that leaves no fraction, as
-    # it never does for an even f, the pixel after it.
+    # it never does for an even f, the pixel after it. With corners aligned that is so in the middle of an image, where
+    # both put a pixel in the same place; towards the borders maps move against each other by up to (f - 1) / 2.
     last, fraction = divmod(2 * high + 1 - op.factor, 2 * op.factor)
     return (2 * low + 1 - op.factor) // (2 * op.factor), last + (fraction > 0)
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from skipcost.unet_models.skips import SKIPS
-from skipcost.unet_models.topology import SkipGraph
+from skipcost.unet_models.topology import INTERPOLATIONS, SkipGraph
 from skipcost.unet_models.variants import VARIANTS
 
 MAX_DEPTH = 12  # halves 4,096 pixels to one; each level more doubles the time for the receptive field (seconds here)
@@ -20,7 +20,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "skip": tuple(SKIPS),
     "padding": ("same", "valid"),
     "norm": ("batch", "instance", "group", "none"),
-    "upsample": ("transpose", "bilinear", "nearest"),
+    "upsample": ("transpose", *INTERPOLATIONS),
     "head": ("single", "deep", "guided"),
 }
 _LABEL_HEAD = re.compile(r"(?P<variant>[^/]+)/d(?P<depth>[0-9]{1,9})/w(?P<width>[0-9]{1,9})/(?P<skip>[^/=]+)$")

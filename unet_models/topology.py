@@ -57,13 +57,20 @@ class Gate:
         return (self.x, self.signal, self.psi)
 
 
+INTERPOLATIONS = {  # up-sampling without weights: mode and align_corners of torch.nn.functional.interpolate
+    "bilinear": ("bilinear", False),
+    "align_corners": ("bilinear", True),
+    "nearest": ("nearest", False),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Edge:
     """How one map reaches one node: resample, gate, convolve, project, in this order; then the node crops and merges.
 
-    `shift` is the source's level minus the target's: above 0 the map is up-sampled by 2**shift with `mode`, below 0 it
-    is max-pooled by 2**-shift, at 0 it stays. `skip` tells a skip from the edge that no skip scheme may remove (the
-    encoder's own, and the one from the next deeper level).
+    `shift` is the source's level minus the target's: above 0 the map is up-sampled by 2**shift with `mode` (a key of
+    INTERPOLATIONS, or the convolution `up`), below 0 it is max-pooled by 2**-shift, at 0 it stays. `skip` tells a skip
+    from the edge that no skip scheme may remove (the encoder's own, and the one from the next deeper level).
     """
 
     source: str

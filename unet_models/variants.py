@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from skipcost.unet_models.program import IMAGE
-from skipcost.unet_models.topology import Conv, Edge, Head, Node, SkipGraph
+from skipcost.unet_models.topology import INTERPOLATIONS, Conv, Edge, Head, Node, SkipGraph
 
 if TYPE_CHECKING:
     from skipcost.unet_models.spec import ModelSpec
@@ -140,13 +140,13 @@ VARIANTS: dict[str, Variant] = {
         wire=unet,
         title="U-Net",
         paper="Ronneberger, Fischer, Brox: U-Net (MICCAI 2015)",
-        upsamples=("transpose", "bilinear", "nearest"),
+        upsamples=("transpose", *INTERPOLATIONS),
     ),
     "unet++": Variant(
         wire=unet_plus_plus,
         title="UNet++",
         paper="Zhou et al.: UNet++ (DLMIA 2018; IEEE TMI 2020)",
-        upsamples=("transpose", "bilinear", "nearest"),
+        upsamples=("transpose", *INTERPOLATIONS),
         heads=("single", "deep"),
         prunable=True,
     ),
@@ -154,7 +154,7 @@ VARIANTS: dict[str, Variant] = {
         wire=unet_3plus,
         title="UNet 3+",
         paper="Huang et al.: UNet 3+ (ICASSP 2020)",
-        upsamples=("bilinear", "nearest"),
+        upsamples=tuple(INTERPOLATIONS),
         heads=("single", "deep", "guided"),
     ),
 }

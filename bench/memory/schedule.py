@@ -22,7 +22,7 @@ from skipcost.kernels.programs.low import low
 from skipcost.unet_models.names import moment_name
 from skipcost.unet_models.program import Op, lower
 from skipcost.unet_models.sizes import follow, shapes
-from skipcost.unet_models.topology import Conv, SkipGraph
+from skipcost.unet_models.topology import INTERPOLATIONS, Conv, SkipGraph
 
 Place = tuple[int, int, int]  # where a convolution's weights are registered: sorting gives the parameters' order
 Shape = tuple[int, int, int]  # channels, height, width
@@ -280,8 +280,8 @@ def _shape(calls: Calls, joint: Joint) -> Shape:
 
 
 @lru_cache(maxsize=1024)  # one axis is asked about for many channels
-def _axis(extent: int, factor: int, mode: str, start: int, length: int, kernel: int, padding: int) -> Axis:
-    return Axis(extent, factor, mode, align_corners=False, start=start, length=length, kernel=kernel, padding=padding)
+def _axis(extent: int, factor: int, how: str, start: int, length: int, kernel: int, padding: int) -> Axis:
+    return Axis(extent, factor, *INTERPOLATIONS[how], start=start, length=length, kernel=kernel, padding=padding)
 
 
 ON_EDGES = ("up", "gate.x", "gate.signal", "gate.psi", "conv", "project")  # as they are registered

@@ -17,7 +17,7 @@ from skipcost.kernels.low_resolution.axis import Axis
 from skipcost.kernels.programs.low import UPS, low
 from skipcost.unet_models.program import Op, lower
 from skipcost.unet_models.sizes import Shape, measured
-from skipcost.unet_models.topology import SkipGraph
+from skipcost.unet_models.topology import INTERPOLATIONS, SkipGraph
 
 BAND = 2.5  # a MAC of the banded products takes as long as this many of a convolution: two cores, Xeon, AVX-512, fp32
 # How many MACs of the direct form a CPU does in the time of one of tap-first's, which is in fp32. Measured with AMX,
@@ -252,6 +252,7 @@ def _call(op: Op, reads: list[Shape]) -> tuple[Axis, Axis, tuple[int, int]]:
     for axis, side in enumerate(small, 1):
         whole = side * up.factor
         length = min([whole, *(each[axis] for each in reads[:-1])])
-        sides.append(Axis(side, up.factor, up.how, False, (whole - length) // 2, length, op.conv.kernel, _padding(op)))
+        seen = (whole - length) // 2, length
+        sides.append(Axis(side, up.factor, *INTERPOLATIONS[up.how], *seen, op.conv.kernel, _padding(op)))
     rows, columns = sides
     return rows, columns, (channels, op.conv.out_channels)

@@ -247,6 +247,7 @@ def split_concat(
     *,
     factor: int,
     mode: str = "bilinear",
+    align_corners: bool = False,
     padding: int = 1,
 ) -> Tensor:
     """Return the convolution over the concatenated maps and the up-sampled x, all centre-cropped to the smallest.
@@ -255,7 +256,7 @@ def split_concat(
     The rest as for `tap_first`. Differentiable once.
     """
     window = seen_of((x.shape[2], x.shape[3]), factor, [(each.shape[2], each.shape[3]) for each in maps])
-    settings = {"factor": factor, "mode": mode, "padding": padding, "window": window}
+    settings = {"factor": factor, "mode": mode, "align_corners": align_corners, "padding": padding, "window": window}
     if not maps:
         return tap_first(x, weight, bias, **settings)  # type: ignore[arg-type]  # one dict of several types
     cropped = [crop(each, *window[2:]) for each in maps]

@@ -30,6 +30,7 @@ from skipcost.kernels.programs.low import low
 from skipcost.kernels.weights import affine, why_not_fold
 from skipcost.unet_models.ops import REFERENCE, ConvNormAct, Ops, Step, merge, run, take, up_conv, up_sample
 from skipcost.unet_models.sizes import follow
+from skipcost.unet_models.topology import INTERPOLATIONS
 
 HALF = 2  # bytes
 AUTOCAST = ("cpu", "cuda")  # PyTorch refuses the question for others
@@ -85,12 +86,12 @@ class RewrittenOps:
         x = functional.conv2d(x, weight, bias, padding=_padding(layer))
         return _act(layer, x)
 
-    def up_concat_conv(self, layer: ConvNormAct, maps: list[Tensor], factor: int, mode: str) -> Tensor:
+    def up_concat_conv(self, layer: ConvNormAct, maps: list[Tensor], factor: int, how: str) -> Tensor:
         """Up-sample the last of the maps, concatenate, if there are others, and convolve. It empties the list."""
         x = maps.pop()
         window = seen_of((x.shape[2], x.shape[3]), factor, [(each.shape[2], each.shape[3]) for each in maps])
-        if not self._takes(layer, x, factor, mode, window):
-            maps.append(up_sample(x, factor, mode))
+        if not self._takes(layer, x, factor, how, window):
+            maps.append(up_sample(x, factor, how))
             del x
             merged = [merge(maps, "concat")]
             maps.clear()
@@ -100,7 +101,9 @@ class RewrittenOps:
         dtype = x.dtype
         others = [each.to(dtype) for each in maps]
         maps.clear()
-        held = [split_concat(others, x, weight, bias, factor=factor, mode=mode, padding=_padding(layer))]
+        mode, align_corners = INTERPOLATIONS[how]
+        settings = {"factor": factor, "mode": mode, "align_corners": align_corners, "padding": _padding(layer)}
+        held = [split_concat(others, x, weight, bias, **settings)]
         del others
         return _norm_act(layer, held, normed=folded)
 
@@ -140,12 +143,12 @@ class RewrittenOps:
         return kind, self.device or ("cuda" if x.is_cuda else "cpu")
 
     def _takes(
-        self, layer: ConvNormAct, x: Tensor, factor: int, mode: str, window: tuple[int, int, int, int]
+        self, layer: ConvNormAct, x: Tensor, factor: int, how: str, window: tuple[int, int, int, int]
     ) -> bool:  # fmt: skip
         """Whether tap-first is counted as the cheaper form of a call."""
         batch, in_channels, height, width = (int(size) for size in x.shape)
         kind, device = self._rates(x)
-        settings = (factor, mode, False, _padding(layer), tuple(int(each) for each in window))
+        settings = (factor, *INTERPOLATIONS[how], _padding(layer), tuple(int(each) for each in window))
         channels = in_channels, layer.conv.out_channels
         taken: bool = _taken((height, width), layer.conv.kernel_size, settings, channels, batch, kind, device)
         return taken

@@ -203,9 +203,9 @@ def pooled(x: Tensor, factor: int) -> Tensor:
     return functional.max_pool2d(x, factor, ceil_mode=True)
 
 
-def enlarged(x: Tensor, factor: int) -> Tensor:
-    """Bilinear up-sampling by pixel areas, not corners."""
-    return functional.interpolate(x, scale_factor=float(factor), mode="bilinear", align_corners=False)
+def enlarged(x: Tensor, factor: int, *, corners: bool = False) -> Tensor:
+    """Bilinear up-sampling, by pixel areas unless by corners."""
+    return functional.interpolate(x, scale_factor=float(factor), mode="bilinear", align_corners=corners)
 
 
 class UNet3Plus(nn.Module):

@@ -228,17 +228,19 @@ def test_unet_3plus_merges_after_its_edge_convolutions(skip: str) -> None:
     torch.testing.assert_close(received, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_sum_projects_what_has_another_width() -> None:
+@pytest.mark.parametrize("upsample", ["bilinear", "align_corners"])
+def test_a_sum_projects_what_has_another_width(upsample: str) -> None:
     """UNet++ without learned up-sampling, worked out at depth 1: the deeper map is brought to the node's width."""
     torch.manual_seed(0)
-    net = build(ModelSpec("unet++", 1, 4, "sum", norm="none", upsample="bilinear"))
+    net = build(ModelSpec("unet++", 1, 4, "sum", norm="none", upsample=upsample))
     image = torch.randn(2, 1, 8, 12)
 
     received = net(image)
 
     finest = _functional(net, "nodes.x0_0.1", _functional(net, "nodes.x0_0.0", image))
     deep = _functional(net, "nodes.x1_0.1", _functional(net, "nodes.x1_0.0", textbook.halved(finest)))
-    projected = _functional(net, "edges.x1_0->x0_1.project", textbook.enlarged(deep, 2))
+    up = textbook.enlarged(deep, 2, corners=upsample == "align_corners")
+    projected = _functional(net, "edges.x1_0->x0_1.project", up)
     merged = _functional(net, "nodes.x0_1.1", _functional(net, "nodes.x0_1.0", finest + projected))
     expected = _functional(net, "heads.x0_1", merged)
     torch.testing.assert_close(received, expected, rtol=1e-6, atol=1e-6)

@@ -159,7 +159,7 @@ def test_an_upsampling_that_a_variant_cannot_have_is_refused(variant: str, upsam
     """A transposed convolution doubles; UNet 3+ needs up to 2**depth."""
     wording = f"{variant} cannot use upsample={upsample}: its edges grow maps by up to 2**depth, a 2x2 transposed"
 
-    with pytest.raises(ValueError, match=f"^{re.escape(wording)}.*accepted: bilinear, nearest$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(wording)}.*accepted: bilinear, align_corners, nearest$"):
         ModelSpec(variant, upsample=upsample)
 
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipcost.kernels.low_resolution.tap_first import seen_of, split_concat
 from skipcost.unet_models.ops import merge, up_sample
+from skipcost.unet_models.topology import INTERPOLATIONS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = {
@@ -33,19 +34,21 @@ def _tensors(sizes: list[tuple[int, int, int]], dtype: torch.dtype = torch.float
 
 
 @pytest.mark.parametrize("padding", [0, 1])
-@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+@pytest.mark.parametrize("how", INTERPOLATIONS)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_sum_is_the_convolution_of_the_concatenation(
-    sizes: list[tuple[int, int, int]], mode: str, padding: int
+    sizes: list[tuple[int, int, int]], how: str, padding: int
 ) -> None:  # fmt: skip
     """Values and every gradient in float64, to 1e-12 of the largest, with any crop on either side."""
     *maps, x, weight, bias = tensors = _tensors(sizes)
-    wanted = functional.conv2d(merge([*maps, up_sample(x, 2, mode)], "concat"), weight, bias, padding=padding)
+    wanted = functional.conv2d(merge([*maps, up_sample(x, 2, how)], "concat"), weight, bias, padding=padding)
     grad = torch.randn_like(wanted)
+    mode, align_corners = INTERPOLATIONS[how]
+    settings = {"factor": 2, "mode": mode, "align_corners": align_corners, "padding": padding}
 
-    result = split_concat(maps, x, weight, bias, factor=2, mode=mode, padding=padding)
+    result = split_concat(maps, x, weight, bias, **settings)
     with torch.no_grad():
-        added = split_concat(maps, x, weight, bias, factor=2, mode=mode, padding=padding)
+        added = split_concat(maps, x, weight, bias, **settings)
 
     torch.testing.assert_close(added, wanted, rtol=0, atol=1e-12 * wanted.abs().max().item())
     torch.testing.assert_close(result, wanted, rtol=0, atol=1e-12 * wanted.abs().max().item())
