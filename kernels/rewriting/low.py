@@ -102,8 +102,8 @@ class RewrittenOps:
         others = [each.to(dtype) for each in maps]
         maps.clear()
         mode, align_corners = INTERPOLATIONS[how]
-        settings = {"factor": factor, "mode": mode, "align_corners": align_corners, "padding": _padding(layer)}
-        held = [split_concat(others, x, weight, bias, **settings)]
+        settings: dict[str, Any] = {"factor": factor, "mode": mode, "align_corners": align_corners}
+        held = [split_concat(others, x, weight, bias, padding=_padding(layer), **settings)]
         del others
         return _norm_act(layer, held, normed=folded)
 
