@@ -11,13 +11,12 @@ import math
 from collections import Counter as Tally
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from skipcost.bench.measure.live_bytes import Watching
+from skipcost.bench.measure.watching import Layers, Watching
 
 CONVOLUTION, TRANSPOSED, PRODUCT = "convolution", "transposed convolution", "matrix product"
 ATTENTION, RECURRENT = "attention", "recurrent layer"
@@ -64,39 +63,9 @@ def aliases_of(paths: dict[str, str]) -> dict[str, list[str]]:
     return found
 
 
-class Running:
-    """Inside a `with` block, the path of the module of a network whose forward pass is running, as `layer`.
-
-    The hooks are global: a module that sees hooks of its own may take another way (MultiheadAttention's in one piece).
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        self._names = {module: name for name, module in network.named_modules()}
-        self._stack = [""]
-
-    @property
-    def layer(self) -> str:
-        """The innermost module's path; empty outside of any, and in the network itself."""
-        return self._stack[-1]
-
-    def _enter(self, module: nn.Module, _given: object) -> None:
-        self._stack.append(self._names.get(module, self.layer))
-
-    def _leave(self, _module: nn.Module, _given: object, _result: object) -> None:
-        self._stack.pop()
-
-    def __enter__(self) -> Self:
-        """Begin to follow."""
-        self._hooks = [
-            register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave, always_call=True),
-        ]
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        """Let go."""
-        for hook in self._hooks:
-            hook.remove()
+def layers_of(network: nn.Module) -> Layers:
+    """Follow the path of the module that runs; empty in the network itself."""
+    return Layers({id(module): name for name, module in network.named_modules()})
 
 
 def arithmetic(network: nn.Module, image: Tensor) -> list[Place]:
@@ -106,12 +75,12 @@ def arithmetic(network: nn.Module, image: Tensor) -> list[Place]:
     """
     sums: Tally[tuple[str, str, bool]] = Tally()
 
-    def seen(func: Any, args: tuple[Any, ...], result: Any) -> None:
+    def seen(func: Any, args: tuple[Any, ...], _keywords: object, result: Any) -> None:
         if macs := KINDS.get(func.overloadpacket):
             for kind, count in macs(args, result):
-                sums[running.layer, kind, macs in WHOLE] += count
+                sums[layers.layer, kind, macs in WHOLE] += count
 
-    with torch.no_grad(), Running(network) as running, Watching(seen):
+    with torch.no_grad(), layers_of(network) as layers, Watching(seen):
         network(image)
     return [Place(layer, kind, macs, whole) for (layer, kind, whole), macs in sums.items()]
 

@@ -25,10 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from skipcost.bench.cases.case import Case
 from skipcost.bench.cases.factory import shorten
-from skipcost.bench.measure.arithmetic import CONVOLUTION, PRODUCT, Place, Running, aliases_of, arithmetic, paths_of
+from skipcost.bench.measure.arithmetic import CONVOLUTION, PRODUCT, Place, aliases_of, arithmetic, layers_of, paths_of
 from skipcost.bench.measure.counting import preload_fvcore
-from skipcost.bench.measure.live_bytes import Watching
 from skipcost.bench.measure.subject import make_subject
+from skipcost.bench.measure.watching import Watching
 
 BEYOND = "what no layer alone has"  # functional operators, or layers counted more than once
 _FVCORE = ("conv", "linear", "addmm", "matmul", "bmm", "einsum")  # its names for convolutions and products
@@ -119,13 +119,13 @@ def _flop_counter_mode(network: nn.Module, image: Tensor) -> Count:
     layers: Tally[str] = Tally()
     before = 0
 
-    def seen(_func: object, _args: object, _result: object) -> None:
+    def seen(*_call: object) -> None:
         nonlocal before
         now = flops.get_total_flops()
         layers[running.layer] += now - before
         before = now
 
-    with torch.no_grad(), Running(network) as running, FlopCounterMode(display=False) as flops, Watching(seen):
+    with torch.no_grad(), layers_of(network) as running, FlopCounterMode(display=False) as flops, Watching(seen):
         network(image)
     return Count(alone.get_total_flops(), {name: count for name, count in layers.items() if count})
 

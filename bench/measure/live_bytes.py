@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from skipcost.bench.measure.watching import Watching
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd  # noqa: SLF001 - has no public name
 APART_ON_CUDA = {"aten::native_channel_shuffle"}  # composites with a kernel of the CPU's alone (native_functions.yaml)
@@ -107,14 +108,14 @@ def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
     return outer, tensor.col_indices() if rows else tensor.row_indices(), tensor.values()
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(Watching):
     """Count the bytes of all storages alive; `peak` is the most there ever were since it was last set.
 
     `device` decides which operators are made of others.
     """
 
     def __init__(self, present: Iterable[torch.Tensor], device: str = "cpu") -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotation here
+        super().__init__(self._made, self._in_parts)
         self._device = device
         self.live = self.peak = 0
         self._known: set[int] = set()
@@ -139,25 +140,17 @@ class LiveBytes(TorchDispatchMode):
         self._known.discard(key)
         self.live -= size
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _WHOLE:
-            with self:
-                return _WHOLE[func](*args, **kwargs)
-        if _is_composite(func, self._device):
-            with self:
-                return func._op_dk(_COMPOSITE, *args, **kwargs)  # noqa: SLF001 - the operator as its parts
-        result = func(*args, **kwargs)
+    def _made(self, func: Any, args: tuple[Any, ...], _keywords: object, result: Any) -> None:
         for each in tree_iter(result[:1] if _makes_no_statistics(func, args) else result):
             if isinstance(each, torch.Tensor):
                 self._follow(each)
-        return result
+
+    def _in_parts(self, func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        if func in _WHOLE:
+            return _WHOLE[func](*args, **keywords)
+        if _is_composite(func, self._device):
+            return func._op_dk(_COMPOSITE, *args, **keywords)  # noqa: SLF001 - the operator as its parts
+        return NotImplemented
 
 
 def trace_peaks(
@@ -177,22 +170,3 @@ def trace_peaks(
             step()
             peaks.append(tracker.peak)
     return peaks
-
-
-class Watching(TorchDispatchMode):
-    """Inside a `with` block, call `seen(operator, arguments, result)` after each operator."""
-
-    def __init__(self, seen: Callable[[Any, tuple[Any, ...], Any], object]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotation here
-        self._seen = seen
-
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self._seen(func, args, result)
-        return result

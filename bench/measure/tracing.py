@@ -10,15 +10,13 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.modules import module as every_module
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
@@ -36,8 +34,8 @@ from skipcost.bench.cases.modules import (
 )
 from skipcost.bench.cases.record import Result
 from skipcost.bench.errors import UnsupportedError
-from skipcost.bench.measure.live_bytes import Watching
 from skipcost.bench.measure.subject import AUTOCAST, Subject, make_subject
+from skipcost.bench.measure.watching import Layers, Watching
 
 CONVOLUTION = re.compile(r"conv(?!ert)(?!.*(pack|backward))")  # in an operator's name; PyTorch has no list of them
 PACKED = re.compile(r"conv(_transpose)?\dd")  # those that read int8 weights in FBGEMM's and QNNPACK's form
@@ -106,48 +104,6 @@ class Count:
         return f"{idle} of {figures.text(total, 'count')} parameters are in layers that never ran: {said}"
 
 
-class _Counting(TorchDispatchMode):
-    """Count every operator, those made of others as their parts, for the layer on top of `running`."""
-
-    def __init__(self, count: Count, running: list[str]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotation here
-        self._count, self._running = count, running
-        self.read: set[int | None] = set()
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func._overloadpacket not in flop_registry and func is not torch.ops.prim.device.default:  # noqa: SLF001 - has no public name
-            with self:
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
-        result = func(*args, **kwargs)
-        if not func.is_view:
-            self.read.update(storage_key(each) for each in tree_iter((args, kwargs)) if isinstance(each, Tensor))
-        self._note(func, args, kwargs, result)
-        return result
-
-    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        name, layer = func._schema.name, self._running[-1]  # noqa: SLF001 - the operator's name; torch has no other
-        macs = _macs(func, args, kwargs, result)
-        if not CONVOLUTION.search(name.partition("::")[2]):
-            if macs:
-                self._count.products[name.replace("::", ".")] += macs
-            return
-        made = tensors_of(result)[:1]  # an operator that does more besides returns its map first
-        self._count.activations[layer] += sum(each.numel() for each in made)
-        if macs is None:
-            self._count.unknown[name] += 1
-        else:
-            self._count.conv_macs[layer] += macs
-
-
 def _macs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int | None:
     """MACs by the formula that PyTorch has for an operator, or by the weights of a quantised convolution; else None."""
     packet = func._overloadpacket  # noqa: SLF001 - has no public name
@@ -162,18 +118,54 @@ def _macs(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any)
 
 
 def count_forward(network: nn.Module, forward: Callable[[], object]) -> Count:
-    """Run a forward pass of a network, without gradients, and count it."""
-    count, running = Count(), [_kind(network)]
-    counting = _Counting(count, running)
+    """Run a forward pass of a network, without gradients, and count every operator, one made of others as its parts."""
+    count, names, read = Count(), layer_names(network), set[int | None]()
+    leaves = _leaves(network)
+
+    def left(module: int, output: object) -> None:
+        if module in leaves:
+            count.returned[names[module]] += sum(each.nbytes for each in tensors_of(output))
+
+    def seen(func: Any, args: tuple[Any, ...], keywords: dict[str, Any], result: Any) -> None:
+        if not func.is_view:
+            read.update(storage_key(each) for each in tree_iter((args, keywords)) if isinstance(each, Tensor))
+        _note(count, layers.layer, func, _macs(func, args, keywords, result), result)
+
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operator that is a whole layer, and that has no formula
     try:
-        with torch.no_grad(), _following(network, count, running), counting:
+        with torch.no_grad(), Layers(names, _kind(network), left) as layers, Watching(seen, _in_parts):
             forward()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    count.idle = _idle(network, counting.read)
+    count.idle = _idle(network, read)
     return count
+
+
+def _in_parts(func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    if func._overloadpacket in flop_registry or func is torch.ops.prim.device.default:  # noqa: SLF001 - has no public name
+        return NotImplemented
+    return func.decompose(*args, **keywords)
+
+
+def _note(count: Count, layer: str, func: Any, macs: int | None, result: Any) -> None:
+    name = func._schema.name  # noqa: SLF001 - the operator's name; torch has no other
+    if not CONVOLUTION.search(name.partition("::")[2]):
+        if macs:
+            count.products[name.replace("::", ".")] += macs
+        return
+    made = tensors_of(result)[:1]  # an operator that does more besides returns its map first
+    count.activations[layer] += sum(each.numel() for each in made)
+    if macs is None:
+        count.unknown[name] += 1
+    else:
+        count.conv_macs[layer] += macs
+
+
+def _leaves(network: nn.Module) -> set[int]:
+    """Modules that have none inside, by their ids, but for those that compute a weight."""
+    layers = (each for path, each in network.named_modules() if not COMPUTING.search(path))
+    return {id(each) for each in layers if not _inner(each) and not hasattr(each, "_orig_mod")}
 
 
 def _idle(network: nn.Module, read: set[int | None]) -> dict[str, int]:
@@ -185,35 +177,6 @@ def _idle(network: nn.Module, read: set[int | None]) -> dict[str, int]:
         if own and all(id(each) in idle for each in own):
             found[name] = sum(idle.pop(id(each)) for each in own)
     return found
-
-
-@contextlib.contextmanager
-def _following(network: nn.Module, count: Count, running: list[str]) -> Iterator[None]:
-    """Keep the name of the layer that runs on top of `running`, and note what every leaf returns, once or more often.
-
-    By hooks on all modules there are: a ScriptModule takes none of its own.
-    """
-    names = layer_names(network)
-    layers = [(path, each) for path, each in network.named_modules() if not COMPUTING.search(path)]
-    leaves = {id(each) for _, each in layers if not _inner(each) and not hasattr(each, "_orig_mod")}
-
-    def enter(module: nn.Module, _inputs: object) -> None:
-        running.append(names.get(id(module), running[-1]))
-
-    def leave(module: nn.Module, _inputs: object, output: object) -> None:
-        running.pop()
-        if id(module) in leaves:
-            count.returned[names[id(module)]] += sum(each.nbytes for each in tensors_of(output))
-
-    handles = [
-        every_module.register_module_forward_pre_hook(enter),
-        every_module.register_module_forward_hook(leave, always_call=True),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def layer_names(network: nn.Module) -> dict[int, str]:
@@ -291,6 +254,6 @@ def _count(step: Callable[[], object], steps: int) -> Counter[str]:
     for _ in range(steps - 1):
         step()
     counts: Counter[str] = Counter()
-    with Watching(lambda func, _args, _result: counts.update([str(func)])):
+    with Watching(lambda func, *_call: counts.update([str(func)])):
         step()
     return counts

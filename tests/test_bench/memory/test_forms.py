@@ -22,7 +22,8 @@ from skipcost.bench.cases.factory import Factory
 from skipcost.bench.measure import live_bytes as memory
 from skipcost.bench.measure.budget import cost_of
 from skipcost.bench.measure.counting import traced_peaks
-from skipcost.bench.measure.live_bytes import APART_ON_CUDA, Watching, as_if_on
+from skipcost.bench.measure.live_bytes import APART_ON_CUDA, as_if_on
+from skipcost.bench.measure.watching import Watching
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LINE, MAP, VOLUME, HEADS = (2, 4, 8), (2, 4, 8, 8), (2, 4, 4, 4, 4), (2, 2, 16, 8)
@@ -175,7 +176,7 @@ CALLS: dict[str, tuple[tuple[int, ...], Call]] = {
 def operators(call: Call, x: Tensor, mode: str) -> list[str]:
     """What a call dispatches, and in training its way back, but for what makes no storage."""
     seen: list[str] = []
-    watch = Watching(lambda func, _args, _result: seen.append(str(func)))
+    watch = Watching(lambda func, *_call: seen.append(str(func)))
     with watch, torch.inference_mode() if mode == "inference" else contextlib.nullcontext():
         result = call(x)
         if mode == "training":
