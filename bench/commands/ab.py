@@ -14,9 +14,9 @@ from rich.progress import BarColumn, TaskProgressColumn
 from skipcost.bench.cases.case import CHOICES, Case
 from skipcost.bench.compare import self_test as testing
 from skipcost.bench.compare import verdicts as telling
-from skipcost.bench.compare.ab import Arena, Journal, Rules, Subject, compare
-from skipcost.bench.compare.arenas import benchmarks_arena, benchmarks_of, cases_arena
+from skipcost.bench.compare.ab import Journal, Rules, Subject, compare
 from skipcost.bench.compare.benchmarks import is_benchmarks
+from skipcost.bench.compare.pairs import Pairs, benchmark_pairs, benchmarks_of, case_pairs
 from skipcost.bench.compare.revisions import (
     WORKING_TREE,
     checked_out,
@@ -130,7 +130,7 @@ def _compare(head: str, cases: list[Case], rules: Rules, sweep: str, base: str) 
     code = code_hash() if now == WORKING_TREE else now
     subjects = [Subject(case.name, case.to_json()) for case in cases]
     with checked_out(commit) as first, checked_out(now) as second:
-        return _kept(Path(sweep).stem, (base, code), subjects, cases_arena(first, second, rules), rules)
+        return _kept(Path(sweep).stem, (base, code), subjects, case_pairs(first, second, rules.seconds), rules)
 
 
 def _benchmarks(head: str, names: list[str], rules: Rules, base: str) -> list[Verdict]:
@@ -143,16 +143,16 @@ def _benchmarks(head: str, names: list[str], rules: Rules, base: str) -> list[Ve
         if not subjects:
             message = f"{' '.join(names)} names no benchmark: there is nothing to time"
             raise BenchError(message)
-        return _kept("benchmarks", (base, code), subjects, benchmarks_arena(names, first, second), rules)
+        return _kept("benchmarks", (base, code), subjects, benchmark_pairs(names, first, second), rules)
 
 
-def _kept(what: str, sides: tuple[str, str], subjects: list[Subject], arena: Arena, rules: Rules) -> list[Verdict]:
+def _kept(what: str, sides: tuple[str, str], subjects: list[Subject], pairs: Pairs, rules: Rules) -> list[Verdict]:
     """Compare, and keep what was measured in a journal; sides: the base as it was named, and the state of the code."""
     base, code = sides
-    header = {"base": arena.base, "now": code, "pairs": rules.pairs, "seconds": rules.seconds}
-    path = RESULTS / f"ab-{what}-{arena.base[:8]}-{code[:8]}.jsonl"
+    header = {"base": pairs.base, "now": code, "pairs": rules.pairs, "seconds": rules.seconds}
+    path = RESULTS / f"ab-{what}-{pairs.base[:8]}-{code[:8]}.jsonl"
     with _bar() as bar:
-        return compare(subjects, arena, rules, Journal(path, header), bar(f"against {base}"))
+        return compare(subjects, pairs, rules, Journal(path, header), bar(f"against {base}"))
 
 
 @contextlib.contextmanager

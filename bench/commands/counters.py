@@ -20,10 +20,10 @@ from skipcost.unet_models.spec import MAX_CHANNELS
 
 if TYPE_CHECKING:
     from skipcost.bench.measure.arithmetic import Place
-    from skipcost.bench.measure.counters import Part, Testimony
+    from skipcost.bench.measure.counters import Answer, Part
 
 MOST_PARTS = 4  # in a table's cell; JSON has all
-COURT = (
+COLUMNS = (
     Column("counter"),
     Column("MACs", right=True),
     Column("off by", right=True),
@@ -55,16 +55,16 @@ def counters(
     if refusal := refusal_of(case):
         raise BenchError(refusal)
     facts = examine(case)
-    OUT.print_json(data=facts) if as_json else print_court(facts, OUT)
+    OUT.print_json(data=facts) if as_json else print_counters(facts, OUT)
 
 
 def examine(case: Case) -> dict[str, Any]:
     """Everything that the command shows, as JSON values; BenchError where the model itself does not run."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler announces itself on stderr; read once, by torch
-    from skipcost.bench.measure.counters import aliases, court  # noqa: PLC0415 - imports torch
+    from skipcost.bench.measure.counters import aliases, ask_all  # noqa: PLC0415 - imports torch
 
     try:
-        places, heard = court(case)
+        places, answers = ask_all(case)
         several = aliases(case)
     except Exception as error:
         if case.factory is None:
@@ -80,7 +80,7 @@ def examine(case: Case) -> dict[str, Any]:
         "batch": case.batch,
         "arithmetic": {"macs": macs, "kinds": _sums(places, "kind"), "layers": _sums(places, "layer")},
         "aliases": several,
-        "counters": [_testimony(each, macs) for each in heard],
+        "counters": [_answer(each, macs) for each in answers],
     }
 
 
@@ -91,13 +91,13 @@ def _sums(places: list[Place], what: str) -> dict[str, int]:
     return dict(sums)
 
 
-def _testimony(heard: Testimony, macs: int) -> dict[str, Any]:
+def _answer(answer: Answer, macs: int) -> dict[str, Any]:
     return {
-        "counter": heard.counter,
-        "version": heard.version,
-        "conversion": heard.conversion,
-        "macs": heard.macs,
-        "difference": _difference(heard, macs),
+        "counter": answer.counter,
+        "version": answer.version,
+        "conversion": answer.conversion,
+        "macs": answer.macs,
+        "difference": _difference(answer, macs),
         "parts": [
             {
                 "kind": part.kind,
@@ -108,17 +108,17 @@ def _testimony(heard: Testimony, macs: int) -> dict[str, Any]:
                 ],
                 "words": _words(part, macs),
             }
-            for part in heard.parts
+            for part in answer.parts
         ],
-        "note": heard.note,
+        "note": answer.note,
     }
 
 
-def _difference(heard: Testimony, macs: int) -> float | None:
+def _difference(answer: Answer, macs: int) -> float | None:
     """How far a counter is off, of the exact MACs; None without a number, and where it counts something of nothing."""
-    if heard.macs is None or (heard.macs and not macs):
+    if answer.macs is None or (answer.macs and not macs):
         return None
-    return heard.macs / macs - 1 if macs else 0.0
+    return answer.macs / macs - 1 if macs else 0.0
 
 
 def _off(counter: dict[str, Any]) -> str:
@@ -145,8 +145,8 @@ def _words(part: Part, macs: int) -> str:
     return f"{part.kind} {part.macs / part.arithmetic:.4g} times ({share}){worst}"
 
 
-def print_court(facts: dict[str, Any], console: Screen) -> None:
-    """The court for people: a line per counter, arithmetic first."""
+def print_counters(facts: dict[str, Any], console: Screen) -> None:
+    """The table for people: a line per counter, arithmetic first."""
     exact = facts["arithmetic"]
     height, width = facts["size"]
     kinds = ", ".join(f"{kind} {figures.text(macs, 'macs')}" for kind, macs in exact["kinds"].items())
@@ -164,4 +164,4 @@ def print_court(facts: dict[str, Any], console: Screen) -> None:
         more = [f"{len(words) - MOST_PARTS} more in --json"] if len(words) > MOST_PARTS else []
         said = "; ".join(words[:MOST_PARTS] + more) or "nowhere"
         rows.append((name, f"{each['macs']:,.0f}", _off(each), each["conversion"], said))
-    console.table(COURT, rows, more="--json has it")
+    console.table(COLUMNS, rows, more="--json has it")

@@ -1,7 +1,7 @@
 """`skipcost fit`: the best networks that keep to limits on memory, latency, MACs and parameters.
 
-The command alone. Its texts become a question in `fit_question`; what there is to choose from is `fit_lattice`, where
-figures come from `fit_gauge` and `fit_measure`, the search `fit_search`, what is said in the end `fit_answer`.
+The command alone. Its texts become a question in `question`; what there is to choose from is `lattice`, where figures
+come from `sources`, the search `search`, what is said in the end `answer`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from skipcost.bench.console import JSON, OUT, number
 from skipcost.bench.errors import BenchError
 from skipcost.bench.fitting.answer import answer, answer_plan, print_plan, print_rows
 from skipcost.bench.fitting.equal import equal_facts, given_case, print_equal
-from skipcost.bench.fitting.gauge import target_named
 from skipcost.bench.fitting.limits import LIMITS
 from skipcost.bench.fitting.nnunet import Plan, read_plan
-from skipcost.bench.fitting.question import Question, ask, equal_gauge, measuring
+from skipcost.bench.fitting.question import Question, ask, equal_source, measuring
+from skipcost.bench.fitting.sources import target_named
 from skipcost.bench.units import MAX_BATCH
 from skipcost.unet_models.spec import suggest
 
@@ -127,7 +127,7 @@ def _equal(name: str | None, label: str | None, question: Question) -> dict[str,
     fixed = question.fixed | {"batch": question.batch or usual}
     try:
         given = given_case(label, fixed)
-        facts = equal_facts(name, given, fixed, question.settings, equal_gauge(question, name))
+        facts = equal_facts(name, given, fixed, question.settings, equal_source(question, name))
     except ValueError as error:
         raise BenchError(str(error)) from None
     return {"device": question.target.title} | facts

@@ -14,13 +14,12 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from skipcost.bench.compare.duel import Bout, SideError
 from skipcost.bench.compare.paired import Estimate, estimate, holm
+from skipcost.bench.compare.pairs import Measured, Pairs, SideError
 from skipcost.bench.compare.verdicts import Verdict
 from skipcost.bench.console import append_file, write_file
 from skipcost.bench.decoding import check_fields, check_members, parse_json
@@ -29,8 +28,8 @@ from skipcost.bench.errors import BenchError
 SETTLED_FROM = 3  # process pairs after which a subject may be found unchanged and left alone
 HEAVY = 0.2  # share of the machine's processor time in other hands from which nothing is called changed
 METRIC = "latency_s"
-ROW = {"stage": str, "pair": int, "subject": str, "bout": dict}  # of a line of a journal, and of its measurement
-BOUT = {"ratios": list, "base_s": float, "now_s": float, "others": float, "changes": list, "took_s": float}
+ROW = {"stage": str, "pair": int, "subject": str, "measured": dict}  # of a line of a journal, and of its measurement
+MEASURED = {"ratios": list, "base_s": float, "now_s": float, "others": float, "changes": list, "took_s": float}
 OTHER = "another current folder"  # whose results/ has the journals
 
 
@@ -59,30 +58,21 @@ class Subject:
     key: str
 
 
-@dataclass(frozen=True, slots=True)
-class Arena:
-    """Where two revisions meet. `open` starts a fresh pair of processes; what it yields measures (key, profiled)."""
-
-    base: str
-    now: str
-    open: Callable[[], AbstractContextManager[Callable[[str, bool], Bout]]]
-
-
 class Journal:
     """What was measured, a line each, so that a run that was stopped goes on. `path` None keeps nothing."""
 
     def __init__(self, path: Path | None, header: dict[str, Any]) -> None:
         self.path = path
-        self._known: dict[tuple[str, int, str], Bout] = {}
+        self._known: dict[tuple[str, int, str], Measured] = {}
         lines = _whole_lines(path) if path else []
         if lines and _read(path, 1, lines[0], parse_json) == header:
             for number, line in enumerate(lines[1:], 2):
-                key, bout = _read(path, number, line, _kept)
-                self._known[key] = bout
+                key, measured = _read(path, number, line, _kept)
+                self._known[key] = measured
         elif path:
             write_file(path, json.dumps(header) + "\n", option=OTHER)
 
-    def get(self, stage: str, pair: int, key: str) -> Bout | None:
+    def get(self, stage: str, pair: int, key: str) -> Measured | None:
         """What was measured already."""
         return self._known.get((stage, pair, key))
 
@@ -91,11 +81,11 @@ class Journal:
         """How long everything in it took to measure."""
         return sum(each.took_s for each in self._known.values())
 
-    def add(self, stage: str, pair: int, key: str, measured: Bout) -> None:
+    def add(self, stage: str, pair: int, key: str, measured: Measured) -> None:
         """Keep a measurement."""
         self._known[stage, pair, key] = measured
         if self.path:
-            row = {"stage": stage, "pair": pair, "subject": key, "bout": asdict(measured)}
+            row = {"stage": stage, "pair": pair, "subject": key, "measured": asdict(measured)}
             append_file(self.path, json.dumps(row) + "\n", OTHER, "what was measured before is kept")
 
 
@@ -108,13 +98,13 @@ def _read(path: Path | None, number: int, line: str, decode: Callable[[str], Any
         raise BenchError(message) from None
 
 
-def _kept(line: str) -> tuple[tuple[str, int, str], Bout]:
+def _kept(line: str) -> tuple[tuple[str, int, str], Measured]:
     """A measurement with what it is of."""
     row = parse_json(line)
     check_fields(row, ROW, tuple(ROW))
-    check_fields(row["bout"], BOUT, tuple(BOUT))
-    check_members("ratios", row["bout"]["ratios"], float)
-    return (row["stage"], row["pair"], row["subject"]), Bout.from_json(row["bout"])
+    check_fields(row["measured"], MEASURED, tuple(MEASURED))
+    check_members("ratios", row["measured"]["ratios"], float)
+    return (row["stage"], row["pair"], row["subject"]), Measured.from_json(row["measured"])
 
 
 def _whole_lines(path: Path) -> list[str]:
@@ -131,18 +121,18 @@ class Record:
     """What is known of a subject so far."""
 
     subject: Subject
-    bouts: dict[str, list[Bout]] = field(default_factory=lambda: {"first": [], "confirm": []})
+    measured: dict[str, list[Measured]] = field(default_factory=lambda: {"first": [], "confirm": []})
     failed: dict[str, str] = field(default_factory=dict)  # by revision
 
     def estimate(self, stage: str) -> Estimate:
-        """The ratio that a stage's bouts say."""
-        return estimate([each.ratios for each in self.bouts[stage]])
+        """The ratio that a stage's pairs say."""
+        return estimate([each.ratios for each in self.measured[stage]])
 
     def settled(self, rules: Rules) -> bool:
         """Whether more pairs cannot matter: it cannot run, or is unchanged beyond doubt."""
         if self.failed:
             return True
-        if len(self.bouts["first"]) < SETTLED_FROM:
+        if len(self.measured["first"]) < SETTLED_FROM:
             return False
         found = self.estimate("first")
         return found.p_value(0.0) > rules.alpha and _within(found, rules)
@@ -155,32 +145,32 @@ def _within(found: Estimate, rules: Rules) -> bool:
 
 def compare(
     subjects: Sequence[Subject],
-    arena: Arena,
+    pairs: Pairs,
     rules: Rules,
     journal: Journal,
     tell: Callable[[int, str], None] = lambda _left, _name: None,
 ) -> list[Verdict]:
-    """Measure and judge every subject; `tell(bouts left, name)` is called before each measurement."""
+    """Measure and judge every subject; `tell(pairs left, name)` is called before each measurement."""
     records = [Record(subject) for subject in subjects]
-    _measure(records, arena, rules, journal, "first", tell)
+    _measure(records, pairs, rules, journal, "first", tell)
     able = [record for record in records if not record.failed]
     found = [record.estimate("first").p_value(rules.floor) for record in able]
     suspects = [record for record, falls in zip(able, holm(found, rules.alpha), strict=True) if falls]
-    _measure(suspects, arena, rules, journal, "confirm", tell)
-    return [_verdict(record, arena, rules, len(suspects)) for record in records]
+    _measure(suspects, pairs, rules, journal, "confirm", tell)
+    return [_verdict(record, pairs, rules, len(suspects)) for record in records]
 
 
 def _measure(
     records: list[Record],
-    arena: Arena,
+    pairs: Pairs,
     rules: Rules,
     journal: Journal,
     stage: str,
     tell: Callable[[int, str], None],
 ) -> None:
-    """Give every record that is not settled a bout with each of `rules.pairs` fresh pairs of processes.
+    """Give every record that is not settled a measurement by each of `rules.pairs` fresh pairs of processes.
 
-    A bout during which others took too much of the machine is done once more, after the rest.
+    A measurement during which others took too much of the machine is done once more, after the rest.
     """
     order = random.Random(stage)  # noqa: S311 - an order, not a secret
     for pair in range(rules.pairs):
@@ -188,14 +178,14 @@ def _measure(
         missing = []
         for record in todo:
             known = journal.get(stage, pair, record.subject.key)
-            record.bouts[stage] += [known] if known else []
+            record.measured[stage] += [known] if known else []
             missing += [] if known or record.failed else [record]
         if not missing:
             continue
         order.shuffle(missing)
         queue, disturbed = deque(missing), set[str]()
         started = time.perf_counter()
-        with arena.open() as measure:
+        with pairs.open() as measure:
             while queue:
                 record = queue.popleft()
                 tell((rules.pairs - pair - 1) * len(todo) + len(queue) + 1, record.subject.name)
@@ -210,18 +200,18 @@ def _measure(
                     continue
                 started, before = time.perf_counter(), started
                 measured = replace(measured, took_s=started - before)
-                record.bouts[stage].append(measured)
+                record.measured[stage].append(measured)
                 journal.add(stage, pair, record.subject.key, measured)
 
 
-def _verdict(record: Record, arena: Arena, rules: Rules, suspects: int) -> Verdict:
+def _verdict(record: Record, pairs: Pairs, rules: Rules, suspects: int) -> Verdict:
     name, key = record.subject.name, record.subject.key
     if record.failed:
-        both = {arena.base, arena.now} <= set(record.failed)
-        word = "not_comparable" if both else "new" if arena.base in record.failed else "missing"
+        both = {pairs.base, pairs.now} <= set(record.failed)
+        word = "not_comparable" if both else "new" if pairs.base in record.failed else "missing"
         return Verdict(name, METRIC, word, why="; ".join(record.failed.values()), key=key)
-    bouts = record.bouts["confirm"] or record.bouts["first"]
-    base_s, now_s = (statistics.median(getattr(each, side) for each in bouts) for side in ("base_s", "now_s"))
+    measured = record.measured["confirm"] or record.measured["first"]
+    base_s, now_s = (statistics.median(getattr(each, side) for each in measured) for side in ("base_s", "now_s"))
     word, shown, why = _word(record, rules, suspects)
     return Verdict(name, METRIC, word, base_s, now_s, why, shown.ratio, shown.interval(rules.alpha), key)
 
@@ -229,7 +219,7 @@ def _verdict(record: Record, arena: Arena, rules: Rules, suspects: int) -> Verdi
 def _word(record: Record, rules: Rules, suspects: int) -> tuple[str, Estimate, str]:
     """The verdict, the estimate that it rests on, and a sentence."""
     found = record.estimate("first")
-    if not record.bouts["confirm"]:
+    if not record.measured["confirm"]:
         visible = found.visible(rules.alpha, rules.floor)
         if _within(found, rules):
             return "unchanged", found, f"a change of {visible:.1%} would have been seen"
@@ -238,18 +228,18 @@ def _word(record: Record, rules: Rules, suspects: int) -> tuple[str, Estimate, s
     same_way = math.copysign(1, math.log(again.ratio)) == math.copysign(1, math.log(found.ratio))
     if not same_way or again.p_value(rules.floor) > rules.confirm / suspects:
         return "inconclusive", again, f"looked changed by {found.ratio - 1:+.1%}, which fresh processes did not confirm"
-    others = statistics.median(each.others for stage in record.bouts.values() for each in stage)
+    others = statistics.median(each.others for stage in record.measured.values() for each in stage)
     if others > HEAVY:
         return "inconclusive", again, f"other processes took {others:.0%} of the machine: too much to call it changed"
-    return "regressed" if again.ratio > 1 else "improved", again, _told(record.bouts["confirm"])
+    return "regressed" if again.ratio > 1 else "improved", again, _told(record.measured["confirm"])
 
 
-def _told(bouts: Sequence[Bout]) -> str:
-    """The operators and layers that most of the bouts found a good part of the change in, in words."""
+def _told(measured: Sequence[Measured]) -> str:
+    """The operators and layers that most pairs found a good part of the change in, in words."""
     seen: dict[str, list[float]] = {}
-    for each in bouts:
+    for each in measured:
         for name, seconds in each.changes:
             seen.setdefault(name, []).append(seconds)
-    often = [(name, statistics.median(found)) for name, found in seen.items() if 2 * len(found) > len(bouts)]
+    often = [(name, statistics.median(found)) for name, found in seen.items() if 2 * len(found) > len(measured)]
     words = ", ".join(f"{name} {seconds * 1e3:+.2f} ms" for name, seconds in often)
     return f"by profiles: {words}" if words else ""

@@ -17,8 +17,8 @@ from typing import Any
 
 from skipcost.bench.cases.case import Case
 from skipcost.bench.compare.ab import Journal, Rules, Subject, compare
-from skipcost.bench.compare.arenas import cases_arena
 from skipcost.bench.compare.paired import proportion
+from skipcost.bench.compare.pairs import case_pairs
 from skipcost.bench.compare.revisions import Revision
 from skipcost.bench.console import Column, Screen
 from skipcost.bench.measure.environment import cpu_name, cpus
@@ -56,7 +56,7 @@ def self_test(
     tell: Callable[[str, int, str], None] = lambda _what, _left, _name: None,
     slowdowns: Sequence[float] = SLOWDOWNS,
 ) -> list[Finding]:
-    """Run every slowdown `runs` times; `tell(what, bouts left, case)` is called before each measurement.
+    """Run every slowdown `runs` times; `tell(what, pairs left, case)` is called before each measurement.
 
     folder: where the journals of runs are, one file each; a run that is there already is not measured again.
     slowdowns: shares of the measured call, 0 for equal code.
@@ -69,8 +69,8 @@ def self_test(
             what = f"{slowdown * 100:g} % slower, run {run} of {runs}"
             header = {"rules": asdict(rules), "cases": [each.key for each in subjects], "slowdown": slowdown}
             journal = Journal(folder / f"{slowdown * 100:g}-percent-{run}.jsonl", header)
-            arena = cases_arena(here, here, rules, slowdown)
-            verdicts = compare(subjects, arena, rules, journal, lambda left, name, what=what: tell(what, left, name))  # type: ignore[misc]  # binds this run's name
+            pairs = case_pairs(here, here, rules.seconds, slowdown)
+            verdicts = compare(subjects, pairs, rules, journal, lambda left, name, what=what: tell(what, left, name))  # type: ignore[misc]  # binds this run's name
             words[slowdown].append([each.verdict for each in verdicts])
             seconds[slowdown] += journal.seconds
     return [finding(slowdown, words[slowdown], seconds[slowdown]) for slowdown in slowdowns]

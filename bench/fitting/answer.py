@@ -129,7 +129,7 @@ def limit_facts(limits: Limits) -> dict[str, Any]:
     """The limits, and where each figure comes from."""
     return {
         "limits": {LIMITS[name].key: value for name, value in limits.most.items()},
-        "origins": {LIMITS[name].key: limits.gauge.origins[name] for name in limits.gauge.measures},
+        "origins": {LIMITS[name].key: limits.source.origins[name] for name in limits.source.measures},
     }
 
 

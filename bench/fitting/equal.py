@@ -27,7 +27,7 @@ from skipcost.bench.fitting.answer import (
     standing_facts,
 )
 from skipcost.bench.fitting.lattice import AXES, Line, lattice, read_axes
-from skipcost.bench.fitting.limits import LIMITS, Gauge, Limits, Standing
+from skipcost.bench.fitting.limits import LIMITS, Limits, Source, Standing
 from skipcost.bench.fitting.search import widest
 from skipcost.bench.sweeps.plan import make_case
 from skipcost.unet_models import VARIANTS, ModelSpec
@@ -45,7 +45,7 @@ class Match:
     aliases: tuple[str, ...]
 
 
-def match(line: Line, measure: Callable[[Case], float], wanted: float, gauge: Gauge) -> Match:
+def match(line: Line, measure: Callable[[Case], float], wanted: float, source: Source) -> Match:
     """The network of a line whose figure is nearest to the one wanted; of two as near the narrower one."""
 
     def off(width: int) -> float:
@@ -56,35 +56,35 @@ def match(line: Line, measure: Callable[[Case], float], wanted: float, gauge: Ga
         below = widest(line, line.widths, lambda case: measure(case) <= wanted)
         near = line.widths[max(below, 0) : below + 2]
     width = min(near, key=lambda each: abs(off(each)))
-    return Match(Limits({}, gauge).standing(line.at(width)), off(width), line.labels(width))
+    return Match(Limits({}, source).standing(line.at(width)), off(width), line.labels(width))
 
 
 def equal_facts(
-    name: str, given: Case, fixed: dict[str, Any], settings: dict[str, list[str]], gauge: Gauge
+    name: str, given: Case, fixed: dict[str, Any], settings: dict[str, list[str]], source: Source
 ) -> dict[str, Any]:
     """Everything that `fit --equal` shows, as JSON values: `given` and its matches in the figure `name` of LIMITS.
 
     ValueError where nobody can tell the figure of `given`.
     """
-    wanted = gauge.measures[name](given)
+    wanted = source.measures[name](given)
     if math.isinf(wanted):
-        raise ValueError(gauge.remark(given))
+        raise ValueError(source.remark(given))
     choice = lattice(_axes(given.suite_spec, settings), fixed, given.batch)
-    matches = [match(line, _growing(name, given, gauge), wanted, gauge) for line in choice.lines]
+    matches = [match(line, _growing(name, given, source), wanted, source) for line in choice.lines]
     unknown = [each.standing for each in matches if math.isinf(each.standing.figures[name])]
     return {
         "case": case_facts(given),
-        **limit_facts(Limits({}, gauge)),
+        **limit_facts(Limits({}, source)),
         "equal": LIMITS[name].key,
-        "given": _facts(Match(Limits({}, gauge).standing(given), 0.0, ())),
+        "given": _facts(Match(Limits({}, source).standing(given), 0.0, ())),
         "left_out": choice.left_out | {each.case.spec.label: each.remark for each in unknown},
         "rows": [_facts(each) for each in matches if each.standing not in unknown],
     }
 
 
-def _growing(name: str, given: Case, gauge: Gauge) -> Callable[[Case], float]:
+def _growing(name: str, given: Case, source: Source) -> Callable[[Case], float]:
     """The figure, made to grow with the width where it is unknown at both ends, as a calibrated latency is."""
-    measure, macs = gauge.measures[name], gauge.measures["macs"]
+    measure, macs = source.measures[name], source.measures["macs"]
 
     def figure(case: Case) -> float:
         value = measure(case)

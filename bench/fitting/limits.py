@@ -1,6 +1,6 @@
 """What a network may cost at most, and how each of those figures is worked out.
 
-`LIMITS` is the one table of what can be limited. A `Gauge` holds the functions that give a case's figures, so that the
+`LIMITS` is the one table of what can be limited. A `Source` holds the functions that give a case's figures, so that the
 search knows neither devices nor models of memory and time; `fit` puts together the one that fits the command.
 """
 
@@ -55,7 +55,7 @@ class Peaks(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Gauge:
+class Source:
     """Where the figures of a case come from.
 
     `measures` gives each figure that can be limited, by its name in LIMITS, in the order in which to look at them;
@@ -89,28 +89,28 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The limits asked for, by name in LIMITS, in base units, and the gauge that they are checked with."""
+    """The limits asked for, by name in LIMITS, in base units, and the source that they are checked with."""
 
     most: dict[str, float]
-    gauge: Gauge
+    source: Source
 
     def may_fit(self, case: Case) -> bool:
         """Whether the cheap figures allow the case; False only where it cannot fit."""
         exact = ("params", "macs")
-        if any(self.gauge.measures[name](case) > self.most[name] for name in exact if name in self.most):
+        if any(self.source.measures[name](case) > self.most[name] for name in exact if name in self.most):
             return False
-        return "memory" not in self.most or self.gauge.floor(case).peak(case.batch) <= self.most["memory"]
+        return "memory" not in self.most or self.source.floor(case).peak(case.batch) <= self.most["memory"]
 
     def predicted_to_fit(self, case: Case) -> bool:
         """Whether the case keeps every limit that can be checked without running it."""
-        return self._keeps(case, tuple(name for name in self.gauge.measures if name not in self.gauge.by_running))
+        return self._keeps(case, tuple(name for name in self.source.measures if name not in self.source.by_running))
 
     def fits(self, case: Case) -> bool:
         """Whether the case keeps every limit; what takes running it comes last."""
-        return self.predicted_to_fit(case) and self._keeps(case, self.gauge.by_running)
+        return self.predicted_to_fit(case) and self._keeps(case, self.source.by_running)
 
     def _keeps(self, case: Case, names: tuple[str, ...]) -> bool:
-        return all(self.gauge.measures[name](case) <= self.most[name] for name in names if name in self.most)
+        return all(self.source.measures[name](case) <= self.most[name] for name in names if name in self.most)
 
     @property
     def tests(self) -> tuple[tuple[Callable[[Case], bool], Order], ...]:
@@ -118,19 +118,19 @@ class Limits:
 
         A prediction is nearly as low as its floor, so the border is near the wide end; running wide networks is slow.
         """
-        predicted: Order = "bisect" if self.gauge.even else "walk"
+        predicted: Order = "bisect" if self.source.even else "walk"
         tests: tuple[tuple[Callable[[Case], bool], Order], ...]
         tests = ((self.may_fit, "bisect"), (self.predicted_to_fit, predicted))
-        return (*tests, (self.fits, "upwards")) if self.gauge.by_running else tests
+        return (*tests, (self.fits, "upwards")) if self.source.by_running else tests
 
     def standing(self, case: Case) -> Standing:
         """All figures of a case and what it breaks; what cannot fit is not run."""
-        skipped = () if self.predicted_to_fit(case) else self.gauge.by_running
-        names = [name for name in LIMITS if name in self.gauge.measures and name not in skipped]
-        known = {name: self.gauge.measures[name](case) for name in names}
-        middle = {name: self.gauge.middle[name](case) for name in names if name in self.gauge.middle}
+        skipped = () if self.predicted_to_fit(case) else self.source.by_running
+        names = [name for name in LIMITS if name in self.source.measures and name not in skipped]
+        known = {name: self.source.measures[name](case) for name in names}
+        middle = {name: self.source.middle[name](case) for name in names if name in self.source.middle}
         broken = tuple(name for name in names if known[name] > self.most.get(name, math.inf))
-        return Standing(case, known, middle, broken, self.gauge.remark(case))
+        return Standing(case, known, middle, broken, self.source.remark(case))
 
 
 def counted() -> dict[str, Callable[[Case], float]]:

@@ -10,8 +10,15 @@ from typing import Any
 from skipcost.bench.cases.case import CHOICES
 from skipcost.bench.console import ERR, settings_of
 from skipcost.bench.errors import BenchError
-from skipcost.bench.fitting.gauge import Target, live_gauge, measured_gauge, precision_on, predicted_gauge, target_named
-from skipcost.bench.fitting.limits import LIMITS, Gauge, Limits
+from skipcost.bench.fitting.limits import LIMITS, Limits, Source
+from skipcost.bench.fitting.sources import (
+    Target,
+    live_source,
+    measured_source,
+    precision_on,
+    predicted_source,
+    target_named,
+)
 from skipcost.bench.measure.environment import cpus
 from skipcost.bench.sweeps.driver import Server
 from skipcost.bench.sweeps.plan import make_case
@@ -55,7 +62,7 @@ def ask(
         message = f"--memory {asked} is more than the {has} of {target.title}: leave it out, or name another --device"
         raise BenchError(message)
     like = make_case(fixed, {"device": target.kind, "threads": 1})
-    return Question(target, fixed, batch, settings_of(settings), Limits(most, predicted_gauge(target, like)))
+    return Question(target, fixed, batch, settings_of(settings), Limits(most, predicted_source(target, like)))
 
 
 def check_limits(question: Question) -> None:
@@ -66,7 +73,7 @@ def check_limits(question: Question) -> None:
             "or a GPU, whose memory is then the limit (--device h100)"
         )
         raise BenchError(message)
-    if "latency" in question.limits.most and "latency" not in question.limits.gauge.measures:
+    if "latency" in question.limits.most and "latency" not in question.limits.source.measures:
         message = (
             f"times of {question.target.title} are not calibrated for {question.fixed['mode']} in "
             f"{question.fixed['precision']}, and a limit is never checked against a lower bound: add --measure on that "
@@ -83,27 +90,27 @@ def measuring(question: Question) -> Iterator[Question]:
         raise BenchError(message)
     with Server() as server:
         most_s = question.limits.most.get("latency", 0.0)
-        gauge = measured_gauge(question.limits.gauge, question.target, server, most_s, _say_measuring)
-        yield replace(question, batch=question.batch or 1, limits=replace(question.limits, gauge=gauge))
+        source = measured_source(question.limits.source, question.target, server, most_s, _say_measuring)
+        yield replace(question, batch=question.batch or 1, limits=replace(question.limits, source=source))
 
 
 def _say_measuring(label: str) -> None:
     ERR.print(f"measuring {label}", style="dim")
 
 
-def equal_gauge(question: Question, name: str) -> Gauge:
+def equal_source(question: Question, name: str) -> Source:
     """Figures that can be equalled: counted ones, live bytes, and a latency's calibrated middle if `name` is that.
 
     BenchError where latency is asked for and not calibrated.
     """
-    gauge = live_gauge()
+    source = live_source()
     if name != "latency":
-        return gauge
+        return source
     check_limits(replace(question, limits=replace(question.limits, most={"latency": 0.0})))
-    predicted = question.limits.gauge
+    predicted = question.limits.source
     return replace(
-        gauge,
-        measures={**gauge.measures, "latency": predicted.middle["latency"]},
-        origins={**gauge.origins, "latency": f"predicted: the calibrated middle of a step on {question.target.title}"},
+        source,
+        measures={**source.measures, "latency": predicted.middle["latency"]},
+        origins={**source.origins, "latency": f"predicted: the calibrated middle of a step on {question.target.title}"},
         remark=predicted.remark,
     )

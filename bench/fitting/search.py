@@ -101,12 +101,12 @@ def largest_batch(case: Case, limits: Limits) -> int:
         return case.batch
     bound = MAX_BATCH
     if "memory" in limits.most:
-        bound = min(bound, limits.gauge.floor(case).largest_batch(int(limits.most["memory"])))
+        bound = min(bound, limits.source.floor(case).largest_batch(int(limits.most["memory"])))
     return last_true(
         case.batch,
         bound + 1,
         lambda batch: limits.fits(replace(case, batch=batch)),
-        upwards=bool(limits.gauge.by_running),
+        upwards=bool(limits.source.by_running),
     )
 
 
@@ -238,7 +238,7 @@ def _broken(standing: Standing, limits: Limits) -> str:
 
 def _least(candidates: Sequence[Candidate], name: str, limits: Limits) -> Standing:
     """The candidate with the least of a figure; the narrowest of each line is looked at."""
-    measure, floor = limits.gauge.measures[name], limits.gauge.floor
+    measure, floor = limits.source.measures[name], limits.source.floor
     cases = [each.line.at(each.widths[0]) for each in candidates]
     if name != "memory":
         return limits.standing(min(cases, key=measure))

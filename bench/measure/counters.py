@@ -1,4 +1,4 @@
-"""The counter court: what several counters say of one network, in MACs, and the operator at which they part.
+"""What several counters say of one network, in MACs, and the operator at which they part.
 
 `arithmetic` is the measure. Each counter is called as its own documentation says, on a network made anew, so that a
 failure or a difference is its own. COUNTERS at the bottom is the one place to add a counter. Nothing here is stored;
@@ -77,7 +77,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Testimony:
+class Answer:
     """A counter's total in MACs and where it parts from arithmetic; without a total, why there is none."""
 
     counter: str
@@ -281,13 +281,13 @@ def judge(count: Count, per_mac: int, places: list[Place], kinds: dict[str, str]
     return tuple(sorted(parts, key=lambda part: (-abs(part.macs - part.arithmetic), part.kind)))
 
 
-def hear(name: str, counter: Counter, case: Case, places: list[Place]) -> Testimony:
-    """Have one counter count a case's network, made anew; what it raises is its testimony."""
+def ask(name: str, counter: Counter, case: Case, places: list[Place]) -> Answer:
+    """Have one counter count a case's network, made anew; what it raises is its answer."""
     conversion = f"{counter.unit} / {counter.per_mac}" if counter.per_mac > 1 else counter.unit
     try:
         version = importlib.metadata.version(counter.package)
     except importlib.metadata.PackageNotFoundError:
-        return Testimony(name, "", conversion, note=f"not installed: pip install {counter.package}")
+        return Answer(name, "", conversion, note=f"not installed: pip install {counter.package}")
     subject = make_subject(case, "cpu")
     network, image = subject.network, subject.tensors[-1]
     paths = paths_of(network)
@@ -302,7 +302,7 @@ def hear(name: str, counter: Counter, case: Case, places: list[Place]) -> Testim
                 fresh = make_subject(case, "cpu").network
                 count = Count(count.total, _alone(counter, fresh, image), alone=True)
     except Exception as error:  # noqa: BLE001 - whatever a counter raises is what it says
-        return Testimony(name, version, conversion, note=f"fails: {type(error).__name__}: {shorten(str(error))}")
+        return Answer(name, version, conversion, note=f"fails: {type(error).__name__}: {shorten(str(error))}")
     layers: dict[str, float] = {}
     pieces = {place.layer for place in places if place.whole}
     for path, found in count.layers.items():
@@ -310,7 +310,7 @@ def hear(name: str, counter: Counter, case: Case, places: list[Place]) -> Testim
         layer = next((piece for piece in pieces if first.startswith(f"{piece}.")), first)
         layers[layer] = layers.get(layer, 0) + found * images
     count = Count(count.total * images, layers, count.kinds, count.alone)
-    return Testimony(
+    return Answer(
         name, version, conversion, count.total / counter.per_mac, judge(count, counter.per_mac, places, kinds)
     )
 
@@ -323,11 +323,11 @@ def aliases(case: Case) -> dict[str, list[str]]:
     return aliases_of(paths_of(make_subject(case, "cpu").network)) if case.factory else {}
 
 
-def court(case: Case) -> tuple[list[Place], list[Testimony]]:
+def ask_all(case: Case) -> tuple[list[Place], list[Answer]]:
     """Arithmetic of a case's network, forward and at inference, and what every counter of COUNTERS says of it."""
     subject = make_subject(case, "meta" if case.factory is None else "cpu")
     places = arithmetic(subject.network, subject.tensors[-1])
-    return places, [hear(name, counter, case, places) for name, counter in COUNTERS.items()]
+    return places, [ask(name, counter, case, places) for name, counter in COUNTERS.items()]
 
 
 COUNTERS: dict[str, Counter] = {

@@ -1,7 +1,7 @@
 """The two ends of a process that is asked and answers, JSON in lines: `Process` and, in its `__main__`, `answers`.
 
 What hangs, or breaks its process, is ended from here. What is asked of whom, and for how long, is not known here: see
-`driver`, `duel` and `jobs`.
+`driver`, `pairs` and `jobs`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The counters that only `nox -s counters` installs: what the court says of torchinfo, thop and ptflops.
+"""The counters that only `nox -s counters` installs: what is said of torchinfo, thop and ptflops.
 
 Not collected by a plain run of the tests: there they would be skipped, which is not passed.
 """
@@ -9,7 +9,7 @@ import pytest
 
 from skipcost.bench.cases.case import Case
 from skipcost.bench.measure.arithmetic import TRANSPOSED
-from skipcost.bench.measure.counters import COUNTERS, court
+from skipcost.bench.measure.counters import COUNTERS, ask_all
 from skipcost.unet_models import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,11 +25,11 @@ def test_how_far_each_counter_is_off(upsample: str, expected: dict[str, float]) 
     """For torchinfo and thop a 2x2 transposed convolution has four times its MACs; the rest is norms and biases."""
     case = Case(spec=ModelSpec.parse(UNET).with_fields(upsample=upsample), height=128, width=128)
 
-    places, heard = court(case)
+    places, answers = ask_all(case)
 
     exact = sum(place.macs for place in places)
-    said = {each.counter: each for each in heard}
-    assert {each.note for each in heard} == {""}
+    said = {each.counter: each for each in answers}
+    assert {each.note for each in answers} == {""}
     assert {name: round(said[name].macs / exact - 1, 4) for name in expected} == expected
     for name in ("torchinfo", "thop"):
         worst = said[name].parts[0]
@@ -41,13 +41,13 @@ def test_how_far_each_counter_is_off(upsample: str, expected: dict[str, float]) 
             assert TRANSPOSED not in {part.kind for part in said[name].parts}
 
 
-def test_every_counter_is_heard_to_the_layer() -> None:
+def test_every_counter_is_followed_to_the_layer() -> None:
     """No counter parts from arithmetic without a place, and its parts make up all of its difference."""
-    places, heard = court(Case(spec=ModelSpec.parse("unet++/d2/w8/concat"), height=32, width=32))
+    places, answers = ask_all(Case(spec=ModelSpec.parse("unet++/d2/w8/concat"), height=32, width=32))
     exact = sum(place.macs for place in places)
 
-    assert [each.counter for each in heard] == list(COUNTERS)
-    for each in heard:
+    assert [each.counter for each in answers] == list(COUNTERS)
+    for each in answers:
         assert "not said where" not in {part.kind for part in each.parts}, each.counter
         off = sum(part.macs - part.arithmetic for part in each.parts)
         assert each.macs is not None, each.note

@@ -21,7 +21,7 @@ from skipcost.bench.cases.places import explain
 from skipcost.bench.cases.record import Result
 from skipcost.bench.commands import plan as preview
 from skipcost.bench.commands import show
-from skipcost.bench.commands.counters import print_court
+from skipcost.bench.commands.counters import print_counters
 from skipcost.bench.commands.doctor import print_findings
 from skipcost.bench.commands.explain import print_explanation
 from skipcost.bench.compare.verdicts import Verdict, print_verdicts, tell_ci
@@ -148,10 +148,10 @@ def _doctor(text: str) -> dict[str, Any]:
     return {"environment": environment, "can": {text: text}, "limits": {text: text}, "doubts": [text]}
 
 
-def _court(text: str) -> dict[str, Any]:
-    heard = {"counter": text, "version": "", "macs": None, "conversion": text, "note": text}
+def _counters(text: str) -> dict[str, Any]:
+    answer = {"counter": text, "version": "", "macs": None, "conversion": text, "note": text}
     exact = {"macs": 1, "kinds": {text: 1}}
-    return {"network": text, "size": [8, 8], "batch": 1, "arithmetic": exact, "counters": [heard], "aliases": {}}
+    return {"network": text, "size": [8, 8], "batch": 1, "arithmetic": exact, "counters": [answer], "aliases": {}}
 
 
 @pytest.mark.parametrize("text", ODD)
@@ -160,7 +160,7 @@ def _court(text: str) -> dict[str, Any]:
     [
         (preview.print_preview, _preview, 6),
         (print_findings, _doctor, 8),
-        (print_court, _court, 5),
+        (print_counters, _counters, 5),
         (print_left_out, lambda text: {text: text}, 2),
     ],
     ids=["plan", "doctor", "counters", "fit"],

@@ -291,8 +291,8 @@ def test_a_damaged_calibration_is_refused(tmp_path: Path, change: dict[str, Any]
         read_calibration(path)
 
 
-BOUT = {"ratios": [0.1], "base_s": 1.0, "now_s": 1.1, "others": 0.0, "changes": [], "took_s": 1.0}
-KEPT: dict[str, Any] = {"stage": "first", "pair": 0, "subject": "x", "bout": BOUT}
+MEASURED = {"ratios": [0.1], "base_s": 1.0, "now_s": 1.1, "others": 0.0, "changes": [], "took_s": 1.0}
+KEPT: dict[str, Any] = {"stage": "first", "pair": 0, "subject": "x", "measured": MEASURED}
 
 
 @pytest.mark.parametrize(
@@ -301,10 +301,10 @@ KEPT: dict[str, Any] = {"stage": "first", "pair": 0, "subject": "x", "bout": BOU
         "{",
         "3",
         json.dumps(KEPT | {"pair": "0"}),
-        json.dumps(KEPT | {"bout": {}}),
-        json.dumps(KEPT | {"bout": BOUT | {"ratios": ["a"]}}),
-        json.dumps(KEPT | {"bout": BOUT | {"base_s": None}}),
-        json.dumps(KEPT | {"bout": BOUT | {"changes": [3]}}),
+        json.dumps(KEPT | {"measured": {}}),
+        json.dumps(KEPT | {"measured": MEASURED | {"ratios": ["a"]}}),
+        json.dumps(KEPT | {"measured": MEASURED | {"base_s": None}}),
+        json.dumps(KEPT | {"measured": MEASURED | {"changes": [3]}}),
     ],
 )
 def test_a_damaged_journal_of_ab_is_refused(tmp_path: Path, line: str) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from skipcost.bench import cli
-from skipcost.bench.compare import arenas
-from skipcost.bench.compare.arenas import ORDER
+from skipcost.bench.compare import pairs
+from skipcost.bench.compare.pairs import ORDER
 from skipcost.bench.compare.revisions import state
 from skipcost.kernels.errors import Stopped
 
@@ -62,7 +62,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     """Run `skipcost ab --benchmarks` with pretended runs of pytest; exit code and everything that it said."""
 
     def invoke(made: Pytest, *words: str) -> tuple[int, str]:
-        monkeypatch.setattr(arenas, "run_benchmarks", made)
+        monkeypatch.setattr(pairs, "run_benchmarks", made)
         command = ["ab", "HEAD", "--benchmarks", "test_speed.py", "--pairs", str(PAIRS), *words]
         monkeypatch.setattr("sys.argv", ["skipcost", *command])
         with pytest.raises(SystemExit) as ended:

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from skipcost.bench import cli
 from skipcost.bench.cases.case import Case
 from skipcost.bench.errors import BenchError
-from skipcost.bench.fitting import gauge as fit_gauge
-from skipcost.bench.fitting.gauge import process_bytes
+from skipcost.bench.fitting import sources as fit_source
+from skipcost.bench.fitting.sources import process_bytes
 from skipcost.bench.memory.liveness import peak_bytes
 from skipcost.kernels.devices import device_named
 from skipcost.unet_models import ModelSpec
@@ -29,8 +29,8 @@ SMALL = ("--size", "64", "--set", "depth=1..3", "--set", "width=8..64")
 @pytest.fixture(autouse=True)
 def _no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without a GPU and without calibrations, whatever this one has."""
-    monkeypatch.setattr(fit_gauge, "load_calibration", lambda _: None)
-    named = fit_gauge.target_named
+    monkeypatch.setattr(fit_source, "load_calibration", lambda _: None)
+    named = fit_source.target_named
     for module in ("commands.fit", "fitting.question"):
         monkeypatch.setattr(f"skipcost.bench.{module}.target_named", lambda text: named(text, list))
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from skipcost.bench.cases.case import Case
-from skipcost.bench.compare import ab, duel
-from skipcost.bench.compare.ab import Arena, Journal, Rules, Subject, compare
-from skipcost.bench.compare.duel import Bout, SideError, bout, facing
+from skipcost.bench.compare import ab, pairs
+from skipcost.bench.compare.ab import Journal, Rules, Subject, compare
+from skipcost.bench.compare.pairs import Measured, Pairs, SideError, facing, measure_pair
 from skipcost.bench.compare.revisions import Revision
 from skipcost.bench.compare.turns import slowed
 from skipcost.bench.errors import MachineError
@@ -27,31 +27,31 @@ RULES = Rules(pairs=5)
 
 
 class Machine:
-    """An arena without processes: gives each case the ratios that a function of (case, bouts so far) says."""
+    """Pairs without processes: gives each case the ratios that a function of (case, measurements so far) says."""
 
     def __init__(self, ratio: Callable[[Case, int], float], others: float = 0.0, noise: float = 0.01) -> None:
         self.ratio, self.others, self.noise = ratio, others, noise
-        self.bouts: list[str] = []
+        self.measured: list[str] = []
         self.random = np.random.default_rng(0)
 
-    def bout(self, key: str, profiled: bool) -> Bout:  # noqa: FBT001 - the arena's own form
+    def measure(self, key: str, profiled: bool) -> Measured:  # noqa: FBT001 - the form of pairs
         """Measure nothing; scatter as a quiet machine does."""
-        ratio = self.ratio(Case.from_json(key), self.bouts.count(key))
-        self.bouts.append(key)
+        ratio = self.ratio(Case.from_json(key), self.measured.count(key))
+        self.measured.append(key)
         logs = math.log(ratio) + self.noise * self.random.standard_normal(20)
         changes = (("aten::clone", 0.001),) if profiled else ()
-        return Bout(tuple(logs.tolist()), 0.01, 0.01 * ratio, self.others, changes)
+        return Measured(tuple(logs.tolist()), 0.01, 0.01 * ratio, self.others, changes)
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[Callable[[str, bool], Bout]]:
+    def open(self) -> Iterator[Callable[[str, bool], Measured]]:
         """Yield what measures."""
-        yield self.bout
+        yield self.measure
 
 
 def run(machine: Machine, journal: Journal | None = None) -> dict[str, str]:
     """Compare CASES on a machine and return the verdicts by network."""
     subjects = [Subject(case.name, case.to_json()) for case in CASES]
-    found = compare(subjects, Arena("base", "now", machine.open), RULES, journal or Journal(None, {}))
+    found = compare(subjects, Pairs("base", "now", machine.open), RULES, journal or Journal(None, {}))
     assert all("aten::clone +1.00 ms" in each.why for each in found if each.verdict in ("regressed", "improved"))
     return {Case.from_json(each.key).spec.label: each.verdict for each in found}
 
@@ -71,42 +71,42 @@ def test_a_change_is_found_in_the_case_that_has_it(ratio: float, verdict: str) -
 
 
 def test_what_fresh_processes_do_not_confirm_is_inconclusive() -> None:
-    """A change in the first five bouts alone is an accident of those processes."""
-    found = run(Machine(lambda case, bouts: 1.2 if changed(case) and bouts < RULES.pairs else 1.0))
+    """A change in the first five pairs alone is an accident of those processes."""
+    found = run(Machine(lambda case, measured: 1.2 if changed(case) and measured < RULES.pairs else 1.0))
 
     assert found[CASES[1].spec.label] == "inconclusive"
 
 
-def test_a_disturbed_bout_is_done_once_more() -> None:
+def test_a_disturbed_measurement_is_done_once_more() -> None:
     """What was measured while others had the machine does not count where a second try is quiet."""
     machine = Machine(lambda _case, _bouts: 1.0)
-    quiet = machine.bout
+    quiet = machine.measure
 
-    def bout_of(key: str, profiled: bool) -> Bout:  # noqa: FBT001 - the arena's own form
+    def measured_of(key: str, profiled: bool) -> Measured:  # noqa: FBT001 - the form of pairs
         made = quiet(key, profiled)
-        return replace(made, others=0.9, ratios=(0.5,)) if machine.bouts.count(key) % 2 else made
+        return replace(made, others=0.9, ratios=(0.5,)) if machine.measured.count(key) % 2 else made
 
-    machine.bout = bout_of  # type: ignore[method-assign]
+    machine.measure = measured_of  # type: ignore[method-assign]
 
     found = run(machine)
 
     assert set(found.values()) == {"unchanged"}
-    assert len(machine.bouts) % (2 * len(CASES)) == 0
+    assert len(machine.measured) % (2 * len(CASES)) == 0
 
 
 def test_a_machine_that_stays_disturbed_is_not_waited_for() -> None:
-    """Every bout is done twice at most, and nothing is called changed."""
+    """Everything is measured twice at most, and nothing is called changed."""
     machine = Machine(lambda _case, _bouts: 1.3, others=0.9)
 
     found = run(machine)
 
     assert set(found.values()) == {"inconclusive"}
-    assert len(machine.bouts) == 2 * 2 * RULES.pairs * len(CASES)
+    assert len(machine.measured) == 2 * 2 * RULES.pairs * len(CASES)
 
 
 def test_a_change_that_turns_round_is_not_confirmed() -> None:
     """Slower at first and faster when measured again is no verdict in either direction."""
-    found = run(Machine(lambda case, bouts: (1.2 if bouts < RULES.pairs else 0.8) if changed(case) else 1.0))
+    found = run(Machine(lambda case, measured: (1.2 if measured < RULES.pairs else 0.8) if changed(case) else 1.0))
 
     assert found[CASES[1].spec.label] == "inconclusive"
 
@@ -133,7 +133,7 @@ def test_settled_cases_are_left_alone() -> None:
 
     run(machine)
 
-    counts = [machine.bouts.count(case.to_json()) for case in CASES]
+    counts = [machine.measured.count(case.to_json()) for case in CASES]
     assert counts[1] == 2 * RULES.pairs
     assert all(count < RULES.pairs for at, count in enumerate(counts) if at != 1)
 
@@ -144,14 +144,14 @@ def test_settled_cases_are_left_alone() -> None:
 def test_a_case_that_one_side_cannot_run_is_told_apart(failing: tuple[str, ...], verdict: str) -> None:
     """A case that only one side has is no pass."""
     machine = Machine(lambda _case, _bouts: 1.0)
-    plain = machine.bout
+    plain = machine.measure
 
-    def breaking(key: str, profiled: bool) -> Bout:  # noqa: FBT001 - the arena's own form
+    def breaking(key: str, profiled: bool) -> Measured:  # noqa: FBT001 - the form of pairs
         if changed(Case.from_json(key)):
             raise SideError(dict.fromkeys(failing, "ValueError: unknown variant"))
         return plain(key, profiled)
 
-    machine.bout = breaking  # type: ignore[method-assign]
+    machine.measure = breaking  # type: ignore[method-assign]
 
     found = run(machine)
 
@@ -162,7 +162,9 @@ def test_a_case_that_one_side_cannot_run_is_told_apart(failing: tuple[str, ...],
 def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     """After Ctrl-C in the middle the same command measures only what is missing; another revision starts anew."""
     path, header = tmp_path / "ab.jsonl", {"base": "a", "now": "b"}
-    first = Machine(lambda _case, bouts: 1.0 if bouts < 2 else (_ for _ in ()).throw(KeyboardInterrupt), noise=0.0)
+    first = Machine(
+        lambda _case, measured: 1.0 if measured < 2 else (_ for _ in ()).throw(KeyboardInterrupt), noise=0.0
+    )
     with pytest.raises(KeyboardInterrupt):
         run(first, journal=Journal(path, header))
     again = Machine(lambda _case, _bouts: 1.0, noise=0.0)
@@ -171,24 +173,24 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     run(again, journal=Journal(path, header))
     run(other, journal=Journal(path, {"base": "other"}))
 
-    assert len(first.bouts) == 2 * len(CASES)
-    assert len(again.bouts) == len(CASES)  # the third pair settles them
-    assert len(other.bouts) == 3 * len(CASES)
+    assert len(first.measured) == 2 * len(CASES)
+    assert len(again.measured) == len(CASES)  # the third pair settles them
+    assert len(other.measured) == 3 * len(CASES)
 
 
 def test_a_journal_cut_off_in_a_line_keeps_the_others(tmp_path: Path) -> None:
-    """A run that was killed while it wrote loses that one bout, and the next run can read and add."""
+    """A run that was killed while it wrote loses that one measurement, and the next run can read and add."""
     path, header = tmp_path / "ab.jsonl", {"base": "a"}
     for pair in range(2):
-        Journal(path, header).add("first", pair, "case", Bout((0.1, 0.2), 1.0, 1.1, 0.0, (("aten::clone", 0.5),)))
+        Journal(path, header).add("first", pair, "case", Measured((0.1, 0.2), 1.0, 1.1, 0.0, (("aten::clone", 0.5),)))
     path.write_bytes(path.read_bytes()[:-9])
 
     journal = Journal(path, header)
-    journal.add("first", 1, "case", Bout((0.3,), 1.0, 1.1))
+    journal.add("first", 1, "case", Measured((0.3,), 1.0, 1.1))
 
     again = Journal(path, header)
-    assert again.get("first", 0, "case") == Bout((0.1, 0.2), 1.0, 1.1, 0.0, (("aten::clone", 0.5),))
-    assert again.get("first", 1, "case") == Bout((0.3,), 1.0, 1.1)
+    assert again.get("first", 0, "case") == Measured((0.1, 0.2), 1.0, 1.1, 0.0, (("aten::clone", 0.5),))
+    assert again.get("first", 1, "case") == Measured((0.3,), 1.0, 1.1)
 
 
 @pytest.mark.slow
@@ -198,10 +200,10 @@ def test_two_processes_take_turns_and_a_busy_wait_shows() -> None:
     here = Revision("here", "", Path())
 
     with facing(here, here) as sides:
-        measured = bout(case, sides, 0.2, 9.0)
+        measured = measure_pair(case, sides, 0.2, 9.0)
         profiled = sides[0].ask(profile=1)["profile"]
         with pytest.raises(SideError) as told:
-            bout(Case(spec=ModelSpec(depth=6), height=8, width=8), sides, 0.1)
+            measure_pair(Case(spec=ModelSpec(depth=6), height=8, width=8), sides, 0.1)
 
     assert float(np.median(measured.ratios)) > math.log(3)
     assert measured.now_s > measured.base_s
@@ -227,7 +229,7 @@ def test_a_side_that_dies_is_told_with_its_last_words(tmp_path: Path, monkeypatc
     """Of which revision, how it ended, and what it said; the other one is ended, too."""
     script = tmp_path / "turns.py"
     script.write_text("import os, sys\ninput()\nsys.stderr.write('out of luck\\n')\nsys.stderr.flush()\nos.abort()\n")
-    monkeypatch.setattr(duel, "SCRIPT", script)
+    monkeypatch.setattr(pairs, "SCRIPT", script)
     here = Revision("0123456789abcdef", "", Path())
 
     with facing(here, here) as sides, pytest.raises(MachineError) as told:
@@ -240,7 +242,7 @@ def test_a_side_that_dies_is_told_with_its_last_words(tmp_path: Path, monkeypatc
 def test_the_script_needs_nothing_of_this_version_but_itself(tmp_path: Path) -> None:
     """It runs by its path, outside the package, and answers nonsense with a sentence."""
     done = subprocess.run(
-        [sys.executable, str(duel.SCRIPT)],
+        [sys.executable, str(pairs.SCRIPT)],
         input='{"calls": 1}\n{"case": {"label": "no-net/d4/w8/concat"}}\n',
         capture_output=True, text=True, check=True, cwd=tmp_path,
     )  # fmt: skip
@@ -267,14 +269,14 @@ def test_a_profile_names_what_has_a_good_part_of_the_change() -> None:
 
     sides = (Stub(answers[0]), Stub(answers[1]))
 
-    assert [name for name, _ in duel._profile(sides, 0.01)] == ["aten::clone", "in x1.0"]
-    assert [name for name, _ in duel._profile(sides, -0.01)] == ["aten::b"]
+    assert [name for name, _ in pairs._profile(sides, 0.01)] == ["aten::clone", "in x1.0"]
+    assert [name for name, _ in pairs._profile(sides, -0.01)] == ["aten::b"]
 
 
 def test_what_most_bouts_name_is_told() -> None:
     """A name that one of three profiles has is an accident; the others come with their median."""
-    bouts = [Bout((0.1,), 1.0, 1.1, changes=(("aten::clone", seconds),)) for seconds in (0.001, 0.002, 0.009)]
-    bouts[0] = Bout((0.1,), 1.0, 1.1, changes=(("aten::clone", 0.001), ("aten::relu", 0.5)))
+    measured = [Measured((0.1,), 1.0, 1.1, changes=(("aten::clone", seconds),)) for seconds in (0.001, 0.002, 0.009)]
+    measured[0] = Measured((0.1,), 1.0, 1.1, changes=(("aten::clone", 0.001), ("aten::relu", 0.5)))
 
-    assert ab._told(bouts) == "by profiles: aten::clone +2.00 ms"
-    assert ab._told([Bout((0.1,), 1.0, 1.1)]) == ""
+    assert ab._told(measured) == "by profiles: aten::clone +2.00 ms"
+    assert ab._told([Measured((0.1,), 1.0, 1.1)]) == ""

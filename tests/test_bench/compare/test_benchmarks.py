@@ -12,9 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from skipcost.bench import cli
-from skipcost.bench.compare.arenas import benchmarks_arena, benchmarks_of
 from skipcost.bench.compare.benchmarks import read_benchmarks
-from skipcost.bench.compare.duel import SideError
+from skipcost.bench.compare.pairs import SideError, benchmark_pairs, benchmarks_of
 from skipcost.bench.compare.revisions import WORKING_TREE, Revision, checked_out, dirty, merge_base, resolve
 from skipcost.bench.errors import BenchError, MachineError
 
@@ -117,7 +116,7 @@ def test_benchmarks_of_two_revisions_run_in_turns(repository: Path) -> None:
     """Anybody's benchmarks, from anybody's repository: the later commit takes twice the time of the one before."""
     with checked_out(resolve("HEAD~1", repository), repository) as base, checked_out(WORKING_TREE, repository) as now:
         names = benchmarks_of(["test_speed.py"], base, now)
-        with benchmarks_arena(["test_speed.py"], base, now).open() as measure:
+        with benchmark_pairs(["test_speed.py"], base, now).open() as measure:
             found = measure(names[0], False)
             with pytest.raises(SideError) as told:
                 measure("test_speed.py::test_other", False)

@@ -13,8 +13,8 @@ import pytest
 
 from skipcost.bench.cases.case import Case
 from skipcost.bench.compare import self_test as testing
-from skipcost.bench.compare.ab import Arena, Rules
-from skipcost.bench.compare.duel import Bout
+from skipcost.bench.compare.ab import Rules
+from skipcost.bench.compare.pairs import Measured, Pairs
 from skipcost.bench.compare.revisions import Revision
 from skipcost.bench.compare.self_test import SLOWDOWNS, finding, print_findings, self_test, to_json
 from skipcost.bench.console import Screen
@@ -25,32 +25,32 @@ HERE = Revision("here", "", Path())
 
 
 class Machines:
-    """Stands for `cases_arena`: every bout has the injected slowdown, with the scatter of a quiet machine."""
+    """Stands for `case_pairs`: every measurement has the injected slowdown, with the scatter of a quiet machine."""
 
     def __init__(self) -> None:
-        self.bouts = 0
+        self.measured = 0
         self.random = np.random.default_rng(0)
 
-    def __call__(self, base: Revision, now: Revision, _rules: Rules, slowdown: float) -> Arena:
-        """Return an arena at one slowdown."""
+    def __call__(self, base: Revision, now: Revision, _seconds: float, slowdown: float) -> Pairs:
+        """Return pairs at one slowdown."""
 
         @contextlib.contextmanager
-        def opened() -> Iterator[Callable[[str, bool], Bout]]:
-            def measure(_key: str, _profiled: bool) -> Bout:  # noqa: FBT001 - the arena's own form
-                self.bouts += 1
+        def opened() -> Iterator[Callable[[str, bool], Measured]]:
+            def measure(_key: str, _profiled: bool) -> Measured:  # noqa: FBT001 - the form of pairs
+                self.measured += 1
                 logs = math.log1p(slowdown) + 0.003 * self.random.standard_normal(8)
-                return Bout(tuple(logs.tolist()), 0.01, 0.01 * (1 + slowdown))
+                return Measured(tuple(logs.tolist()), 0.01, 0.01 * (1 + slowdown))
 
             yield measure
 
-        return Arena(base.commit, now.commit, opened)
+        return Pairs(base.commit, now.commit, opened)
 
 
 @pytest.fixture
 def machines(monkeypatch: pytest.MonkeyPatch) -> Machines:
-    """Arenas without processes."""
+    """Pairs without processes."""
     made = Machines()
-    monkeypatch.setattr(testing, "cases_arena", made)
+    monkeypatch.setattr(testing, "case_pairs", made)
     return made
 
 
@@ -67,14 +67,14 @@ def test_a_quiet_machine_finds_every_slowdown_and_none_in_equal_code(tmp_path: P
 def test_what_was_measured_is_not_measured_again(machines: Machines, tmp_path: Path) -> None:
     """The same command reads its journals, and more runs add to them."""
     first = self_test(CASES, HERE, Rules(), 1, tmp_path)
-    measured = machines.bouts
+    measured = machines.measured
 
     again = self_test(CASES, HERE, Rules(), 1, tmp_path)
 
     assert again == first
-    assert machines.bouts == measured
+    assert machines.measured == measured
     assert self_test(CASES, HERE, Rules(), 2, tmp_path)[0].trials == 2
-    assert measured < machines.bouts
+    assert measured < machines.measured
 
 
 def test_only_the_slowdowns_that_are_asked_for_are_measured(machines: Machines, tmp_path: Path) -> None:
@@ -82,14 +82,14 @@ def test_only_the_slowdowns_that_are_asked_for_are_measured(machines: Machines, 
     found = self_test(CASES, HERE, Rules(), 2, tmp_path, slowdowns=(0.0, 0.15, 0.152))
 
     assert [(each.slowdown, each.trials) for each in found] == [(0.0, 2), (0.15, 6), (0.152, 6)]
-    measured = machines.bouts
+    measured = machines.measured
     assert self_test(CASES, HERE, Rules(), 2, tmp_path, slowdowns=(0.152, 0.0)) == [found[2], found[0]]
-    assert machines.bouts == measured
+    assert machines.measured == measured
 
 
 @pytest.mark.usefixtures("machines")
 def test_other_rules_are_another_test(tmp_path: Path) -> None:
-    """A journal of longer bouts says nothing of shorter ones: seconds are those of the new test alone."""
+    """A journal of longer measurements says nothing of shorter ones: seconds are those of the new test alone."""
     self_test(CASES, HERE, Rules(pairs=4), 1, tmp_path)
 
     self_test(CASES, HERE, Rules(pairs=3), 1, tmp_path)

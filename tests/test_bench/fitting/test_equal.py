@@ -10,9 +10,9 @@ import pytest
 
 from skipcost.bench.cases.case import Case
 from skipcost.bench.fitting.equal import equal_facts, given_case, match
-from skipcost.bench.fitting.gauge import live_gauge
 from skipcost.bench.fitting.lattice import Line
 from skipcost.bench.fitting.limits import LIMITS
+from skipcost.bench.fitting.sources import live_source
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 
 FIXED: dict[str, Any] = {
@@ -28,7 +28,7 @@ FIGURES = ("params", "macs", "memory")
 
 def facts_of(name: str, label: str, **settings: list[str]) -> dict[str, Any]:
     """The answer for one network."""
-    return equal_facts(name, given_case(label, FIXED), FIXED, settings, live_gauge())
+    return equal_facts(name, given_case(label, FIXED), FIXED, settings, live_source())
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -36,7 +36,7 @@ def facts_of(name: str, label: str, **settings: list[str]) -> dict[str, Any]:
 def test_no_other_width_is_nearer_in_cost(name: str, label: str) -> None:
     """Of every variant and skip scheme the width shown beats its two neighbours, at the given depth and norm."""
     given = given_case(label, FIXED)
-    measure, wanted = live_gauge().measures[name], live_gauge().measures[name](given)
+    measure, wanted = live_source().measures[name], live_source().measures[name](given)
 
     rows = facts_of(name, label)["rows"]
 
@@ -81,7 +81,7 @@ def test_the_smallest_network_is_the_nearest_to_one_below_it() -> None:
     """Where even one channel costs more than what is wanted, that is what is shown, with what it is over."""
     line = Line(Case(ModelSpec(depth=2, width=1), 1, 48, 48), tuple(range(1, 100)))
 
-    found = match(line, live_gauge().measures["params"], 1.0, live_gauge())
+    found = match(line, live_source().measures["params"], 1.0, live_source())
 
     assert found.standing.case.suite_spec.width == 1
     assert found.off == line.first.graph().params() - 1
@@ -120,20 +120,20 @@ def test_what_a_variant_cannot_have_is_left_out_with_its_reason() -> None:
 def test_a_figure_unknown_at_both_ends_is_matched_in_between_or_left_out() -> None:
     """A calibrated latency is known in a range of MACs only; what cannot be matched within it is told."""
     given = given_case("unet/d2/w16/concat", FIXED)
-    macs = live_gauge().measures["macs"]
+    macs = live_source().measures["macs"]
 
     def latency(case: Case) -> float:
         known = 0.9 < macs(case) / macs(given) < 1.2 and case.suite_spec.variant != "unet3+"
         return macs(case) * 1e-9 if known else math.inf
 
-    gauge = replace(
-        live_gauge(),
-        measures={**live_gauge().measures, "latency": latency},
-        origins={**live_gauge().origins, "latency": "here"},
+    source = replace(
+        live_source(),
+        measures={**live_source().measures, "latency": latency},
+        origins={**live_source().origins, "latency": "here"},
         remark=lambda case: "" if math.isfinite(latency(case)) else "says nothing of that",
     )
 
-    facts = equal_facts("latency", given, FIXED, {}, gauge)
+    facts = equal_facts("latency", given, FIXED, {}, source)
 
     by_macs = {ModelSpec.parse(row["label"]): row["off"] for row in facts_of("macs", "unet/d2/w16/concat")["rows"]}
     rows = {ModelSpec.parse(row["label"]): row["off"] for row in facts["rows"]}
@@ -141,4 +141,4 @@ def test_a_figure_unknown_at_both_ends_is_matched_in_between_or_left_out() -> No
     assert set(facts["left_out"].values()) == {"says nothing of that"}
     assert all(label.startswith("unet3+") for label in facts["left_out"])
     with pytest.raises(ValueError, match="says nothing of that"):
-        equal_facts("latency", given_case("unet/d2/w64/concat", FIXED), FIXED, {}, gauge)
+        equal_facts("latency", given_case("unet/d2/w64/concat", FIXED), FIXED, {}, source)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from skipcost.bench.cases.case import Case
 from skipcost.bench.fitting.lattice import lattice, read_axes
-from skipcost.bench.fitting.limits import LIMITS, Gauge, Limits, counted
+from skipcost.bench.fitting.limits import LIMITS, Limits, Source, counted
 from skipcost.bench.fitting.search import Candidate, Found, last_true, ranked, refusal
 from skipcost.unet_models import ModelSpec
 
@@ -51,7 +51,7 @@ def latency(case: Case) -> float:
     return 1e-3 + case.batch * case.graph().conv_macs(case.height, case.width) / 1e11
 
 
-GAUGE = Gauge(counted() | {"memory": memory, "latency": latency}, dict.fromkeys(LIMITS, "here"), floor)
+SOURCE = Source(counted() | {"memory": memory, "latency": latency}, dict.fromkeys(LIMITS, "here"), floor)
 
 
 def found(limits: Limits, settings: dict[str, Any] = AXES, *, search_batch: bool = False) -> list[Found]:
@@ -85,7 +85,7 @@ LOW_AND_HIGH = [
 @pytest.mark.parametrize("settings", [AXES, AXES | {"max_width": ["32", "48"], "upsample": ["bilinear"]}])
 def test_the_ranking_is_that_of_looking_at_every_network(most: dict[str, float], settings: dict[str, Any]) -> None:
     """Best-first with bounds leaves out no network and changes no place, capped widths included."""
-    limits = Limits(most, GAUGE)
+    limits = Limits(most, SOURCE)
 
     rows = found(limits, settings)
 
@@ -100,7 +100,7 @@ def test_a_figure_that_falls_with_the_width_somewhere_is_not_bisected(limit: flo
     def jagged(case: Case) -> float:
         return memory(case) * (1 if case.suite_spec.width % 24 == 0 else 1.6)
 
-    limits = Limits({"memory": limit}, replace(GAUGE, measures=dict(GAUGE.measures) | {"memory": jagged}, even=False))
+    limits = Limits({"memory": limit}, replace(SOURCE, measures=dict(SOURCE.measures) | {"memory": jagged}, even=False))
 
     rows = found(limits)
 
@@ -117,11 +117,11 @@ def test_a_line_is_walked_only_as_far_as_the_ranking_needs() -> None:
         asked.append(case.suite_spec.width)
         return math.inf
 
-    gauge = replace(GAUGE, measures=dict(GAUGE.measures) | {"memory": only_without_skips}, even=False)
+    source = replace(SOURCE, measures=dict(SOURCE.measures) | {"memory": only_without_skips}, even=False)
     settings = {"variant": ["unet"], "skip": ["concat", "none"], "depth": ["2"], "width": ["8..64"]}
     candidates = [Candidate(line, line.widths) for line in lattice(read_axes(settings), FIXED, None).lines]
 
-    first = next(ranked(candidates, Limits({"memory": 1e12}, gauge), search_batch=False, tell=lambda *_: None))
+    first = next(ranked(candidates, Limits({"memory": 1e12}, source), search_batch=False, tell=lambda *_: None))
 
     assert first.here.case.spec.label == "unet/d2/w40/none"
     assert asked == [64, 56, 48, 40]
@@ -130,7 +130,7 @@ def test_a_line_is_walked_only_as_far_as_the_ranking_needs() -> None:
 @pytest.mark.parametrize("most", LOW_AND_HIGH, ids="+".join)
 def test_what_lies_inside_fits_and_what_lies_outside_does_not(most: dict[str, float]) -> None:
     """Of each row the network itself and the one inside keep every limit; the next wider and the next batch do not."""
-    limits = Limits(most, GAUGE)
+    limits = Limits(most, SOURCE)
 
     for row in found(limits, search_batch=True):
         assert limits.fits(row.here.case)
@@ -144,7 +144,7 @@ def test_what_lies_inside_fits_and_what_lies_outside_does_not(most: dict[str, fl
 @pytest.mark.parametrize("most", [{"memory": 5e7}, {"latency": 5e-2}, {"memory": 5e7, "latency": 5e-2}])
 def test_the_batch_is_the_largest_that_fits(most: dict[str, float]) -> None:
     """Found by bisection between the least batch and what the floor allows, it is what trying each batch gives."""
-    limits = Limits(most, GAUGE)
+    limits = Limits(most, SOURCE)
 
     for row in found(limits, search_batch=True)[::7]:
         case = row.here.case
@@ -156,17 +156,17 @@ def test_the_batch_is_the_largest_that_fits(most: dict[str, float]) -> None:
 def test_a_limit_is_kept_by_what_equals_it(name: str) -> None:
     """At most means at most: the figure itself is allowed, anything above is not."""
     case = lattice(read_axes(AXES), FIXED, None).lines[0].first
-    figure = GAUGE.measures[name](case)
+    figure = SOURCE.measures[name](case)
 
-    assert Limits({name: figure}, GAUGE).fits(case)
-    assert Limits({name: figure}, GAUGE).may_fit(case)
-    assert Limits({name: figure}, GAUGE).standing(case).broken == ()
-    assert Limits({name: figure * 0.999}, GAUGE).standing(case).broken == (name,)
+    assert Limits({name: figure}, SOURCE).fits(case)
+    assert Limits({name: figure}, SOURCE).may_fit(case)
+    assert Limits({name: figure}, SOURCE).standing(case).broken == ()
+    assert Limits({name: figure * 0.999}, SOURCE).standing(case).broken == (name,)
 
 
 def test_without_a_limit_that_depends_on_it_the_batch_stays() -> None:
     """Parameters and MACs of one image say nothing about a batch: it is the least, and no larger one is a proof."""
-    rows = found(Limits({"params": 1e6}, GAUGE), search_batch=True)
+    rows = found(Limits({"params": 1e6}, SOURCE), search_batch=True)
 
     assert {row.here.case.batch for row in rows} == {1}
     assert {row.more_images for row in rows} == {None}
@@ -181,10 +181,10 @@ def test_running_is_asked_for_last_and_from_the_narrow_end() -> None:
         ran.append(case.spec.width)
         return latency(case)
 
-    gauge = replace(GAUGE, measures=dict(GAUGE.measures) | {"latency": run}, by_running=("latency",))
+    source = replace(SOURCE, measures=dict(SOURCE.measures) | {"latency": run}, by_running=("latency",))
     most = {"memory": 6e6, "latency": 2e-3}
 
-    rows = found(Limits(most, gauge), {"variant": ["unet"], "skip": ["concat"], "depth": ["2"], "width": ["8..48"]})
+    rows = found(Limits(most, source), {"variant": ["unet"], "skip": ["concat"], "depth": ["2"], "width": ["8..48"]})
 
     assert [row.here.case.spec.label for row in rows] == ["unet/d2/w16/concat"]
     assert ran[0] == 8
@@ -194,7 +194,7 @@ def test_scores_come_before_everything_else() -> None:
     """Scored networks are ranked by score, whatever their width; the rest follow by receptive field."""
     lines = lattice(read_axes({"variant": ["unet"], "skip": ["concat"], "depth": ["1..2"]}), FIXED, None).lines
     scored = [Candidate(lines[0], (16,), 0.7), Candidate(lines[1], (8,), 0.9), Candidate(lines[1], (1024,), 0.99)]
-    limits = Limits({"params": 500_000.0}, GAUGE)
+    limits = Limits({"params": 500_000.0}, SOURCE)
 
     rows = list(
         ranked([*scored, *(Candidate(line, line.widths) for line in lines)], limits, search_batch=False, tell=print)
@@ -212,7 +212,7 @@ def test_a_network_is_shown_once() -> None:
     """A cap that caps nothing, and a second label, make no second row."""
     settings = {"variant": ["unet", "unet++"], "skip": ["concat", "same"], "depth": ["2"], "width": ["8..32"]}
 
-    rows = found(Limits({"params": 200_000.0}, GAUGE), settings | {"max_width": ["none", "512"]})
+    rows = found(Limits({"params": 200_000.0}, SOURCE), settings | {"max_width": ["none", "512"]})
 
     graphs = [row.here.case.graph() for row in rows]
     assert len(set(graphs)) == len(graphs) == 2
@@ -222,7 +222,7 @@ def test_a_network_is_shown_once() -> None:
 def test_each_step_tells_the_best_so_far() -> None:
     """What is told is a network that fits, and ends with the first row."""
     told: list[tuple[int, str]] = []
-    limits = Limits({"macs": 3e8}, GAUGE)
+    limits = Limits({"macs": 3e8}, SOURCE)
     candidates = [Candidate(line, line.widths) for line in lattice(read_axes(AXES), FIXED, None).lines]
 
     rows = list(ranked(candidates, limits, search_batch=False, tell=lambda *step: told.append(step)))
@@ -250,7 +250,7 @@ def test_a_limit_that_nothing_keeps_is_named_with_the_least_there_is(most: dict[
     """The sentence says which limit is too low, and the smallest network's figure."""
     candidates = [Candidate(line, line.widths) for line in lattice(read_axes(AXES), FIXED, None).lines]
 
-    error = refusal(candidates, Limits(most, GAUGE))
+    error = refusal(candidates, Limits(most, SOURCE))
 
     assert error.exit_code == 2
     with pytest.raises(type(error), match=sentence):
@@ -260,12 +260,12 @@ def test_a_limit_that_nothing_keeps_is_named_with_the_least_there_is(most: dict[
 def test_limits_that_exclude_each_other_are_told_apart_from_limits_too_low() -> None:
     """Where each limit alone can be kept, the least network for each is named with what it breaks."""
     settings = {"variant": ["unet"], "skip": ["concat"], "depth": ["1,3"], "width": ["8"]}
-    gauge = replace(GAUGE, measures=dict(GAUGE.measures) | {"latency": lambda case: 1.0 / case.spec.depth})
+    source = replace(SOURCE, measures=dict(SOURCE.measures) | {"latency": lambda case: 1.0 / case.spec.depth})
     line_1, line_3 = (lattice(read_axes(settings | {"depth": [depth]}), FIXED, None).lines[0] for depth in "13")
     candidates = [Candidate(line, line.widths) for line in (line_1, line_3)]
     most = {"params": line_1.first.graph().params(), "latency": 0.5}
 
-    error = refusal(candidates, Limits(most, gauge))
+    error = refusal(candidates, Limits(most, source))
 
     assert "no network keeps all of them at once" in str(error)
     assert "unet/d1/w8/concat, the least in parameters, breaks latency (1.00 s, at most 500 ms)" in str(error)
@@ -277,11 +277,11 @@ def test_the_least_memory_is_exact_although_the_floor_ranks_otherwise() -> None:
     def odd(case: Case) -> float:
         return memory(case) * (3 if case.spec.variant == "unet" else 1)
 
-    gauge = replace(GAUGE, measures=dict(GAUGE.measures) | {"memory": odd})
+    source = replace(SOURCE, measures=dict(SOURCE.measures) | {"memory": odd})
     candidates = [Candidate(line, line.widths) for line in lattice(read_axes(AXES), FIXED, None).lines]
     least = min((each.line.first for each in candidates), key=odd)
 
-    error = refusal(candidates, Limits({"memory": 10.0}, gauge))
+    error = refusal(candidates, Limits({"memory": 10.0}, source))
 
     assert f"of {least.spec.label} at batch 1" in str(error)
 

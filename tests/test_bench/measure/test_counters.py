@@ -1,4 +1,4 @@
-"""The counter court: arithmetic holds for any model, and each counter is heard, its gaps named to the operator."""
+"""Counters side by side: arithmetic holds for any model, and each counter is asked, its gaps named to the operator."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from skipcost.bench.cli import app
 from skipcost.bench.commands.counters import examine
 from skipcost.bench.measure import counters
 from skipcost.bench.measure.arithmetic import CONVOLUTION, PRODUCT, TRANSPOSED, Place, arithmetic
-from skipcost.bench.measure.counters import BEYOND, COUNTERS, Count, Counter, Part, court, hear, judge
+from skipcost.bench.measure.counters import BEYOND, COUNTERS, Count, Counter, Part, ask, ask_all, judge
 from skipcost.bench.measure.subject import make_subject
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec, lower, sizes
 
@@ -108,10 +108,10 @@ def test_the_counters_that_come_with_the_suite_part_where_they_are_known_to(upsa
     """FlopCounterMode is exact, fvcore exact on convolutions, and torch.profiler leaves transposed ones out."""
     case = replace(UNET, spec=ModelSpec.parse("unet/d2/w4/concat").with_fields(upsample=upsample))
 
-    places, heard = court(case)
+    places, answers = ask_all(case)
 
     exact = case.batch * case.graph().conv_macs(case.height, case.width)
-    said = {each.counter: each for each in heard}
+    said = {each.counter: each for each in answers}
     assert said["FlopCounterMode"].macs == exact
     assert said["FlopCounterMode"].parts == ()
     others = {part.kind for part in said["fvcore"].parts}
@@ -170,11 +170,11 @@ def test_a_counter_that_names_no_place_is_asked_layer_by_layer() -> None:
         return Count(sum(place.macs * (4 if place.kind == TRANSPOSED else 1) for place in places) + 3)
 
     case = Case(spec=Factory("custom_models:Tiny"), height=8, width=8)
-    places, _ = court(case)
+    places, _ = ask_all(case)
 
-    heard = hear("mine", Counter("torch", "MACs", 1, total), case, places)
+    answer = ask("mine", Counter("torch", "MACs", 1, total), case, places)
 
-    worst = heard.parts[0]
+    worst = answer.parts[0]
     up = next(place.macs for place in places if place.kind == TRANSPOSED)
     assert (worst.kind, worst.layers) == (TRANSPOSED, (("up", 4 * up + 3, up),))
 
@@ -187,12 +187,12 @@ def test_a_layer_is_asked_alone_as_the_network_calls_it(form: str) -> None:
         return Count(sum(place.macs for place in arithmetic(network, image)))
 
     case = Case(spec=Factory("custom_models:Between", json.dumps({"form": form})), height=8, width=8)
-    places, _ = court(case)
+    places, _ = ask_all(case)
 
-    heard = hear("mine", Counter("torch", "MACs", 1, total), case, places)
+    answer = ask("mine", Counter("torch", "MACs", 1, total), case, places)
 
-    assert (heard.parts, heard.note) == ((), "")
-    assert heard.macs == sum(place.macs for place in places)
+    assert (answer.parts, answer.note) == ((), "")
+    assert answer.macs == sum(place.macs for place in places)
 
 
 def test_a_layer_that_runs_twice_is_asked_alone_for_both() -> None:
@@ -222,12 +222,12 @@ def test_a_counter_of_one_image_is_asked_for_one() -> None:
         return Count(sum(place.macs for place in arithmetic(network, image)))
 
     case = Case(spec=Factory("custom_models:Tiny"), height=8, width=8, batch=3)
-    places, _ = court(case)
+    places, _ = ask_all(case)
 
-    heard = hear("mine", Counter("torch", "MACs", 1, total, per_image=True), case, places)
+    answer = ask("mine", Counter("torch", "MACs", 1, total, per_image=True), case, places)
 
     assert set(seen) == {1}
-    assert (heard.parts, heard.macs) == ((), sum(place.macs for place in places))
+    assert (answer.parts, answer.macs) == ((), sum(place.macs for place in places))
 
 
 @pytest.mark.parametrize("form", ["attention", "mha", "encoder"])
@@ -235,7 +235,7 @@ def test_a_counter_is_not_blamed_for_products_that_it_has(form: str) -> None:
     """torch.profiler has every matrix product that PyTorch runs as such, those inside of whole layers too."""
     case = Case(spec=Factory("custom_models:Between", json.dumps({"form": form})), height=8, width=8)
 
-    said = {each.counter: each for each in court(case)[1]}
+    said = {each.counter: each for each in ask_all(case)[1]}
 
     missing = {"attention": {"attention"}, "mha": set(), "encoder": {"matrix product with activation"}}
     left_out = {part.kind for part in said["torch.profiler"].parts if part.macs < part.arithmetic}
@@ -286,23 +286,23 @@ def test_a_number_beside_nothing_has_no_difference(monkeypatch: pytest.MonkeyPat
 
 def test_a_counter_that_is_not_installed_says_how_to_get_it() -> None:
     """The row has the pip line and no number."""
-    heard = hear("mine", replace(counting(), package="not-installed-anywhere"), UNET, PLACES)
+    answer = ask("mine", replace(counting(), package="not-installed-anywhere"), UNET, PLACES)
 
-    assert (heard.macs, heard.note) == (None, "not installed: pip install not-installed-anywhere")
+    assert (answer.macs, answer.note) == (None, "not installed: pip install not-installed-anywhere")
 
 
 def test_a_counter_that_fails_says_so_in_its_row(capsys: pytest.CaptureFixture[str]) -> None:
-    """What it raises is its sentence, what it prints is swallowed, and the others are heard all the same."""
+    """What it raises is its sentence, what it prints is swallowed, and the others are asked all the same."""
 
     def fail(_network: nn.Module, _image: Tensor) -> Count:
         print("loud")  # noqa: T201 - what is tested
         message = "no such layer"
         raise KeyError(message)
 
-    heard = hear("mine", replace(counting(), count=fail), UNET, PLACES)
+    answer = ask("mine", replace(counting(), count=fail), UNET, PLACES)
 
-    assert heard.note == "fails: KeyError: 'no such layer'"
-    assert heard.macs is None
+    assert answer.note == "fails: KeyError: 'no such layer'"
+    assert answer.macs is None
     assert capsys.readouterr().out == ""
 
 
@@ -316,7 +316,7 @@ def test_every_counter_starts_from_a_network_of_its_own(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(counters, "COUNTERS", dict.fromkeys(("one", "two"), replace(counting(), count=keep)))
 
-    court(UNET)
+    ask_all(UNET)
 
     assert len({id(network) for network in seen}) == 2
     assert {network.training for network in seen} == {False}

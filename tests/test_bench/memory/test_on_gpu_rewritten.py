@@ -9,8 +9,8 @@ import pytest
 from gpu_cells import CARD, LABELS, assert_ordered, case_of, everything
 
 from skipcost.bench.cases.case import CHOICES, Case
-from skipcost.bench.fitting.gauge import predicted_gauge, process_bytes, target_named
 from skipcost.bench.fitting.lattice import lattice, read_axes
+from skipcost.bench.fitting.sources import predicted_source, process_bytes, target_named
 from skipcost.bench.measure import here
 from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.measure.timing import Budget
@@ -123,15 +123,15 @@ CHOSEN = {"skip": ["concat"], "depth": ["2"], "width": ["16..32"], "backend": ["
 @pytest.mark.parametrize("mode", CHOICES["mode"])
 def test_fit_has_figures_for_rewritten_networks_on_a_gpu(mode: str) -> None:
     """Every line of the lattice, transposed convolutions too: what a process takes, above the floor of the search."""
-    gauge = predicted_gauge(target_named("h100"), case_of())
+    source = predicted_source(target_named("h100"), case_of())
 
     lines = lattice(read_axes(CHOSEN), FIXED | {"mode": mode}, 2).lines
 
     assert {line.first.backend for line in lines} == {"eager", "rewritten"}
     for line in lines:
         case: Any = line.at(32)
-        floor, found = gauge.floor(case).peak(case.batch), process_bytes(case, CARD)
-        assert floor <= found.low <= found.likely <= found.high == gauge.measures["memory"](case)
+        floor, found = source.floor(case).peak(case.batch), process_bytes(case, CARD)
+        assert floor <= found.low <= found.likely <= found.high == source.measures["memory"](case)
 
 
 def test_a_call_says_what_stands_beside_it() -> None:

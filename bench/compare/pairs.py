@@ -1,4 +1,7 @@
-"""Two warm processes, one of each revision, taking turns at one case after the other."""
+"""What a pair of fresh processes, one of each revision, measures: at cases, or at anybody's pytest benchmarks.
+
+At cases they are warm and take turns; a benchmark is two runs of pytest on either side.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,15 @@ import contextlib
 import json
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from skipcost.bench.cases.case import Case
 from skipcost.bench.compare import turns
+from skipcost.bench.compare.benchmarks import run_benchmarks
 from skipcost.bench.compare.revisions import Revision
 from skipcost.bench.errors import MachineError
 from skipcost.bench.measure.process import PYTHON, Process
@@ -29,6 +34,9 @@ ALLOCATION = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TOP_PAD_": str(1 << 26),
 }
+
+
+ORDER = (0, 1, 1, 0)
 
 
 class SideError(Exception):
@@ -76,7 +84,7 @@ def facing(base: Revision, now: Revision) -> Iterator[tuple[Side, Side]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Bout:
+class Measured:
     """What one process pair measured of a case.
 
     ratios: log of now / base per block; base_s, now_s: medians of all calls; others: share of the machine's processor
@@ -92,15 +100,15 @@ class Bout:
     took_s: float = 0.0
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Bout:
+    def from_json(cls, values: dict[str, Any]) -> Measured:
         """Read what `dataclasses.asdict` and JSON made of one."""
         changes = tuple((name, seconds) for name, seconds in values["changes"])
         return cls(**{**values, "ratios": tuple(values["ratios"]), "changes": changes})
 
 
-def bout(
+def measure_pair(
     case: Case, sides: tuple[Side, Side], seconds: float, slowdown: float = 0.0, *, profiled: bool = False
-) -> Bout:
+) -> Measured:
     """Let both sides take turns at a case for about `seconds`, in blocks A B B A and B A A B by turns."""
     call_s = _prepare(case, sides, slowdown)
     calls = max(1, round(TURN_S / call_s))
@@ -119,7 +127,7 @@ def bout(
     others = _others_share(before, _busy(sides))
     base_s, now_s = (statistics.median(each) for each in found)
     changes = _profile(sides, now_s - base_s) if profiled else ()
-    return Bout(tuple(ratios), base_s, now_s, others, changes)
+    return Measured(tuple(ratios), base_s, now_s, others, changes)
 
 
 def _profile(sides: tuple[Side, Side], change_s: float) -> tuple[tuple[str, float], ...]:
@@ -172,3 +180,64 @@ def _others_share(before: Busy, after: Busy) -> float:
     """Share of the machine's processor time that went to other processes."""
     whole = after.all - before.all
     return max(0, after.busy - before.busy - (after.ours - before.ours)) / whole if whole else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """Pairs of two revisions. `open` starts a fresh one of processes; what it yields measures (key, profiled)."""
+
+    base: str
+    now: str
+    open: Callable[[], AbstractContextManager[Callable[[str, bool], Measured]]]
+
+
+def case_pairs(base: Revision, now: Revision, seconds: float, slowdown: float = 0.0) -> Pairs:
+    """Cases, in two processes that take turns for about `seconds` at each.
+
+    slowdown: a share of each call's time, added to the second side.
+    """
+
+    @contextlib.contextmanager
+    def opened() -> Iterator[Callable[[str, bool], Measured]]:
+        with facing(base, now) as sides:
+
+            def measure(key: str, profiled: bool) -> Measured:  # noqa: FBT001 - the form of pairs
+                return measure_pair(Case.from_json(key), sides, seconds, slowdown, profiled=profiled)
+
+            yield measure
+
+    return Pairs(base.commit, now.commit, opened)
+
+
+def benchmark_pairs(names: Sequence[str], base: Revision, now: Revision) -> Pairs:
+    """Benchmarks by their pytest names: a pair is two runs of pytest on either side, A B B A, all names in each."""
+
+    @contextlib.contextmanager
+    def opened() -> Iterator[Callable[[str, bool], Measured]]:
+        times: list[list[dict[str, float]]] = [[], []]
+        for at in ORDER:
+            side = (base, now)[at]
+            times[at].append(run_benchmarks(names, side.tree, side.environment()))
+
+        def measure(key: str, _profiled: bool) -> Measured:  # noqa: FBT001 - the form of pairs
+            lacking = {
+                side.commit: f"there is no benchmark {key}"
+                for side, runs in zip((base, now), times, strict=True)
+                if any(key not in run for run in runs)
+            }
+            if lacking:
+                raise SideError(lacking)
+            base_s, now_s = (math.exp(sum(math.log(run[key]) for run in runs) / len(runs)) for runs in times)
+            return Measured((math.log(now_s / base_s),), base_s, now_s)
+
+        yield measure
+
+    return Pairs(base.commit, now.commit, opened)
+
+
+def benchmarks_of(names: Sequence[str], *sides: Revision) -> list[str]:
+    """The full names of all benchmarks that the names stand for, on any side; each is run once for it."""
+    found: dict[str, None] = {}
+    for side in sides:
+        found |= dict.fromkeys(run_benchmarks(names, Path(side.tree), side.environment()))
+    return list(found)

@@ -16,7 +16,7 @@ from functools import lru_cache
 from skipcost.bench.cases.case import Case, usual_values
 from skipcost.bench.cases.record import Result
 from skipcost.bench.errors import BenchError, MachineError
-from skipcost.bench.fitting.limits import Gauge, counted
+from skipcost.bench.fitting.limits import Source, counted
 from skipcost.bench.measure.environment import cpu_name
 from skipcost.bench.measure.gpu import describe_gpus
 from skipcost.bench.measure.timing import Budget
@@ -124,38 +124,38 @@ class Raised:
         return self.live.largest_batch(limit_bytes - self.by)
 
 
-def predicted_gauge(target: Target, like: Case) -> Gauge:
+def predicted_source(target: Target, like: Case) -> Source:
     """The figures that need no run: on a CPU memory is live bytes, on a GPU the upper end of what a process takes.
 
     Latency is among them where the target is calibrated for the setting of `like`.
     """
-    gauge = _gpu_gauge(target.device) if target.device else live_gauge()
+    source = _gpu_source(target.device) if target.device else live_source()
     calibration = load_calibration(target.device.name if target.device else cpu_name())
     if calibration is None or all(model.setting != setting_of(like) for model in calibration.models):
-        return gauge
-    memory = gauge.measures["memory"]
+        return source
+    memory = source.measures["memory"]
     return replace(
-        gauge,
+        source,
         measures=counted() | {"latency": lambda case: _seconds(calibration, case)[2], "memory": memory},
-        middle={**gauge.middle, "latency": lambda case: _seconds(calibration, case)[1]},
-        origins={**gauge.origins, "latency": CALIBRATED.format(device=calibration.device, store=calibration.store)},
+        middle={**source.middle, "latency": lambda case: _seconds(calibration, case)[1]},
+        origins={**source.origins, "latency": CALIBRATED.format(device=calibration.device, store=calibration.store)},
         even=False,
         remark=lambda case: _why_unknown(calibration, case),
     )
 
 
-def live_gauge() -> Gauge:
+def live_source() -> Source:
     """Counted figures, and bytes of live tensors, which are exact on any device."""
-    return Gauge(
+    return Source(
         measures=counted() | {"memory": lambda case: max(peak_bytes(case))},
         origins={"params": COUNTED, "macs": COUNTED, "memory": LIVE},
         floor=envelope,
     )
 
 
-def _gpu_gauge(device: Device) -> Gauge:
+def _gpu_source(device: Device) -> Source:
     taken = lru_cache(REMEMBERED)(lambda case: process_bytes(case, device))
-    return Gauge(
+    return Source(
         measures=counted() | {"memory": lambda case: taken(case).high},
         middle={"memory": lambda case: taken(case).likely},
         origins={"params": COUNTED, "macs": COUNTED, "memory": PROCESS},
@@ -238,8 +238,10 @@ class Stopwatch:
         return "; ".join(each for each in (f"{len(known.samples)} steps timed" if known.samples else "", said) if each)
 
 
-def measured_gauge(gauge: Gauge, target: Target, server: Server, most_s: float, tell: Callable[[str], None]) -> Gauge:
-    """The gauge with latencies measured on this machine; `most_s` is the limit, 0 where there is none.
+def measured_source(
+    source: Source, target: Target, server: Server, most_s: float, tell: Callable[[str], None]
+) -> Source:
+    """The source with latencies measured on this machine; `most_s` is the limit, 0 where there is none.
 
     MachineError where torch cannot use the target here.
     """
@@ -253,9 +255,9 @@ def measured_gauge(gauge: Gauge, target: Target, server: Server, most_s: float, 
         "which of fewer than 100 steps is the slowest"
     )
     return replace(
-        gauge,
-        measures={**gauge.measures, "latency": watch.p99},
-        origins={**gauge.origins, "latency": origin},
+        source,
+        measures={**source.measures, "latency": watch.p99},
+        origins={**source.origins, "latency": origin},
         by_running=("latency",),
         middle={"latency": watch.median},
         remark=watch.remark,

@@ -11,19 +11,19 @@ import pytest
 from skipcost.bench.cases.case import Case
 from skipcost.bench.cases.record import Result
 from skipcost.bench.errors import BenchError, MachineError
-from skipcost.bench.fitting import gauge as fit_gauge
-from skipcost.bench.fitting.gauge import (
+from skipcost.bench.fitting import sources as fit_source
+from skipcost.bench.fitting.limits import LIMITS
+from skipcost.bench.fitting.sources import (
     Stopwatch,
     Target,
-    live_gauge,
-    measured_gauge,
+    live_source,
+    measured_source,
     percentile,
     precision_on,
-    predicted_gauge,
+    predicted_source,
     process_bytes,
     target_named,
 )
-from skipcost.bench.fitting.limits import LIMITS
 from skipcost.bench.memory.liveness import peak_bytes
 from skipcost.bench.memory.workspaces import context
 from skipcost.bench.predictions.calibration import Calibration, HeldOut, Model, setting_of
@@ -49,7 +49,7 @@ def test_live_bytes_never_fall_with_the_width(variant: str, skip: str, mode: str
         specs = (ModelSpec(variant=variant, skip=skip, depth=2, width=width) for width in WIDTHS)
         cases = [Case(spec, 2, 40, 40, mode, precision, layout) for spec in specs]
 
-        bytes_of = [live_gauge().measures["memory"](case) for case in cases]
+        bytes_of = [live_source().measures["memory"](case) for case in cases]
 
         assert bytes_of == sorted(bytes_of)
 
@@ -59,25 +59,25 @@ def test_live_bytes_never_fall_with_the_width(variant: str, skip: str, mode: str
 def test_the_floor_of_a_cpu_is_the_figure_itself(mode: str, batch: int) -> None:
     """What prunes and what is checked are the same live bytes, of the worse of the first and the steady step."""
     case = Case(ModelSpec(depth=2, width=8), batch, 40, 40, mode)
-    gauge = live_gauge()
+    source = live_source()
 
-    assert gauge.floor(case).peak(batch) == gauge.measures["memory"](case) == max(peak_bytes(case))
-    assert gauge.even
+    assert source.floor(case).peak(batch) == source.measures["memory"](case) == max(peak_bytes(case))
+    assert source.even
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("mode", "precision"), [("inference", "bf16"), ("training", "amp-bf16"), ("training", "fp32")])
 def test_on_a_gpu_floor_likely_and_upper_end_are_in_order(variant: str, mode: str, precision: str) -> None:
     """The floor leaves nothing out that the upper end would let pass; the middle figure lies between the two."""
-    gauge = predicted_gauge(Target(device_named("t4"), here=False), gpu_case())
+    source = predicted_source(Target(device_named("t4"), here=False), gpu_case())
 
     for width, batch in itertools.product((3, 8, 40), (1, 4)):
         case = gpu_case(variant=variant, mode=mode, precision=precision, batch=batch, depth=3)
         case = case.with_spec(case.suite_spec.with_fields(width=width))
-        floor, upper = gauge.floor(case).peak(batch), gauge.measures["memory"](case)
-        assert floor <= gauge.middle["memory"](case) <= upper
-        assert gauge.floor(case).largest_batch(floor) == batch
-    assert not gauge.even
+        floor, upper = source.floor(case).peak(batch), source.measures["memory"](case)
+        assert floor <= source.middle["memory"](case) <= upper
+        assert source.floor(case).largest_batch(floor) == batch
+    assert not source.even
 
 
 def test_what_a_process_takes_holds_the_live_bytes_and_the_context() -> None:
@@ -145,38 +145,38 @@ def calibration_like(case: Case) -> Calibration:
 def test_a_calibrated_latency_is_checked_at_its_upper_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """The figure is the interval's high end, its middle stands beside it, and the origin names both."""
     case = Case(ModelSpec(depth=2, width=16), height=64, width=64)
-    monkeypatch.setattr(fit_gauge, "load_calibration", lambda _: calibration_like(case))
+    monkeypatch.setattr(fit_source, "load_calibration", lambda _: calibration_like(case))
 
-    gauge = predicted_gauge(Target(None, here=True), case)
+    source = predicted_source(Target(None, here=True), case)
 
-    assert gauge.measures["latency"](case) == pytest.approx(6e-3)
-    assert gauge.middle["latency"](case) == pytest.approx(2e-3)
-    assert "a device calibrated from x.sqlite" in gauge.origins["latency"]
-    assert not gauge.remark(case)
-    assert list(gauge.measures).index("latency") < list(gauge.measures).index("memory")
+    assert source.measures["latency"](case) == pytest.approx(6e-3)
+    assert source.middle["latency"](case) == pytest.approx(2e-3)
+    assert "a device calibrated from x.sqlite" in source.origins["latency"]
+    assert not source.remark(case)
+    assert list(source.measures).index("latency") < list(source.measures).index("memory")
 
 
 def test_what_the_calibration_says_nothing_of_is_not_within_any_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A network far from all that was measured has no known latency, and the remark says why."""
     case = Case(ModelSpec(depth=2, width=16), height=64, width=64)
-    monkeypatch.setattr(fit_gauge, "load_calibration", lambda _: calibration_like(case))
+    monkeypatch.setattr(fit_source, "load_calibration", lambda _: calibration_like(case))
     wide = case.with_spec(ModelSpec(depth=2, width=128))
 
-    gauge = predicted_gauge(Target(None, here=True), case)
+    source = predicted_source(Target(None, here=True), case)
 
-    assert math.isinf(gauge.measures["latency"](wide))
-    assert "the calibration was measured from" in gauge.remark(wide)
-    assert LIMITS["latency"].text(gauge.measures["latency"](wide)) == "unknown"
+    assert math.isinf(source.measures["latency"](wide))
+    assert "the calibration was measured from" in source.remark(wide)
+    assert LIMITS["latency"].text(source.measures["latency"](wide)) == "unknown"
 
 
 def test_a_calibration_of_another_setting_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times of inference say nothing of training: there is no latency then, rather than a guess."""
     case = Case(ModelSpec(depth=2, width=16), height=64, width=64)
     training = Case(ModelSpec(depth=2, width=16), height=64, width=64, mode="training")
-    monkeypatch.setattr(fit_gauge, "load_calibration", lambda _: calibration_like(case))
+    monkeypatch.setattr(fit_source, "load_calibration", lambda _: calibration_like(case))
 
-    assert "latency" not in predicted_gauge(Target(None, here=True), training).measures
-    assert "latency" in predicted_gauge(Target(None, here=True), case).measures
+    assert "latency" not in predicted_source(Target(None, here=True), training).measures
+    assert "latency" in predicted_source(Target(None, here=True), case).measures
 
 
 @pytest.mark.parametrize(
@@ -207,29 +207,29 @@ def test_each_network_is_timed_once_and_judged_by_its_slow_end() -> None:
     """One request per case, under the machine's memory and a time that a case within the limit has ended in."""
     bench = Bench(Result("latency_s", samples=(1e-3, 2e-3, 9e-3), note="noisy"))
     told: list[str] = []
-    gauge = measured_gauge(live_gauge(), Target(None, here=True), bench, 0.5, told.append)
+    source = measured_source(live_source(), Target(None, here=True), bench, 0.5, told.append)
     case = Case(ModelSpec(depth=1, width=8), height=32, width=32)
 
-    figures = (gauge.measures["latency"](case), gauge.middle["latency"](case), gauge.remark(case))
+    figures = (source.measures["latency"](case), source.middle["latency"](case), source.remark(case))
 
     assert figures == (9e-3, 2e-3, "3 steps timed; noisy")
     assert told == ["unet/d1/w8/concat"]
     (request,) = bench.asked
     assert (request.case, request.metrics, request.memory_limit_bytes) == (case, ("latency_s",), 8 * 2**30)
     assert request.time_limit_s > 10 * 0.5
-    assert gauge.by_running == ("latency",)
-    assert not gauge.remark(Case(ModelSpec(depth=2, width=8), height=32, width=32))
+    assert source.by_running == ("latency",)
+    assert not source.remark(Case(ModelSpec(depth=2, width=8), height=32, width=32))
 
 
 @pytest.mark.parametrize("outcome", ["out_of_memory", "timeout", "crash"])
 def test_a_network_that_did_not_run_to_its_end_is_over_every_limit(outcome: str) -> None:
     """Its latency is unknown, and the remark says what happened."""
     bench = Bench(Result("latency_s", outcome, note="why"))
-    gauge = measured_gauge(live_gauge(), Target(None, here=True), bench, 0.5, lambda _: None)
+    source = measured_source(live_source(), Target(None, here=True), bench, 0.5, lambda _: None)
     case = Case(ModelSpec(depth=1, width=8), height=32, width=32)
 
-    assert math.isinf(gauge.measures["latency"](case))
-    assert gauge.remark(case) == f"{outcome}: why"
+    assert math.isinf(source.measures["latency"](case))
+    assert source.remark(case) == f"{outcome}: why"
 
 
 def test_what_this_machine_cannot_measure_at_all_is_an_error() -> None:
@@ -240,4 +240,4 @@ def test_what_this_machine_cannot_measure_at_all_is_an_error() -> None:
     with pytest.raises(BenchError, match="cannot be measured here: no tf32 here"):
         watch.p99(Case(ModelSpec(depth=1, width=8)))
     with pytest.raises(MachineError, match="torch sees no CUDA device"):
-        measured_gauge(live_gauge(), Target(device_named("t4"), here=True), without_cuda, 0.5, lambda _: None)
+        measured_source(live_source(), Target(device_named("t4"), here=True), without_cuda, 0.5, lambda _: None)
