@@ -20,7 +20,7 @@ import typer
 
 from skipcost.bench.cases.case import CHOICES
 from skipcost.bench.cases.places import explain as explain_places
-from skipcost.bench.cases.record import FAILED, OUTCOMES, Result
+from skipcost.bench.cases.record import FAILED, OUTCOMES, Result, notes_of, reasons_of
 from skipcost.bench.commands import ab as ab_command
 from skipcost.bench.commands import accuracy as accuracy_command
 from skipcost.bench.commands import calibrate as calibrate_command
@@ -50,7 +50,6 @@ from skipcost.bench.console import (
 from skipcost.bench.errors import BenchError
 from skipcost.bench.measure.environment import cpus
 from skipcost.bench.store.store import create_store, open_store
-from skipcost.bench.store.tables import newest_environment, notes_of, reasons_of, results_by_case
 from skipcost.bench.streams import steady_streams
 from skipcost.bench.sweeps.driver import Server, pending, recognised, results_asked
 from skipcost.bench.sweeps.driver import sweep as run_sweep
@@ -192,7 +191,7 @@ def show(
         frame = showing.select(opened, where, sort, every=every)
         left_out = "" if every else showing.former_states(opened)
         labels = {case_id: case.spec.label for case_id, (case, _) in opened.cases().items()}
-        table = results_by_case(opened, newest_environment(opened).fingerprint, opened.cases())
+        table = opened.results(opened.newest().fingerprint, opened.cases())
     showing.write(frame, form.value, OUT, labels)
     if left_out:
         ERR.print(left_out)

@@ -24,7 +24,7 @@ from skipcost.bench.errors import StoreError
 from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.store.scores import canonical, read_scores
 from skipcost.bench.store.store import Run, open_store
-from skipcost.bench.store.tables import COLUMNS, newest_environment, results_by_case, wide_table
+from skipcost.bench.store.tables import COLUMNS, wide_table
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 
 AXES = ("variant", "depth", "width", "skip")
@@ -150,8 +150,8 @@ def kinds_of_doubt(results: list[Result]) -> list[tuple[str, int]]:
 def load(path: Path, scores: Path | None = None, verdicts: Sequence[Path] = ()) -> Data:
     """Read a store, and scores and files of verdicts if there are any; BenchError in one sentence for what is wrong."""
     with open_store(path) as store:
-        run = newest_environment(store)
-        results = results_by_case(store, run.fingerprint)
+        run = store.newest()
+        results = store.results(run.fingerprint)
         other_rows = sum(row.fingerprint != run.fingerprint for row in store.rows())
         former_rows = sum(row.fingerprint == run.fingerprint and row.case_id not in results for row in store.rows())
         if not results:

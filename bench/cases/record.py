@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
+from math import isfinite, nan
 from typing import Any
 
 from skipcost.bench.decoding import check_fields, check_kind, check_members, is_number
@@ -26,6 +28,7 @@ NEEDED = {"roofline_s": ("device", "flop_per_s", "bandwidth_bytes_per_s", "sourc
 OUTCOMES = ("ok", "out_of_memory", "timeout", "crash", "unsupported", "throttled")
 
 FAILED = OUTCOMES[1:]
+NAMED = 3  # networks beside a reason
 MOST_OF_AN_ERROR = 400  # characters; what follows is a stack of C++ frames
 
 
@@ -98,3 +101,46 @@ class Result:
     def from_json(cls, values: dict[str, Any]) -> Result:
         """Read what JSON made of a line of the worker's output."""
         return cls(**{**values, "samples": tuple(values["samples"])})
+
+
+def reasons_of(results: Iterable[tuple[str, Result]]) -> list[str]:
+    """A line for each reason why results are not ok, the most frequent first: how many, of which networks, and why."""
+    failed = ((label, each.outcome, each.note or "no reason is known") for label, each in results if not _is_ok(each))
+    return _each_once(failed)
+
+
+def notes_of(results: Iterable[tuple[str, Result]]) -> list[str]:
+    """The same of what is to be known of numbers that there are: of which metric, of which networks, and what."""
+    return _each_once((label, each.metric, each.note) for label, each in results if _is_ok(each) and each.note)
+
+
+def _is_ok(result: Result) -> bool:
+    return result.outcome == "ok"
+
+
+def _each_once(said: Iterable[tuple[str, str, str]]) -> list[str]:
+    """Lines of (label, word, text): each word with a text once, with how many and the first labels."""
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for label, word, text in said:
+        found[word, text].append(label)
+    lines = []
+    for (word, text), labels in sorted(found.items(), key=lambda item: -len(item[1])):
+        names = list(dict.fromkeys(labels))
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        lines.append(f"{len(labels)} {word} ({', '.join(names[:NAMED])}{more}): {text}")
+    return lines
+
+
+def value_of(result: Result) -> float | None:
+    """What a table shows of a result: the median of its samples, or None where there is none, or none is a cost."""
+    value = statistics.median(result.samples) if result.samples else nan
+    return value if isfinite(value) and value >= 0 else None
+
+
+def outcomes_of(results: dict[str, Result]) -> str:
+    """One word for a case: ok, or the outcomes that are not, each with its metrics."""
+    failed: dict[str, list[str]] = defaultdict(list)
+    for name, result in results.items():
+        if result.outcome != "ok":
+            failed[result.outcome].append(name)
+    return "; ".join(f"{outcome}: {', '.join(names)}" for outcome, names in failed.items()) or "ok"

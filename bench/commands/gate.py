@@ -26,7 +26,6 @@ from skipcost.bench.measure.environment import code_hash, version_of
 from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.measure.process import PYTHON, finished
 from skipcost.bench.store.store import Run, Store, open_store
-from skipcost.bench.store.tables import newest_environment, results_by_case
 from skipcost.bench.sweeps.plan import shipped_sweeps
 
 TITLE = "skipcost gate"
@@ -125,7 +124,7 @@ def _against_file(path: Path, file: Path) -> list[Verdict]:
 
 def _check_fresh(store: Store, path: Path) -> None:
     """Refuse a store of other code or packages: a gate over yesterday's numbers passes whatever was changed today."""
-    run = newest_environment(store)
+    run = store.newest()
     if run.environment.get("code") != code_hash():
         message = (
             f"{path} was measured with other code than this: run {_sweep_again(run, path)} again, "
@@ -149,7 +148,7 @@ def _present(store: Store, path: Path) -> set[str]:
 
     BenchError where the store has no such rows of a model: what others say of it would pass for it.
     """
-    run, present = newest_environment(store), Present()
+    run, present = store.newest(), Present()
     chosen: set[str] = set()
     for states in store.states(run.fingerprint).values():
         factories = [(each, each.factory) for each in reversed(states)]
@@ -179,7 +178,7 @@ def _reasons(store: Store, chosen: Collection[str] | None = None) -> dict[tuple[
 def _against_revision(path: Path, base: Revision) -> list[Verdict]:
     """Compute both sides: the working tree's cases into the store, the merge base's into one that is thrown away."""
     with open_store(path) as opened:
-        sweep, cases = newest_environment(opened).sweep, opened.cases()
+        sweep, cases = opened.newest().sweep, opened.cases()
         own = sorted({case.spec.label for each in _asked_last(opened) if (case := cases[each][0]).factory})
     if own:
         message = f"{path} has models of your own ({', '.join(own)}), which no revision of skipcost has: use --baseline"
@@ -204,7 +203,7 @@ def _against_revision(path: Path, base: Revision) -> list[Verdict]:
 
 def _asked_last(store: Store) -> set[str]:
     """The cases of the newest run: of a sweep that was just run, all of it and nothing that the store held before."""
-    newest = newest_environment(store).run_id
+    newest = store.newest().run_id
     return {case_id for run_id, case_id in store.asked() if run_id == newest}
 
 
@@ -225,7 +224,7 @@ def _side(path: Path, revision: Revision | None) -> tuple[Baseline, dict[tuple[s
         with open_store(path) as opened:
             keys = {case_id: case.key for case_id, (case, _) in opened.cases().items()}
             chosen = _asked_last(opened)
-            found = results_by_case(opened, newest_environment(opened).fingerprint, chosen)
+            found = opened.results(opened.newest().fingerprint, chosen)
             numbers = baseline_of(opened, chosen)
     except (ValueError, StoreError) as error:
         where = f"revision {revision.commit[:12]}" if revision else path

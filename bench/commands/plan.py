@@ -9,13 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 from skipcost.bench import figures
+from skipcost.bench.cases.record import value_of
 from skipcost.bench.console import Column, Screen
 from skipcost.bench.errors import MachineError
 from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.measure.probe import probed_cpu, slow_words
 from skipcost.bench.measure.worker import refusal_of
 from skipcost.bench.memory.liveness import peak_bytes, why_not
-from skipcost.bench.store.tables import value_of
 from skipcost.bench.sweeps.driver import Server, request_for
 from skipcost.bench.sweeps.plan import Plan, PlannedCase
 from skipcost.unet_models.program import lower

@@ -12,7 +12,7 @@ from skipcost.bench.console import Column, Screen
 from skipcost.bench.errors import BenchError
 from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.store.store import Store
-from skipcost.bench.store.tables import newest_environment, newest_states, results_by_case, wide_table
+from skipcost.bench.store.tables import wide_table
 from skipcost.bench.store.where import rows_where
 from skipcost.unet_models.spec import suggest
 
@@ -24,7 +24,7 @@ def select(store: Store, where: str | None, sort: str | None, *, every: bool = F
 
     every: former states of users' own models, too.
     """
-    frame = wide_table(store, newest_environment(store).fingerprint, store.cases() if every else None)
+    frame = wide_table(store, store.newest().fingerprint, store.cases() if every else None)
     if where is not None:
         frame = rows_where(frame, where)
     if sort:
@@ -36,8 +36,8 @@ def select(store: Store, where: str | None, sort: str | None, *, every: bool = F
 
 def former_states(store: Store) -> str:
     """Say how many states of users' own models are left out; empty where there are none."""
-    fingerprint = newest_environment(store).fingerprint
-    left_out = len(set(results_by_case(store, fingerprint, store.cases())) - newest_states(store, fingerprint))
+    fingerprint = store.newest().fingerprint
+    left_out = len(set(store.results(fingerprint, store.cases())) - store.newest_states(fingerprint))
     return f"{left_out} rows of models as they were before an edit are left out: --all shows them" if left_out else ""
 
 

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from skipcost.bench.cases.case import Case
-from skipcost.bench.cases.record import Result
+from skipcost.bench.cases.record import Result, value_of
 from skipcost.bench.decoding import check_members, is_finite
 from skipcost.bench.errors import BenchError
 from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.store.store import Store
-from skipcost.bench.store.tables import newest_environment, results_by_case, value_of
 
 FORMAT, SCHEMA = "skipcost baseline", 1
 FIGURES = 2  # of a noisy number: its third changes from day to day
@@ -58,10 +57,10 @@ class Baseline:
 def baseline_of(store: Store, chosen: Collection[str] | None = None) -> Baseline:
     """Take the newest environment's results; what failed is no number to hold others against, and is left out.
 
-    chosen: the cases to take (`results_by_case`).
+    chosen: the cases to take (`Store.results`).
     """
-    run = newest_environment(store)
-    found = results_by_case(store, run.fingerprint, chosen)
+    run = store.newest()
+    found = store.results(run.fingerprint, chosen)
     cases = {case_id: case for case_id, (case, _) in store.cases().items() if case_id in found}
     names = names_of(cases)
     entries = {}
@@ -88,7 +87,7 @@ def failures_of(store: Store, chosen: Collection[str] | None = None) -> list[tup
     cases = store.cases()
     return [
         (cases[case_id][0], result)
-        for case_id, results in results_by_case(store, newest_environment(store).fingerprint, chosen).items()
+        for case_id, results in store.results(store.newest().fingerprint, chosen).items()
         for result in results.values()
         if METRICS[result.metric].exact and _exact(result) is None
     ]

@@ -1,4 +1,4 @@
-"""pytest-benchmark as a front end: what its JSON holds for the exact gate, and its benchmarks run in turns for `ab`.
+"""pytest-benchmark as a front end of the exact gate: what its JSON holds; `ab` runs benchmarks in turns (`pairs`).
 
 It is never the judge. Its stored samples were taken at other times, so nothing is concluded from them; its
 `extra_info` holds exact numbers by the names of METRICS, and a benchmark that is missing or new is a verdict.
@@ -7,16 +7,13 @@ It is never the judge. Its stored samples were taken at other times, so nothing 
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from skipcost.bench.compare.baseline import FIGURES, Baseline, Entry
 from skipcost.bench.decoding import check_fields, check_members, is_finite, parse_json
-from skipcost.bench.errors import BenchError, MachineError
+from skipcost.bench.errors import BenchError
 from skipcost.bench.measure.metrics import METRICS
-from skipcost.bench.measure.process import PYTHON, finished
 
 KINDS = {"fullname": str, "extra_info": dict, "median": float}  # of what is read of a benchmark
 PRESENT = "benchmark"  # the number that every benchmark has: 1, so that one without extra_info is missed, too
@@ -69,19 +66,3 @@ def _exact(path: Path, name: str, extra: dict[str, Any]) -> dict[str, float | st
                 raise BenchError(message)
             exact[key] = value
     return exact
-
-
-def run_benchmarks(names: Sequence[str], folder: Path, environment: dict[str, str]) -> dict[str, float]:
-    """Run benchmarks by their pytest names in a folder, in a whole environment; return each one's median in seconds."""
-    # A run of its own, also where a test under pytest-xdist starts it.
-    own = {name: value for name, value in environment.items() if not name.startswith("PYTEST_XDIST")}
-    with tempfile.TemporaryDirectory() as scratch:
-        output = Path(scratch) / "benchmarks.json"
-        options = ("-q", "-p", "no:cacheprovider", "--benchmark-only", f"--benchmark-json={output}")
-        done = finished([*PYTHON, "-m", "pytest", *options, *names], cwd=folder, env=own)
-        if not output.is_file() or done.returncode:
-            said = " ".join((done.stdout + done.stderr).split())[-400:]
-            message = f"`pytest {' '.join(names)}` fails in {folder} (exit code {done.returncode}): {said}"
-            raise MachineError(message)
-        content = json.loads(output.read_text())
-    return {each["fullname"]: each["stats"]["median"] for each in content["benchmarks"]}

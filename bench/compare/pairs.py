@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,10 +18,9 @@ from typing import Any
 
 from skipcost.bench.cases.case import Case
 from skipcost.bench.compare import turns
-from skipcost.bench.compare.benchmarks import run_benchmarks
 from skipcost.bench.compare.revisions import Revision
 from skipcost.bench.errors import MachineError
-from skipcost.bench.measure.process import PYTHON, Process
+from skipcost.bench.measure.process import PYTHON, Process, finished
 
 TURN_S = 0.02  # of calls in a turn: long against the pipe's latency, short against what disturbs the machine
 LEAST_BLOCKS = 6
@@ -233,6 +233,22 @@ def benchmark_pairs(names: Sequence[str], base: Revision, now: Revision) -> Pair
         yield measure
 
     return Pairs(base.commit, now.commit, opened)
+
+
+def run_benchmarks(names: Sequence[str], folder: Path, environment: dict[str, str]) -> dict[str, float]:
+    """Run benchmarks by their pytest names in a folder, in a whole environment; return each one's median in seconds."""
+    # A run of its own, also where a test under pytest-xdist starts it.
+    own = {name: value for name, value in environment.items() if not name.startswith("PYTEST_XDIST")}
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(scratch) / "benchmarks.json"
+        options = ("-q", "-p", "no:cacheprovider", "--benchmark-only", f"--benchmark-json={output}")
+        done = finished([*PYTHON, "-m", "pytest", *options, *names], cwd=folder, env=own)
+        if not output.is_file() or done.returncode:
+            said = " ".join((done.stdout + done.stderr).split())[-400:]
+            message = f"`pytest {' '.join(names)}` fails in {folder} (exit code {done.returncode}): {said}"
+            raise MachineError(message)
+        content = json.loads(output.read_text())
+    return {each["fullname"]: each["stats"]["median"] for each in content["benchmarks"]}
 
 
 def benchmarks_of(names: Sequence[str], *sides: Revision) -> list[str]:

@@ -15,10 +15,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from skipcost.bench.cases.case import Case
-from skipcost.bench.cases.record import Result
+from skipcost.bench.cases.record import Result, value_of
 from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.store.store import Run, Store
-from skipcost.bench.store.tables import results_by_case, value_of
 
 PAIRS = {
     name.replace("_predicted_", "_"): name
@@ -128,9 +127,7 @@ def accuracy_of_store(store: Store) -> Accuracy:
     """Compare within each environment of a store."""
     newest = {run.fingerprint: run for run in store.runs()}
     cases = {case_id: case for case_id, (case, _) in store.cases().items()}
-    return _joined(
-        compare(cases, results_by_case(store, fingerprint), device_of(run)) for fingerprint, run in newest.items()
-    )
+    return _joined(compare(cases, store.results(fingerprint), device_of(run)) for fingerprint, run in newest.items())
 
 
 def device_of(run: Run) -> str:

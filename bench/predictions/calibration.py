@@ -23,11 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skipcost.bench.cases.case import Case
+from skipcost.bench.cases.record import value_of
 from skipcost.bench.console import write_file
 from skipcost.bench.decoding import check_fields, check_members, parse_json
 from skipcost.bench.errors import BenchError
 from skipcost.bench.store.store import Store
-from skipcost.bench.store.tables import newest_environment, results_by_case, value_of
 from skipcost.bench.time.passes import passes
 from skipcost.kernels.devices import device_named
 
@@ -277,9 +277,9 @@ def calibrate(store: Store, name: str, device: str) -> Calibration:
 
     Rows with a doubt are left out and counted. BenchError where too few are left.
     """
-    run = newest_environment(store)
+    run = store.newest()
     cases = store.cases()
-    by_case = results_by_case(store, run.fingerprint)
+    by_case = store.results(run.fingerprint)
     found = {key: results["latency_s"] for key, results in by_case.items() if "latency_s" in results}
     if device == "auto":
         device = "cuda" if any(cases[key][0].device == "cuda" and found[key].samples for key in found) else "cpu"

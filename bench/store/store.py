@@ -10,8 +10,8 @@ import contextlib
 import json
 import os
 import sqlite3
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -19,7 +19,7 @@ from typing import Any, Self, TypeVar
 from skipcost.bench.cases.case import Case
 from skipcost.bench.cases.record import Result
 from skipcost.bench.decoding import check_fields, check_members, parse_json
-from skipcost.bench.errors import StoreError
+from skipcost.bench.errors import BenchError, StoreError
 from skipcost.bench.measure.metrics import METRICS
 from skipcost.kernels.outputs import is_beside_store
 
@@ -204,6 +204,27 @@ class Store:
             "SELECT run_id, started, sweep, seed, fingerprint, environment FROM runs ORDER BY run_id"
         )
         return [self._read("runs", number, _run, row) for number, row in enumerate(rows, 1)]
+
+    def newest(self) -> Run:
+        """The last run of the environment that measured last; BenchError where there is no run."""
+        runs = self.runs()
+        if not runs:
+            message = "the store holds no run yet: `skipcost sweep` fills it"
+            raise BenchError(message)
+        return runs[-1]
+
+    def newest_states(self, fingerprint: str) -> set[str]:
+        """Ids of an environment's cases; of a user's own model in several states the one that was asked for last."""
+        return {states[-1].case_id for states in self.states(fingerprint).values()}
+
+    def results(self, fingerprint: str, chosen: Collection[str] | None = None) -> dict[str, dict[str, Result]]:
+        """Results of an environment, by case and metric; of the cases that are `chosen`, else of the newest states."""
+        ids = self.newest_states(fingerprint) if chosen is None else chosen
+        table: dict[str, dict[str, Result]] = defaultdict(dict)
+        for row in self.rows():
+            if row.fingerprint == fingerprint and row.case_id in ids:
+                table[row.case_id][row.result.metric] = row.result
+        return dict(table)
 
     def cases(self) -> dict[str, tuple[Case, list[str]]]:
         """Every case by its id, with its aliases."""

@@ -15,7 +15,6 @@ from skipcost.bench.cases.record import Result
 from skipcost.bench.errors import MachineError
 from skipcost.bench.measure.process import GRACE_S, PYTHON, Process, how_ended
 from skipcost.bench.store.store import Store
-from skipcost.bench.store.tables import results_by_case
 from skipcost.bench.sweeps.plan import Plan, PlannedCase
 
 
@@ -121,7 +120,7 @@ def recognised(plan: Plan, store: Store) -> Plan:
 
 def results_asked(plan: Plan, store: Store, fingerprint: str) -> list[tuple[str, Result]]:
     """Label and result of everything that a plan asks for and an environment has a row of, old and new."""
-    table = results_by_case(store, fingerprint, store.cases())
+    table = store.results(fingerprint, store.cases())
     return [
         (planned.case.spec.label, table[planned.case.case_id][name])
         for planned in plan.cases

@@ -12,8 +12,7 @@ from typing import Any
 
 from skipcost.bench import figures
 from skipcost.bench.cases.case import Case
-from skipcost.bench.cases.record import Result
-from skipcost.bench.store.tables import value_of
+from skipcost.bench.cases.record import Result, value_of
 from skipcost.bench.time.roofline import Bound, LayerBound, stored_bound
 from skipcost.reports.compare import times
 from skipcost.reports.data import REFERENCE_SKIP, Data, records

@@ -13,9 +13,8 @@ import pytest
 
 from skipcost.bench import cli, console
 from skipcost.bench.cases.case import Case
-from skipcost.bench.cases.record import Result
+from skipcost.bench.cases.record import Result, notes_of, reasons_of
 from skipcost.bench.store.store import create_store
-from skipcost.bench.store.tables import notes_of, reasons_of
 from skipcost.bench.sweeps.driver import Server
 from skipcost.unet_models import ModelSpec
 

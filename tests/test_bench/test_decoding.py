@@ -23,7 +23,7 @@ from skipcost.bench.errors import BenchError, StoreError
 from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.predictions.calibration import FEATURES, FORMAT, SCHEMA, read_calibration
 from skipcost.bench.store.store import create_store, open_store
-from skipcost.bench.store.tables import newest_environment, wide_table
+from skipcost.bench.store.tables import wide_table
 from skipcost.bench.sweeps.driver import pending
 from skipcost.bench.sweeps.plan import load_plan
 from skipcost.kernels.dispatch.winners import read_rows
@@ -141,7 +141,7 @@ def test_what_is_no_cost_is_shown_as_none(tmp_path: Path, whole: bytes, sample: 
     store = damaged(tmp_path / "d.sqlite", whole, DAMAGE["samples that are no JSON"].replace("[1", f"[{sample}]"))
 
     with open_store(store) as opened:
-        table = wide_table(opened, newest_environment(opened).fingerprint)
+        table = wide_table(opened, opened.newest().fingerprint)
 
     assert table[["params", "latency_s"]].isna().to_numpy().all()
     assert CliRunner().invoke(cli.app, ["show", str(store)]).exit_code == 0

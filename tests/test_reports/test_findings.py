@@ -16,7 +16,6 @@ from small_store import DOUBTFUL, FAILED, make_store
 
 from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.store.store import create_store
-from skipcost.bench.store.tables import results_by_case
 from skipcost.kernels.dispatch.low_resolution import executed_macs
 from skipcost.reports.compare import TIMES, front, times
 from skipcost.reports.data import Data, load
@@ -166,7 +165,7 @@ def test_both_backends_in_one_store_are_compared(tmp_path: Path) -> None:
     with create_store(make_store(tmp_path / "tiny.sqlite")) as store:
         run = store.runs()[-1].run_id
         for case_id, (case, _) in list(store.cases().items()):
-            measured = results_by_case(store, "here").get(case_id, {}).get("latency_s")
+            measured = store.results("here").get(case_id, {}).get("latency_s")
             if case.spec.variant == "unet3+" and measured and measured.samples and case.spec.label != DOUBTFUL:
                 other = replace(case, backend="rewritten")
                 store.add_case(other, [])

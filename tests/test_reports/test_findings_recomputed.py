@@ -18,7 +18,6 @@ from small_store import ENVIRONMENT, make_store
 from skipcost.bench.cases.case import Case
 from skipcost.bench.cases.record import Result
 from skipcost.bench.store.store import Store, create_store, open_store
-from skipcost.bench.store.tables import results_by_case
 from skipcost.reports.data import load
 from skipcost.reports.findings import FINDERS, rewriting_saves
 from skipcost.unet_models import ModelSpec
@@ -47,7 +46,7 @@ class Rows:
 
     def __init__(self, path: Path) -> None:
         with open_store(path) as store:
-            cases, found = store.cases(), results_by_case(store, store.runs()[-1].fingerprint)
+            cases, found = store.cases(), store.results(store.runs()[-1].fingerprint)
         self.rows = []
         for case_id, results in found.items():
             case, aliases = cases[case_id]

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from skipcost.bench.cases.case import Case
-from skipcost.bench.cases.record import OUTCOMES, Result
+from skipcost.bench.cases.record import OUTCOMES, Result, outcomes_of
 from skipcost.bench.errors import StoreError
 from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.store.store import SCHEMA_VERSION, create_store, open_store
-from skipcost.bench.store.tables import COLUMNS, newest_environment, outcome_of, wide_table
+from skipcost.bench.store.tables import COLUMNS, wide_table
 
 HERE = {"fingerprint": "here", "host": "a"}
 CASE = Case()
@@ -102,7 +102,7 @@ def test_the_newest_environment_is_shown(tmp_path: Path) -> None:
     fill(path, Result("params", samples=(2,)), environment={"fingerprint": "new"})
 
     with open_store(path) as store:
-        frame = wide_table(store, newest_environment(store).fingerprint)
+        frame = wide_table(store, store.newest().fingerprint)
 
     assert frame["params"].tolist() == [2]
 
@@ -124,8 +124,8 @@ def test_a_failure_names_its_outcome_and_metric() -> None:
     """The outcome of a case is ok, or says which metric went wrong and how."""
     results = {"params": Result("params", samples=(1,)), "latency_s": Result("latency_s", "timeout", note="late")}
 
-    assert outcome_of(results) == "timeout: latency_s"
-    assert outcome_of({"params": results["params"]}) == "ok"
+    assert outcomes_of(results) == "timeout: latency_s"
+    assert outcomes_of({"params": results["params"]}) == "ok"
 
 
 def test_an_unknown_outcome_cannot_be_made() -> None:
