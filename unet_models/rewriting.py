@@ -27,11 +27,11 @@ class Group(NamedTuple):
 
 def layer_at(program: Program, number: int, readers: list[list[int]]) -> tuple[int, ...]:
     """Return a convolution with its norm and ReLU, by their numbers; nothing else may read what is in between."""
-    found = [number]
-    while len(readers[found[-1]]) == 1 and found[-1] not in program.results:
+    found, results, layer = [number], program.results, program.ops[number].layer
+    while len(readers[found[-1]]) == 1 and found[-1] not in results:
         (after,) = readers[found[-1]]
         op = program.ops[after]
-        if op.kind not in ("norm", "relu") or op.layer != program.ops[number].layer:
+        if op.kind not in ("norm", "relu") or op.layer != layer:
             break
         found.append(after)
     return tuple(found)

@@ -117,7 +117,7 @@ class Tape:
 
     def run(self, makes: Sequence[Value], reads: Sequence[Value] = ()) -> None:
         """Record an operator."""
-        line = Line(self.where, tuple(value.storage for value in makes), tuple(value.storage for value in reads))
+        line = Line(self.where, tuple([value.storage for value in makes]), tuple([value.storage for value in reads]))
         self.lines.append(line)
 
     def result(self, size: Size, reads: Sequence[Value], name: str = "", kind: str = "temporary") -> Value:
