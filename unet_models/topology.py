@@ -160,7 +160,7 @@ class SkipGraph:
     classifier: Head | None = None
 
     def __hash__(self) -> int:
-        """Hash a part of it, which tells most networks apart: what is worked out is kept by graph, and asks each time."""
+        """Hash a part, which tells most networks apart: what is worked out is kept by graph, and asks each time."""
         last = self.nodes[-1]
         return hash((len(self.nodes), self.heads, self.in_channels, last.merge, len(last.inputs), last.inputs[0].gate))
 
