@@ -1,7 +1,7 @@
 """`skipcost fit`: the best networks that keep to limits on memory, latency, MACs and parameters.
 
-The command alone. Its texts become a question in `question`; what there is to choose from is `lattice`, where figures
-come from `sources`, the search `search`, what is said in the end `answer`.
+The command alone. Its texts become a question in `question`, which also knows where figures come from; what there is to
+choose from is `lattice`, the search `search`, what is said in the end `answer`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from skipcost.bench.fitting.answer import answer, answer_plan, print_plan, print
 from skipcost.bench.fitting.equal import equal_facts, given_case, print_equal
 from skipcost.bench.fitting.limits import LIMITS
 from skipcost.bench.fitting.nnunet import Plan, read_plan
-from skipcost.bench.fitting.question import Question, ask, equal_source, measuring
-from skipcost.bench.fitting.sources import target_named
+from skipcost.bench.fitting.question import Question, ask, equal_source, measuring, target_named
 from skipcost.bench.units import MAX_BATCH
 from skipcost.unet_models.spec import suggest
 

@@ -6,7 +6,6 @@ Scores that somebody brings are rows of a CSV, joined by network, not by label.
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -14,22 +13,31 @@ from pathlib import Path
 from typing import Any
 
 from skipcost.bench import figures
-from skipcost.bench.cases.case import SPEC_KEYS, Case
-from skipcost.bench.console import Column, Screen, bold, progress_bar
+from skipcost.bench.cases.case import SPEC_KEYS
+from skipcost.bench.console import Screen, bold, progress_bar
 from skipcost.bench.errors import BenchError
 from skipcost.bench.fitting.lattice import AXES, SEARCHED_DEPTH, lattice, line_through, read_axes
-from skipcost.bench.fitting.limits import LIMITS, Limit, Limits, Standing
+from skipcost.bench.fitting.limits import LIMITS, Limits
 from skipcost.bench.fitting.nnunet import CLASSES_UNKNOWN, Plan
 from skipcost.bench.fitting.question import Question, check_limits
 from skipcost.bench.fitting.search import Candidate, Found, ranked, refusal
+from skipcost.bench.fitting.table import (
+    ALL,
+    case_facts,
+    cells,
+    columns_of,
+    fit_columns,
+    limit_facts,
+    print_header,
+    print_left_out,
+    standing_facts,
+)
 from skipcost.bench.measure.worker import refusal_of
 from skipcost.bench.store.scores import read_scores
 from skipcost.bench.sweeps.plan import make_case
 from skipcost.unet_models import ModelSpec, SkipGraph
 
 BY_FIELD = "receptive field, then width (the widest network of each variant, skip scheme and depth)"
-ALL = "--json has it"
-DROPPED = {"sees": 2, LIMITS["params"].title: 1}  # where a terminal is narrow
 OUTSIDE, MORE_IMAGES, INSIDE = "the next wider", "one image more", "the widest that fits"
 
 
@@ -93,26 +101,6 @@ def answer_plan(question: Question, plan: Plan, top: int) -> dict[str, Any]:
     return {"plan": own, "given": standing_facts(given)} | answer(asked, None, top)
 
 
-def case_facts(case: Case) -> dict[str, Any]:
-    """What all rows of an answer share: size, mode and what else changes a number."""
-    shared = ("height", "width", "mode", "precision", "layout", "optimizer", "loss", "outputs")
-    return {name: getattr(case, name) for name in shared}
-
-
-def standing_facts(standing: Standing) -> dict[str, Any]:
-    """A network with its figures, in base units, and the limits that it breaks."""
-    case = standing.case
-    facts: dict[str, Any] = {"label": case.spec.label, "backend": case.backend, "batch": case.batch}
-    facts |= {LIMITS[name].key: _known(value) for name, value in standing.figures.items()}
-    facts |= {f"{LIMITS[name].key}_middle": _known(value) for name, value in standing.middle.items()}
-    return facts | {"breaks": list(standing.broken), "remark": standing.remark}
-
-
-def _known(value: float) -> float | None:
-    """None for a figure that nobody can tell: JSON has no infinity."""
-    return None if math.isinf(value) else value
-
-
 def row_facts(found: Found) -> dict[str, Any]:
     """A row of the answer with its border."""
     return standing_facts(found.here) | {
@@ -123,28 +111,6 @@ def row_facts(found: Found) -> dict[str, Any]:
         "outside": standing_facts(found.outside) if found.outside else None,
         "one_image_more": standing_facts(found.more_images) if found.more_images else None,
     }
-
-
-def limit_facts(limits: Limits) -> dict[str, Any]:
-    """The limits, and where each figure comes from."""
-    return {
-        "limits": {LIMITS[name].key: value for name, value in limits.most.items()},
-        "origins": {LIMITS[name].key: limits.source.origins[name] for name in limits.source.measures},
-    }
-
-
-def print_header(facts: dict[str, Any], console: Screen) -> None:
-    """The question as it was understood, and where each figure comes from."""
-    case = facts["case"]
-    words = [f"{case['height']}x{case['width']}", case["mode"], case["precision"], case["layout"]]
-    words += [case["optimizer"], case["loss"]] if case["mode"] == "training" else []
-    console.print(bold(", ".join(words)), f"on {facts['device']}")
-    units = {limit.key: limit for limit in LIMITS.values()}
-    most = [f"{units[key].title} {units[key].text(value)}" for key, value in facts["limits"].items()]
-    if most:
-        console.print(f"at most: {', '.join(most)}")
-    for key, origin in facts["origins"].items():
-        console.print(f"  {units[key].title}: {origin}", style="dim")
 
 
 def print_plan(facts: dict[str, Any], console: Screen) -> None:
@@ -187,46 +153,6 @@ def print_rows(facts: dict[str, Any], console: Screen) -> None:
     rows = [[row[at] for at in shown] for row, _ in table]
     console.table([named[at] for at in shown], rows, [style for _, style in table], ALL)
     print_left_out(facts["left_out"], console)
-
-
-def columns_of(facts: dict[str, Any]) -> list[Limit]:
-    """The figures that an answer has."""
-    return [limit for limit in LIMITS.values() if limit.key in facts["origins"]]
-
-
-def cells(row: dict[str, Any], columns: Sequence[Limit], most: dict[str, float]) -> list[str]:
-    """Label, with a backend other than eager, batch, and each figure in words, a middle one before the checked one.
-
-    A figure that breaks its limit, of those in `most`, has as many digits as it takes to be seen to.
-    """
-    label = row["label"] if row["backend"] == "eager" else f"{row['label']}, {row['backend']}"
-    cells = [label, str(row["batch"])]
-    for limit in columns:
-        value, middle = row.get(limit.key, math.nan), row.get(f"{limit.key}_middle")
-        text = "unknown" if value is None else "not run" if math.isnan(value) else limit.text(value)
-        if value is not None and value > most.get(limit.key, math.inf):
-            text = limit.beside(value, most[limit.key])[0]
-        cells.append(text if middle is None else f"{limit.text(middle)} ({text})")
-    return cells
-
-
-def fit_columns(*names: str) -> list[Column]:
-    """Columns of an answer: texts left, figures right; the last one is for remarks."""
-    last, texts = len(names) - 1, ("network", "nearest network", "")
-    return [
-        Column(name, right=name not in texts, prose=at == last and name == "", drop=DROPPED.get(name, 0))
-        for at, name in enumerate(names)
-    ]
-
-
-def print_left_out(left_out: dict[str, str], console: Screen) -> None:
-    """What could not be, counted by its reason."""
-    reasons: dict[str, list[str]] = {}
-    for text, reason in left_out.items():
-        reasons.setdefault(reason, []).append(text)
-    for reason, texts in reasons.items():
-        more = f" and {len(texts) - 1} more" if len(texts) > 1 else ""
-        console.print(f"left out: {texts[0]}{more}: {reason}", style="dim")
 
 
 def _border(row: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

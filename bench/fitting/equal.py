@@ -15,7 +15,10 @@ from typing import Any
 from skipcost.bench import figures
 from skipcost.bench.cases.case import SPEC_KEYS, Case
 from skipcost.bench.console import Screen
-from skipcost.bench.fitting.answer import (
+from skipcost.bench.fitting.lattice import AXES, Line, lattice, read_axes
+from skipcost.bench.fitting.limits import LIMITS, Limits, Source, Standing
+from skipcost.bench.fitting.search import widest
+from skipcost.bench.fitting.table import (
     ALL,
     case_facts,
     cells,
@@ -26,9 +29,6 @@ from skipcost.bench.fitting.answer import (
     print_left_out,
     standing_facts,
 )
-from skipcost.bench.fitting.lattice import AXES, Line, lattice, read_axes
-from skipcost.bench.fitting.limits import LIMITS, Limits, Source, Standing
-from skipcost.bench.fitting.search import widest
 from skipcost.bench.sweeps.plan import make_case
 from skipcost.unet_models import VARIANTS, ModelSpec
 from skipcost.unet_models.spec import MAX_CHANNELS

@@ -13,13 +13,16 @@ import heapq
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from skipcost.bench.cases.case import Case
 from skipcost.bench.errors import BenchError
-from skipcost.bench.fitting.lattice import Line
 from skipcost.bench.fitting.limits import LIMITS, Limits, Order, Standing
 from skipcost.bench.units import MAX_BATCH
 from skipcost.unet_models import ModelSpec, SkipGraph
+
+if TYPE_CHECKING:
+    from skipcost.bench.fitting.lattice import Line
 
 TOUCHED_BY_BATCH = ("memory", "latency")  # the limits that a larger batch can break: MACs count for one image
 

@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 from skipcost.bench.cases.case import Case
 from skipcost.bench.cases.record import Result
 from skipcost.bench.memory import step
-from skipcost.bench.memory.operators import FLOAT, HALF, Setting
 from skipcost.bench.memory.schedule import Rule, Schedule, schedule
-from skipcost.bench.memory.tape import KINDS
+from skipcost.bench.memory.tape import FLOAT, HALF, KINDS, Setting
 from skipcost.kernels.dispatch.low_resolution import COMPOSED, choose, choose_composed, precision_kind
 from skipcost.kernels.low_resolution import costs
 from skipcost.kernels.low_resolution.axis import Axis

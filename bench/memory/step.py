@@ -14,21 +14,26 @@ from collections import ChainMap
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from skipcost.bench.memory.operators import (
+from skipcost.bench.memory.operators import OPERATORS
+from skipcost.bench.memory.schedule import OWNERS, Call
+from skipcost.bench.memory.tap_operators import TAP_OPERATORS
+from skipcost.bench.memory.tape import (
     BOOL,
+    CHANNELS,
     FLOAT,
     LONG,
-    OPERATORS,
+    MAP,
+    ONE,
     Forward,
     Given,
     Setting,
+    Size,
+    Tape,
+    Value,
     Weights,
     cast_to,
     make_weights,
 )
-from skipcost.bench.memory.schedule import OWNERS, Call
-from skipcost.bench.memory.tap_operators import TAP_OPERATORS
-from skipcost.bench.memory.tape import CHANNELS, MAP, ONE, Size, Tape, Value
 
 ALL_OPERATORS = ChainMap(OPERATORS, TAP_OPERATORS)
 SCALAR = Size(0, ONE, FLOAT, per_image=False)

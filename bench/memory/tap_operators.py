@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
-from skipcost.bench.memory.operators import Forward, Given, cast_to
-from skipcost.bench.memory.tape import CHANNELS, MAP, WEIGHTS, Size, Tape, Value
+from skipcost.bench.memory.tape import CHANNELS, MAP, WEIGHTS, Forward, Given, Size, Tape, Value, cast_to
 
 if TYPE_CHECKING:
     from skipcost.bench.memory.schedule import Call, ConvDetail

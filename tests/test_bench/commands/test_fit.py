@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from skipcost.bench import cli
 from skipcost.bench.cases.case import Case
 from skipcost.bench.errors import BenchError
-from skipcost.bench.fitting import sources as fit_source
-from skipcost.bench.fitting.sources import process_bytes
+from skipcost.bench.fitting import question as fit_source
+from skipcost.bench.fitting.question import process_bytes
 from skipcost.bench.memory.liveness import peak_bytes
 from skipcost.kernels.devices import device_named
 from skipcost.unet_models import ModelSpec

@@ -12,7 +12,7 @@ from skipcost.bench.cases.case import Case
 from skipcost.bench.fitting.equal import equal_facts, given_case, match
 from skipcost.bench.fitting.lattice import Line
 from skipcost.bench.fitting.limits import LIMITS
-from skipcost.bench.fitting.sources import live_source
+from skipcost.bench.fitting.question import live_source
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 
 FIXED: dict[str, Any] = {

@@ -10,7 +10,7 @@ from gpu_cells import CARD, LABELS, assert_ordered, case_of, everything
 
 from skipcost.bench.cases.case import CHOICES, Case
 from skipcost.bench.fitting.lattice import lattice, read_axes
-from skipcost.bench.fitting.sources import predicted_source, process_bytes, target_named
+from skipcost.bench.fitting.question import predicted_source, process_bytes, target_named
 from skipcost.bench.measure import here
 from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.measure.timing import Budget

@@ -11,9 +11,9 @@ import pytest
 from skipcost.bench.cases.case import Case
 from skipcost.bench.cases.record import Result
 from skipcost.bench.errors import BenchError, MachineError
-from skipcost.bench.fitting import sources as fit_source
+from skipcost.bench.fitting import question as fit_source
 from skipcost.bench.fitting.limits import LIMITS
-from skipcost.bench.fitting.sources import (
+from skipcost.bench.fitting.question import (
     Stopwatch,
     Target,
     live_source,
