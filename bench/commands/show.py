@@ -38,7 +38,8 @@ def former_states(store: Store) -> str:
     """Say how many states of users' own models are left out; empty where there are none."""
     fingerprint = store.newest().fingerprint
     left_out = len(set(store.results(fingerprint, store.cases())) - store.newest_states(fingerprint))
-    return f"{left_out} rows of models as they were before an edit are left out: --all shows them" if left_out else ""
+    rows = f"{left_out} row{'s' * (left_out != 1)}"
+    return f"left out: {rows} of models as they were before an edit; --all shows them" if left_out else ""
 
 
 def write(frame: pd.DataFrame, form: str, console: Screen, labels: dict[str, str]) -> None:

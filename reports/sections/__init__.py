@@ -19,6 +19,7 @@ from skipcost.reports.findings import find
 from skipcost.reports.grid import Cell, Grid, whole, words
 from skipcost.reports.sections.accuracy import accuracy_context
 from skipcost.reports.sections.changes import regressions_context
+from skipcost.reports.sections.choose import choose_context
 from skipcost.reports.sections.curves import scaling_context, tradeoff_context
 from skipcost.reports.sections.kernels import kernels_context
 from skipcost.reports.sections.limits import roofline_context
@@ -141,6 +142,7 @@ def _fvcore(data: Data) -> dict[str, Any]:
 
 
 SECTIONS: tuple[Section, ...] = (
+    Section("choose", "Which network to take", "Choose", choose_context),
     Section("overview", "What was found", "Findings", overview_context),
     Section("regressions", "What a change made costlier", "Changes", regressions_context),
     Section("scaling", "How cost grows", "Scaling", scaling_context),

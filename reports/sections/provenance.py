@@ -69,12 +69,14 @@ def _doubts(data: Data) -> list[str]:
             "The code had changes that were not committed, so the commit alone does not give these numbers back."
         )
     if data.other_rows:
-        told.append(
-            f"{data.other_rows} rows of other environments in this store are left out: they cannot be compared."
-        )
+        told.append(f"Left out: {_rows(data.other_rows)} of other environments, which cannot be compared.")
     if data.former_rows:
-        told.append(f"{data.former_rows} rows of models as they were before an edit are left out.")
+        told.append(f"Left out: {_rows(data.former_rows)} of models as they were before an edit.")
     return told
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'s' * (count != 1)}"
 
 
 def _counted(data: Data, odd: list[tuple[str, Result]]) -> str:

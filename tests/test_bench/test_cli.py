@@ -281,7 +281,7 @@ def test_show_has_one_row_of_an_edited_model(edited: Path) -> None:
     assert [line.split() for line in result.stdout.splitlines()[:2]] == [
         ["network", "parameters", "outcome"], ["net:N", "450", "ok"],
     ]  # fmt: skip
-    assert "1 rows of models as they were before an edit are left out: --all shows them" in result.output
+    assert "left out: 1 row of models as they were before an edit; --all shows them" in result.output
 
 
 def test_show_tells_all_states_apart(edited: Path) -> None:

@@ -55,7 +55,7 @@ def test_an_edited_model_is_one_row(tmp_path: Path) -> None:
 
     assert data.own["params"].tolist() == [450]
     assert (data.former_rows, data.other_rows) == (1, 0)
-    assert "1 rows of models as they were before an edit are left out." in header_context(data)["doubts"]
+    assert "Left out: 1 row of models as they were before an edit." in header_context(data)["doubts"]
 
 
 def test_numbers_with_a_doubt_stay_in_the_frame_and_leave_the_sound_one(data: Data) -> None:
