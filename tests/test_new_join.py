@@ -19,7 +19,7 @@ from skipcost.bench.measure.timing import Budget
 from skipcost.bench.memory import operators
 from skipcost.bench.memory.liveness import peak_bytes
 from skipcost.bench.memory.schedule import Call
-from skipcost.bench.memory.tape import MAP, Size, Tape, Value
+from skipcost.bench.memory.tape import BOOL, MAP, Forward, Given, Size, Tape, Value
 from skipcost.bench.store.store import create_store
 from skipcost.bench.time.passes import passes
 from skipcost.kernels.backends import BACKENDS
@@ -50,20 +50,20 @@ def _maximum(maps: list[Tensor]) -> Tensor:
     return result
 
 
-def _maximum_on_tape(run: operators.Forward, row: int, call: Call, first: Value, second: Value) -> Value:
+def _maximum_on_tape(run: Forward, row: int, call: Call, first: Value, second: Value) -> Value:
     """What it makes and keeps: both maps are compared anew for each of two gradients (PyTorch's derivatives.yaml)."""
     size = Size(row, MAP, first.item, per_image=True)
     result = run.tape.result(size, (first, second), call.where, "map")
 
     def share(tape: Tape, gradient: Value) -> Value:
         half = tape.result(size, (gradient,))
-        equal = tape.result(size.typed(operators.BOOL), (first, second))
+        equal = tape.result(size.typed(BOOL), (first, second))
         given = tape.result(size, (equal, half, gradient), call.where, "map gradient")
-        smaller = tape.result(size.typed(operators.BOOL), (first, second))
+        smaller = tape.result(size.typed(BOOL), (first, second))
         tape.hold(given, smaller, equal, half)
         return given
 
-    def backward(tape: Tape, gradient: Value) -> operators.Given:
+    def backward(tape: Tape, gradient: Value) -> Given:
         return share(tape, gradient), share(tape, gradient)
 
     return run.tape.differentiate(result, (first, second), backward, (first, second))

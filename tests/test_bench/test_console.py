@@ -27,7 +27,8 @@ from skipcost.bench.commands.explain import print_explanation
 from skipcost.bench.compare.verdicts import Verdict, print_verdicts, tell_ci
 from skipcost.bench.console import Column, Description, Screen
 from skipcost.bench.fitting import question as fit_question
-from skipcost.bench.fitting.answer import answer, print_left_out, print_rows
+from skipcost.bench.fitting.answer import answer, print_rows
+from skipcost.bench.fitting.table import print_left_out
 from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.store.store import create_store, open_store
 from skipcost.bench.streams import steady_streams, visible

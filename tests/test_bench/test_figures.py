@@ -11,8 +11,8 @@ from skipcost.bench.commands.plan import print_preview
 from skipcost.bench.compare.verdicts import Verdict
 from skipcost.bench.console import Screen
 from skipcost.bench.figures import apart
-from skipcost.bench.fitting.answer import cells
 from skipcost.bench.fitting.limits import LIMITS
+from skipcost.bench.fitting.table import cells
 
 LIMIT, PEAK = 12 * 2**30, int(12.03 * 2**30)
 
