@@ -25,3 +25,7 @@ class MachineError(BenchError):
 
 class UnsupportedError(ValueError):
     """What cannot be done with a model as it is: the outcome of a row is then unsupported, and this is its note."""
+
+
+class LostDeviceError(RuntimeError):
+    """The device of this process is of no use any more: another process has to go on."""

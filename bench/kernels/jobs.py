@@ -19,15 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import IO, Any
 
+from skipcost.bench.errors import LostDeviceError
 from skipcost.bench.measure.process import PYTHON, Process, answers, say
 
 Row = dict[str, Any]
 Work = Callable[[dict[str, Any], Sequence[dict[str, Any]]], Iterator[Row]]
 GRACE_SECONDS = 45.0  # beyond the end of the time, for what is under way then
-
-
-class LostDeviceError(RuntimeError):
-    """The device of this process is of no use any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +224,5 @@ def serve(work: Work, lines: IO[str], out: IO[str]) -> None:
 
 
 if __name__ == "__main__":
-    from skipcost.bench.kernels import jobs  # `LostDeviceError` of this module run as a script would be another class
-
     with answers() as rows:
-        jobs.serve(getattr(importlib.import_module(sys.argv[1]), sys.argv[2]), sys.stdin, rows)
+        serve(getattr(importlib.import_module(sys.argv[1]), sys.argv[2]), sys.stdin, rows)

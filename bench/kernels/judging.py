@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from skipcost.bench.cases.record import outcome_of
+from skipcost.bench.errors import LostDeviceError
 from skipcost.bench.kernels import jobs
 from skipcost.bench.kernels.cases import LIBRARIES
-from skipcost.bench.kernels.jobs import Done, Job, Limits, LostDeviceError, Row, Work
+from skipcost.bench.kernels.jobs import Done, Job, Limits, Row, Work
 from skipcost.bench.measure.machine import arithmetic, machine_of
 from skipcost.bench.streams import Progress
 from skipcost.kernels.dispatch.call import Call

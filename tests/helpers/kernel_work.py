@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from skipcost.bench.kernels.jobs import LostDeviceError
+from skipcost.bench.errors import LostDeviceError
 
 Parts = Sequence[dict[str, Any]]
 

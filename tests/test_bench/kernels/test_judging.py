@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from skipcost.bench.errors import LostDeviceError
 from skipcost.bench.kernels import judging
-from skipcost.bench.kernels.jobs import Job, LostDeviceError, Row
+from skipcost.bench.kernels.jobs import Job, Row
 from skipcost.bench.kernels.judging import (
     FAILURES,
     INFINITE,
