@@ -45,7 +45,7 @@ def backend(
         if value not in OPTIONS[name]:
             message = f"option {name}={value!r} is unknown; accepted: {', '.join(OPTIONS[name])}"
             raise ValueError(message)
-    for change in rewrite_graph(module.graph):
+    for change in rewrite_graph(module.graph, keeps=chosen["then"] == "eager"):
         LOG.info("%s", change)
     module.recompile()
     if chosen["then"] == "eager":

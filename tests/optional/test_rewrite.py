@@ -122,8 +122,8 @@ UNCHANGED = {
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rewrite maps that are small enough for a test."""
-    monkeypatch.setattr(enlarged, "FEWEST_MACS", 0)
-    monkeypatch.setattr(enlarged, "FEWEST_PIXELS", 0)
+    for name in ("FEWEST_MACS", "FEWEST_SAVED", "FEWEST_PIXELS"):
+        monkeypatch.setattr(enlarged, name, 0)
 
 
 def made(name: str) -> tuple[nn.Module, Tensor]:
