@@ -53,7 +53,8 @@ STEP = st.tuples(st.sampled_from(NAMES), st.booleans(), st.integers(0, 3), st.in
 def _place(name: str, layer: nn.Module, small: Tensor, large: Tensor, grow: nn.ModuleDict) -> Tensor:
     if "transposed" in name:
         up, sides = grow["transposed"](small), [1, 0, 0, 2] if "zeros" in name else [0, 0, 0, 0]
-        return layer(torch.cat([functional.pad(large, sides), functional.pad(up, sides)], 1))[:, :, : large.size(2), 1:]
+        both = torch.cat([functional.pad(large, sides), functional.pad(up, sides)], 1)
+        return layer(both)[:, :, : large.size(2), sides[0] :]
     if "pointwise" in name:
         up = grow["pointwise"](ENLARGING["up"](small))
         return layer(torch.cat([up, large], 1)) if "cat" in name else up
