@@ -362,6 +362,15 @@ def _read(x: Tensor, _: Tensor, weight: Tensor) -> Tensor:
     return pointwise(y, weight) + pointwise(y[:, :32] * 2, weight)
 
 
+def _shared(x: Tensor, _: Tensor, weight: Tensor) -> Tensor:
+    y = up(x)
+    return pointwise(y, weight) + torch.conv2d(y, weight[:, :64], padding=1)
+
+
+def _larger(x: Tensor, _: Tensor, weight: Tensor) -> Tensor:
+    return torch.conv2d(up(x), weight[:, :64], padding=1)
+
+
 def _stride(x: Tensor, _: Tensor, weight: Tensor) -> Tensor:
     return pointwise(up(x), weight, stride=2)
 
@@ -381,7 +390,7 @@ def _behind(x: Tensor, skip: Tensor, weight: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "function", [_zeros, _wider, _read, _stride, _around, _small_written, _behind]
+    "function", [_zeros, _wider, _read, _shared, _larger, _stride, _around, _small_written, _behind]
 )  # fmt: skip
 def test_a_pointwise_convolution_that_would_lose_or_change_stays(function: Callable[..., Any]) -> None:
     """Zeros get its bias, more channels take longer to up-sample, and others read or write the maps."""
