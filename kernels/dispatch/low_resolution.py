@@ -211,7 +211,7 @@ def rewritings(
         elif up and conv and up.conv and not _crops(reads):
             three, alone = (up.conv.in_channels, up.conv.out_channels, conv.out_channels), len(reads) == 1
             size = reads[-1][1], reads[-1][2]
-            choice = choose_composed(size, three, _padding(op), batch, **where, mode=mode, alone=alone)
+            choice = choose_composed(size, three, _padding(op), batch, **where, mode=mode, alone=alone, copied=False)
             made.append(Rewriting(up.where, choice))
     return tuple(made)
 

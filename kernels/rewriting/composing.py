@@ -7,9 +7,8 @@ copies, which is one pass over weights that are fewer than the map's values (`ch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from skipcost.kernels.low_resolution.composed import Composed, compose
 
-Given = Sequence[Tensor | None]
+Given = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 PLAIN = (Tensor, nn.Parameter)
 
 
@@ -25,7 +24,7 @@ PLAIN = (Tensor, nn.Parameter)
 class _Known:
     """Weights as they were, copied, and what they were composed to; None where they had just changed."""
 
-    given: tuple[Tensor | None, ...]
+    given: Given
     made: Composed | None
 
 
@@ -33,34 +32,32 @@ class Composing:
     """What one place keeps. It goes with the transposed convolution's parameter: Dynamo keeps its graphs for good."""
 
     def __init__(self) -> None:
-        self._known: Any = WeakTensorKeyDictionary()  # type: ignore[no-untyped-call]
+        self._known: Any = WeakTensorKeyDictionary()
 
-    def composed(
-        self, at: int, up: tuple[Tensor, Tensor | None], own: tuple[Tensor, Tensor | None], dtype: torch.dtype
-    ) -> Composed | None:
+    def composed(self, at: int, given: Given, dtype: torch.dtype) -> Composed | None:
         """Return the weights and biases of both convolutions as one; None where they should run one by one.
 
-        at: which of the place's maps. up: (C, M, 2, 2), a parameter, and (M,). own: (O, M, 3, 3) and (O,). Composing
+        at: which of the place's maps. given: (C, M, 2, 2), a parameter, and (M,); (O, M, 3, 3) and (O,). Composing
         takes as long as a call may save, so weights that have changed are composed when they come again. None, too, for
         tensors whose values cannot be compared: a tracer's, or on another device.
         """
-        given = (*up, *own)
         if any(each is not None and (type(each) not in PLAIN or not each.is_cpu) for each in given):
             return None
-        places: dict[Any, _Known] = self._known.setdefault(up[0], {})
+        places: dict[Any, _Known] = self._known.setdefault(given[0], {})
         known = places.get((at, dtype))
         if known is not None and not _same(known.given, given):
             places[at, dtype] = _Known(_copies(given), None)
             return None
         if known is None or known.made is None:
             copies = known.given if known else _copies(given)
-            known = places[at, dtype] = _Known(copies, compose(*copies, dtype))  # type: ignore[arg-type]  # weights are there
+            known = places[at, dtype] = _Known(copies, compose(*copies, dtype))
         return known.made
 
 
-def _copies(given: Given) -> tuple[Tensor | None, ...]:
+def _copies(given: Given) -> Given:
     with torch.inference_mode(mode=False):
-        return tuple(None if each is None else each.detach().clone() for each in given)
+        copies = (None if each is None else each.detach().clone() for each in given)
+        return cast("Given", tuple(copies))
 
 
 def _same(known: Given, given: Given) -> bool:

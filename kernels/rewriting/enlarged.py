@@ -42,7 +42,11 @@ class Up(NamedTuple):
     factor: int
     mode: str
     align_corners: bool | None
-    form = "tap_first"
+
+    @property
+    def form(self) -> str:
+        """What runs over the small map."""
+        return "tap_first"
 
     def make(self, x: Tensor) -> Tensor:
         """Return the map (N, C, factor * h, factor * w)."""
@@ -55,8 +59,16 @@ class UpConv(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
-    factor = 2
-    form = "composed_up_conv"
+
+    @property
+    def factor(self) -> int:
+        """How many times the sides are enlarged."""
+        return 2
+
+    @property
+    def form(self) -> str:
+        """What runs over the small map."""
+        return "composed_up_conv"
 
     def make(self, x: Tensor) -> Tensor:
         """Return the map (N, M, 2h, 2w)."""
@@ -129,7 +141,7 @@ def convolve(
     for at, (part, own, window) in enumerate(zip(read, weight.split(channels, 1), windows, strict=True)):
         made = None
         if window and composing and isinstance(part, Enlarged) and isinstance(part.up, UpConv):
-            made = composing.composed(at, part.up, (own, bias), computing_type(weight))
+            made = composing.composed(at, (*part.up, own, bias), computing_type(weight))
             bias = made.bias if made else bias  # all that reaches the interior
         if isinstance(part, Tensor) or window is None or (made is None and isinstance(part.up, UpConv)):
             rest.append((part, own))

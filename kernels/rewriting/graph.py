@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 from torch.nn import functional
 
+from skipcost.kernels.dispatch.low_resolution import Choice
 from skipcost.kernels.rewriting.change import Change
 from skipcost.kernels.rewriting.enlarged import (
     MODES,
@@ -142,18 +143,24 @@ def _commutes(parts: Parts, chain: Sequence[Node]) -> bool:
 
 def _swap(graph: fx.Graph, chain: Sequence[Node]) -> None:
     """Let the last of a chain run first."""
-    up, *_ = *inner, conv = chain
-    now = {_source(up): conv}
+    *inner, conv = chain
+    small = _source(inner[0])
     with graph.inserting_before(conv):
-        read = given_of(conv, ("input",))["input"]
-        for node in (conv, *inner):
-            instead = {read: _source(up)} if node is conv else now
-            new = graph.node_copy(node, lambda each, instead=instead: instead.get(each, each))  # type: ignore[misc]
-            new.meta["example_value"] = new.target(*map_arg(new.args, example_of), **map_arg(new.kwargs, example_of))
-            now[_source(up) if node is conv else node] = new
-    conv.replace_all_uses_with(new)
+        last = _copy(graph, conv, {given_of(conv, ("input",))["input"]: small})
+        now = {small: last}
+        for node in inner:
+            last = now[node] = _copy(graph, node, now)
+    conv.replace_all_uses_with(last)
     for node in (conv, *reversed(inner)):
         graph.erase_node(node)
+
+
+def _copy(graph: fx.Graph, node: Node, instead: Mapping[Node, Node]) -> Node:
+    """Return the same call of other values, with the example that it gives."""
+    new = graph.node_copy(node, lambda each: instead.get(each, each))
+    function: Any = new.target
+    new.meta["example_value"] = function(*map_arg(new.args, example_of), **map_arg(new.kwargs, example_of))
+    return new
 
 
 def _reasons(paths: _Paths, chains: Mapping[Node, Sequence[Node]]) -> dict[Node, str]:
@@ -390,28 +397,31 @@ def _why_not_later(paths: _Paths, chain: Sequence[Node]) -> str:
 
 def _foretold(parts: Parts, chain: Sequence[Node], *, keeps: bool) -> tuple[str, str]:
     """Say which form runs on maps of the size that is compiled for, "" for the model's own, and why."""
-    given = convolution_of(chain[-1])
-    weight = example_of(given["weight"])
-    padding = _side(given["padding"], weight.shape[2:])
-    assert padding is not None
     gradients = gradients_asked(example_of(each) for node in chain for each in node.all_input_nodes)
     found = []
     for part in parts:
-        if not isinstance(part, Grown):
-            continue
-        map_ = _on_meta(part)
-        window = map_.window()
-        why = "zeros are added to its map where it was cropped" if window is None else ""
-        if not keeps and isinstance(part.up, UpConv):
-            why = "composed weights are kept from call to call, which a graph that is compiled further cannot"
-        if window is not None:
-            why = why or why_not(map_, window, weight, padding, gradients=gradients)
-        if why or window is None:
-            found.append(("", why))
-            continue
-        choice = choice_of(map_, window, weight, padding, len(parts) == 1)
-        found.append((part.up.form if choice.taken else "", choice.why))
+        if isinstance(part, Grown):
+            why, choice = _counted(part, chain[-1], alone=len(parts) == 1, gradients=gradients, keeps=keeps)
+            found.append((part.up.form if choice and choice.taken else "", choice.why if choice else why))
     return next((each for each in found if each[0]), found[0])
+
+
+def _counted(
+    part: Grown, conv: Node, *, alone: bool, gradients: bool, keeps: bool
+) -> tuple[str, Choice | None]:  # fmt: skip
+    """Count both forms of a part's share of a convolution; None where there is but one, and why."""
+    given = convolution_of(conv)
+    weight = example_of(given["weight"])
+    padding = _side(given["padding"], weight.shape[2:])
+    assert padding is not None
+    map_ = _on_meta(part)
+    window = map_.window()
+    if window is None:
+        return "zeros are added to its map where it was cropped", None
+    if not keeps and isinstance(part.up, UpConv):
+        return "composed weights are kept from call to call, which a graph that is compiled further cannot", None
+    why = why_not(map_, window, weight, padding, gradients=gradients)
+    return why, None if why else choice_of(map_, window, weight, padding, alone)
 
 
 def _on_meta(part: Grown) -> Enlarged:

@@ -23,7 +23,7 @@ class Pair:
 
     def composed(self, at: int = 0, dtype: torch.dtype = torch.float32) -> Composed | None:
         """Ask for what is kept."""
-        return self.kept.composed(at, (self.up.weight, self.up.bias), (self.conv.weight, self.conv.bias), dtype)
+        return self.kept.composed(at, (self.up.weight, self.up.bias, self.conv.weight, self.conv.bias), dtype)
 
     def anew(self) -> Composed:
         """Compose."""
@@ -110,4 +110,4 @@ def test_values_that_cannot_be_compared_are_not_kept(way: Callable[[Tensor], Ten
     pair = Pair()
     up, bias, weight = (way(each.detach()) for each in (pair.up.weight, pair.up.bias, pair.conv.weight))
 
-    assert pair.kept.composed(0, (up, bias), (weight, None), torch.float32) is None
+    assert pair.kept.composed(0, (up, bias, weight, None), torch.float32) is None
