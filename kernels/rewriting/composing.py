@@ -1,8 +1,8 @@
 """The weights of a transposed convolution and of the convolution behind it as one, kept from call to call.
 
-A graph has tensors and no layers, and a user's code may write to them by ways that leave no version behind: `.data`, an
-average of weights, a parametrization that computes them in each call. So the values themselves are compared, with
-copies, which is one pass over weights that are fewer than the map's values (`choose_composed` counts the copies).
+A graph has tensors and no layers, and a user's code may write to them by ways that leave no version behind: `.data`,
+numpy, an average of weights. So the values themselves are compared, with copies, which is one pass over weights that
+are fewer than the values of a map (`choose_composed` counts the copies).
 """
 
 from __future__ import annotations
