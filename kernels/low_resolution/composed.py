@@ -154,13 +154,11 @@ class Side:
         return slice(at, at + 2 * count, 2), slice(skipped, skipped + count)
 
     @property
-    def outside(self) -> list[tuple[int, slice]]:
-        """The rows of which a tap reads zeros around the map, and those taps."""
-        found = []
-        for at in (*range(1 - self.first), *range(max(self.size - 1 - self.first, 0), self.length)):
-            before, behind = 1 - self.first - at, self.first + at + 2 - self.size
-            found.append((at, slice(0, min(before, 3)) if before > 0 else slice(max(3 - behind, 0), 3)))
-        return found
+    def outside(self) -> list[tuple[int, int]]:
+        """The rows of which a tap reads zeros around the map, each with that tap."""
+        ends = (*range(1 - self.first), *range(max(self.size - 1 - self.first, 0), self.length))
+        reads = ((at, tap, self.first + at + tap - 1) for at in ends for tap in range(3))
+        return [(at, tap) for at, tap, row in reads if not 0 <= row < self.size]
 
 
 def _add_phases(result: Tensor, positions: Tensor, rows: Side, columns: Side) -> None:
@@ -172,13 +170,13 @@ def _add_phases(result: Tensor, positions: Tensor, rows: Side, columns: Side) ->
 
 def _take_outside(result: Tensor, border: Tensor, rows: Side, columns: Side) -> None:
     """Take away what taps outside would pass on of a bias: zeros are around the map."""
-    for at, taps in rows.outside:
-        result[:, :, at] -= border[:, taps].sum((1, 2)).view(-1, 1)
-    for at, taps in columns.outside:
-        result[:, :, :, at] -= border[:, :, taps].sum((1, 2)).view(-1, 1)
-    for at, taps in rows.outside:
+    for at, tap in rows.outside:
+        result[:, :, at] -= border[:, tap].sum(1, keepdim=True)
+    for at, tap in columns.outside:
+        result[:, :, :, at] -= border[:, :, tap].sum(1, keepdim=True)
+    for at, tap in rows.outside:
         for other, crossing in columns.outside:
-            result[:, :, at, other] += border[:, taps, crossing].sum((1, 2))  # was taken twice
+            result[:, :, at, other] += border[:, tap, crossing]  # was taken twice
 
 
 @torch.library.custom_op("skipcost::compose_up_conv", mutates_args=())
