@@ -146,13 +146,14 @@ def _weigh_on_gpu(
 
 def choose_composed(
     size: tuple[int, int], channels: tuple[int, int, int], padding: int, batch: int = 1, *,
-    kind: str = "fp32", device: str = "cpu", mode: str = "inference", alone: bool = False,
+    kind: str = "fp32", device: str = "cpu", mode: str = "inference", alone: bool = False, copied: bool = False,
 ) -> Choice:  # fmt: skip
     """Count both forms of a transposed convolution of a map of `size` and the 3x3 convolution behind it.
 
-    channels: in, in between, out. alone: nothing is concatenated with the up-sampled map, so it is not copied. The
-    composed form is taken where it is cheaper, a copy is saved, whose place its phases take, and what it keeps is no
-    larger than the up-sampled map that it does not form: so the edge takes no more memory.
+    channels: in, in between, out. alone: nothing is concatenated with the up-sampled map, so it is not copied. copied:
+    copies of both weights are kept as well, to know them by. The composed form is taken where it is cheaper, a copy is
+    saved, whose place its phases take, and what it keeps is no larger than the up-sampled map that it does not form: so
+    the edge takes no more memory.
     """
     (height, width), (in_channels, between, out_channels) = size, channels
     pixels, up_pixels = batch * height * width, 4 * batch * height * width
@@ -163,6 +164,8 @@ def choose_composed(
     value = 2 if kind == "16 bits" else 4
     low, up, out = value * in_channels * pixels, value * between * up_pixels, value * out_channels * result
     phases, kept = value * 4 * out_channels * positions, value * (16 * in_channels + 10) * out_channels
+    if copied:
+        kept += value * ((4 * in_channels + 1) * between + (9 * between + 1) * out_channels)
     factor = COMPOSED.get((device, kind), 0.0)
     why = _why_not_composed(mode, alone=alone, measured=factor > 0)
     taken, why = (False, why) if why else _weigh_composed(factor, (macs, direct), kept, up)
@@ -208,7 +211,7 @@ def rewritings(
         elif up and conv and up.conv and not _crops(reads):
             three, alone = (up.conv.in_channels, up.conv.out_channels, conv.out_channels), len(reads) == 1
             size = reads[-1][1], reads[-1][2]
-            choice = choose_composed(size, three, _padding(op), batch, **where, mode=mode, alone=alone)
+            choice = choose_composed(size, three, _padding(op), batch, **where, mode=mode, alone=alone, copied=False)
             made.append(Rewriting(up.where, choice))
     return tuple(made)
 

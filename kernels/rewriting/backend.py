@@ -4,10 +4,12 @@ Dynamo follows the model's Python and guards what it read: modes, attributes, re
 follow runs as it is, and so does a call for which a guard fails, until it has been followed again. The graphs are
 rewritten (`graph`), and run as they are, so that autograd follows them, or go on to Inductor.
 
-What is rewritten is differentiable once: a second derivative raises PyTorch's error. Left out: transposed convolutions,
-zeros where a map was cropped before, slices of it where sizes are not known beforehand.
+What is rewritten is differentiable once: a second derivative raises PyTorch's error. Left out: zeros where a map was
+cropped before, slices of it where sizes are not known beforehand, transposed convolutions where gradients are asked
+for.
 
-options: `then`, "eager" (default) or "inductor": who runs the rewritten graph. `form`, "low": what it is rewritten to.
+options: `then`, "eager" (default) or "inductor": who runs the rewritten graph; with the latter no transposed
+convolution is composed, since what is made of weights could not be kept. `form`, "low": what it is rewritten to.
 
 What became of each place is logged as it is compiled, under the name of this module, at level INFO.
 """
@@ -45,7 +47,7 @@ def backend(
         if value not in OPTIONS[name]:
             message = f"option {name}={value!r} is unknown; accepted: {', '.join(OPTIONS[name])}"
             raise ValueError(message)
-    for change in rewrite_graph(module.graph):
+    for change in rewrite_graph(module.graph, keeps=chosen["then"] == "eager"):
         LOG.info("%s", change)
     module.recompile()
     if chosen["then"] == "eager":

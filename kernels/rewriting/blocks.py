@@ -30,6 +30,8 @@ from skipcost.kernels.rewriting.nodes import (
     MAP,
     PAD,
     SWITCHES,
+    TRANSPOSED,
+    UP_CONV,
     convolution_of,
     example_of,
     given_of,
@@ -50,8 +52,6 @@ MAX_POOL = (functional.max_pool2d, torch.max_pool2d)
 NORMS = (functional.batch_norm, functional.instance_norm, functional.group_norm, functional.layer_norm)
 POOLING = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 NORMING = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-UP_CONV = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-TRANSPOSED = (torch.conv_transpose2d, functional.conv_transpose2d)
 GEOMETRY = ("stride", "padding", "dilation", "groups")
 # Calls that take a map as it lies in memory and give one that lies so too
 ANY_LAYOUT = {

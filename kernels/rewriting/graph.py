@@ -1,15 +1,16 @@
-"""Where a model's graph convolves up-sampled maps, and the same graph with `convolve` in their place.
+"""Where a model's graph convolves up-sampled maps, and the same graph with less work in their place.
 
 The graph is Dynamo's: functions of PyTorch in the order in which they run, weights as inputs, and for every value an
 example that has its shape, its type and its memory. A place is a convolution that reads an up-sampled map alone or
 concatenated, cropped or padded; nobody else may read what then is not made, and nobody may write to what is read
-later than the model would.
+later than the model would. First 1x1 convolutions change places with the up-sampling in front of them, which then may
+stand in front of another convolution; then `convolve` takes the place of what is left.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,24 @@ import torch
 from torch import fx
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.node import map_arg
 from torch.nn import functional
 
+from skipcost.kernels.dispatch.low_resolution import Choice
 from skipcost.kernels.rewriting.change import Change
-from skipcost.kernels.rewriting.enlarged import MODES, Up, choice_of, convolve, enlarged, rows_are_exact
+from skipcost.kernels.rewriting.enlarged import (
+    MODES,
+    Enlarged,
+    Place,
+    Up,
+    UpConv,
+    choice_of,
+    convolve,
+    enlarged,
+    gradients_asked,
+    rows_are_exact,
+    why_not,
+)
 from skipcost.kernels.rewriting.nodes import (
     CAT,
     CONV,
@@ -28,6 +43,8 @@ from skipcost.kernels.rewriting.nodes import (
     MAP,
     PAD,
     SWITCHES,
+    TRANSPOSED,
+    UP_CONV,
     convolution_of,
     example_of,
     given_of,
@@ -38,7 +55,7 @@ from skipcost.kernels.rewriting.nodes import (
     written_by,
 )
 
-AFTER = "tap_first"
+POINTWISE = "pointwise_first"
 INTERPOLATE = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias")
 PADDING = ("input", "pad", "mode", "value")
 DROP = ("input", "p", "training", "inplace")
@@ -46,30 +63,104 @@ DROP = ("input", "p", "training", "inplace")
 
 @dataclass(frozen=True, slots=True)
 class Grown:
-    """An up-sampled map that is not made: the node that up-samples, by what, and what is added to its sides."""
+    """An up-sampled map that is not made: the node that up-samples, by what, and what is added to its sides.
+
+    up: of a transposed convolution, the nodes of its weight and bias.
+    """
 
     node: Node
-    up: Up
+    up: Up | UpConv
     pads: tuple[Any, ...] = ()
 
 
 Parts = tuple[Node | Grown, ...]
 
 
-def rewrite_graph(graph: fx.Graph) -> list[Change]:
-    """Let `convolve` do the work of every place where it may gain; return what became of each. The graph is changed."""
-    paths = _Paths(graph)
+def rewrite_graph(graph: fx.Graph, *, keeps: bool = True) -> list[Change]:
+    """Do what gains at every place; return what became of each. The graph is changed.
+
+    keeps: whether the graph runs as it is, so that what is made of weights can be kept from call to call.
+    """
     changes = []
+    while change := _pointwise_first(graph):
+        changes.append(change)
+    return changes + _at_low_resolution(graph, keeps=keeps)
+
+
+def _at_low_resolution(graph: fx.Graph, *, keeps: bool) -> list[Change]:
+    """Let `convolve` do the work of every place where it may gain."""
+    paths = _Paths(graph)
+    changes = [_change([node], "", f"{_named(node.users)} read its map") for node in paths.shared]
     made: dict[Node, Node] = {}  # for each convolution the call in its place, which later places may read
     chains = {end: paths.chain(end) for end in paths.ends if end.op != "output"}
     for node, why in _reasons(paths, chains).items():
         parts, chain = paths.parts_read(node), chains[node]
-        taken, counted = (False, why) if why else _foretold(parts, node)
-        changes.append(Change(places_of(chain), " -> ".join(map(name_of, chain)), AFTER if taken else "", counted))
-        if not why and (taken or not _known(parts)):
-            now = [made.get(each, each) if isinstance(each, Node) else each for each in parts]
+        after, counted = ("", why) if why else _foretold(parts, chain, keeps=keeps)
+        changes.append(_change(chain, after, counted))
+        if not why and (after or not _known(parts)):
+            now = tuple(made.get(each, each) if isinstance(each, Node) else each for each in parts)
             made[node] = _replace(graph, now, chain)
     return changes
+
+
+def _change(chain: Sequence[Node], after: str, why: str) -> Change:
+    return Change(places_of(chain), " -> ".join(map(name_of, chain)), after, why)
+
+
+def _pointwise_first(graph: fx.Graph) -> Change | None:
+    """Let a 1x1 convolution run in front of an up-sampling, where there is one that gains.
+
+    It mixes channels at one pixel, and up-sampling means of pixels of one channel, whose weights sum to one: so a bias
+    goes through, too, but for zeros around the map. It gains where it leaves no more channels to up-sample.
+    """
+    paths = _Paths(graph)
+    chains = {end: paths.chain(end) for end, why in paths.ends.items() if not why}
+    for node, why in _reasons(paths, chains).items():
+        if why or not _commutes(paths.parts_read(node), chains[node]):
+            continue
+        up, *_ = chain = chains[node]
+        small, large = (
+            "x".join(str(_hint(side)) for side in example_of(each).shape[2:]) for each in (_source(up), node)
+        )
+        change = _change(chain, POINTWISE, f"its MACs are over {small} pixels instead of {large}")
+        _swap(graph, chain)
+        return change
+    return None
+
+
+def _commutes(parts: Parts, chain: Sequence[Node]) -> bool:
+    """Whether a convolution may change places with all that is in front of it on its chain, and gains."""
+    (part, *others), (*inner, conv) = parts, chain
+    given = convolution_of(conv)
+    weight = example_of(given["weight"])
+    if others or not isinstance(part, Grown) or not isinstance(part.up, Up) or set(weight.shape[2:]) != {1}:
+        return False
+    zeros = any(_hint(side) > 0 for pad in part.pads for side in pad)
+    alike = {example_of(each).dtype for each in (_source(part.node), part.node, conv)}  # else autocast has a say
+    alone = all(len(each.users) == 1 for each in inner)
+    return alone and len(alike) == 1 and not zeros and weight.shape[0] <= weight.shape[1]
+
+
+def _swap(graph: fx.Graph, chain: Sequence[Node]) -> None:
+    """Let the last of a chain run first."""
+    *inner, conv = chain
+    small = _source(inner[0])
+    with graph.inserting_before(conv):
+        last = _copy(graph, conv, {given_of(conv, ("input",))["input"]: small})
+        now = {small: last}
+        for node in inner:
+            last = now[node] = _copy(graph, node, now)
+    conv.replace_all_uses_with(last)
+    for node in (conv, *reversed(inner)):
+        graph.erase_node(node)
+
+
+def _copy(graph: fx.Graph, node: Node, instead: Mapping[Node, Node]) -> Node:
+    """Return the same call of other values, with the example that it gives."""
+    new = graph.node_copy(node, lambda each: instead.get(each, each))
+    function: Any = new.target
+    new.meta["example_value"] = function(*map_arg(new.args, example_of), **map_arg(new.kwargs, example_of))
+    return new
 
 
 def _reasons(paths: _Paths, chains: Mapping[Node, Sequence[Node]]) -> dict[Node, str]:
@@ -90,15 +181,18 @@ class _Paths:
     """What each value is made of, as far as up-sampling that is not made yet goes, and where that ends.
 
     parts: for every node behind an up-sampling. ends: the nodes that read one, and why such a node is no place; empty
-    where it is one.
+    where it is one. shared: transposed convolutions that are made in any case, since several read their maps.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
         self.order = {node: at for at, node in enumerate(graph.nodes)}
         self.parts: dict[Node, Parts] = {}
         self.ends: dict[Node, str] = {}
+        self.shared: list[Node] = []
         for node in graph.nodes:
-            if up := up_of(node):
+            if (up := up_of(node)) and isinstance(up, UpConv) and len(node.users) > 1:
+                self.shared.append(node)
+            elif up:
                 self.parts[node] = (Grown(node, up),)
             elif any(each in self.parts for each in node.all_input_nodes):
                 self._pass(node)
@@ -126,8 +220,10 @@ class _Paths:
         return sorted(found, key=self.order.__getitem__)
 
 
-def up_of(node: Node) -> Up | None:
+def up_of(node: Node) -> Up | UpConv | None:
     """Return by what a node up-samples maps (N, C, H, W): the same whole factor for both sides; None if it does not."""
+    if node.op == "call_function" and node.target in TRANSPOSED:
+        return _transposed(node)
     if node.op != "call_function" or node.target is not functional.interpolate:
         return None
     given = given_of(node, INTERPOLATE)
@@ -146,6 +242,18 @@ def up_of(node: Node) -> Up | None:
     ):
         return None
     return Up(factor, mode, corners)
+
+
+def _transposed(node: Node) -> UpConv | None:
+    """Return weight and bias of a transposed convolution as U-Nets have it: 2x2, stride 2, and nothing else."""
+    given = {"bias": None} | given_of(node, UP_CONV)
+    source, weight = example_of(given["input"]), example_of(given["weight"])
+    defaults = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+    wanted = {"stride": 2, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
+    plain = all(set(_pair(given.get(name, defaults[name]))) == {value} for name, value in wanted.items())
+    if source is None or source.ndim != MAP or weight is None or tuple(weight.shape[2:]) != (2, 2) or not plain:
+        return None
+    return UpConv(given["weight"], given["bias"])
 
 
 def _factor(small: Sequence[Any], large: Sequence[Any]) -> int | None:
@@ -168,7 +276,7 @@ def _number(value: Any) -> Any:
 
 def _source(up: Node) -> Any:
     """Return the map that a node up-samples."""
-    return given_of(up, INTERPOLATE)["input"]
+    return given_of(up, ("input",))["input"]
 
 
 def _handed_on(node: Node, known: Mapping[Node, Parts]) -> Parts | None:
@@ -253,15 +361,24 @@ def _side(padding: Any, kernel: Sequence[int]) -> int | None:
 def _why_made(paths: _Paths, chain: Sequence[Node], left_out: set[Node]) -> str:
     """Say who needs the maps of a chain made; empty where nobody does.
 
-    left_out: the chains of all places. Where the sizes are others in each call, each would make the maps for itself.
+    left_out: the chains of all places. Where the sizes are others in each call, each would make the maps for itself;
+    and what a transposed convolution takes is counted once.
     """
-    alone = left_out if _known(paths.parts_read(chain[-1])) else set(chain)
+    parts = paths.parts_read(chain[-1])
+    alone = left_out if _known(parts) and not _composes(parts) else set(chain)
     for node in chain[:-1]:
         others = [user for user in node.users if user not in alone]
         if others:
-            named = ", ".join("the result" if each.op == "output" else name_of(each) for each in others)
-            return f"{named} reads the map of {name_of(node)} as well"
+            return f"{_named(others)} reads the map of {name_of(node)} as well"
     return ""
+
+
+def _named(readers: Iterable[Node]) -> str:
+    return ", ".join("the result" if each.op == "output" else name_of(each) for each in readers)
+
+
+def _composes(parts: Parts) -> bool:
+    return any(isinstance(each, Grown) and isinstance(each.up, UpConv) for each in parts)
 
 
 def _why_not_later(paths: _Paths, chain: Sequence[Node]) -> str:
@@ -278,23 +395,40 @@ def _why_not_later(paths: _Paths, chain: Sequence[Node]) -> str:
     return ""
 
 
-def _foretold(parts: Parts, conv: Node) -> tuple[bool, str]:
-    """Say which form runs on maps of the size that is compiled for, and why."""
+def _foretold(parts: Parts, chain: Sequence[Node], *, keeps: bool) -> tuple[str, str]:
+    """Say which form runs on maps of the size that is compiled for, "" for the model's own, and why."""
+    gradients = gradients_asked(example_of(each) for node in chain for each in node.all_input_nodes)
+    found = []
+    for part in parts:
+        if isinstance(part, Grown):
+            why, choice = _counted(part, chain[-1], alone=len(parts) == 1, gradients=gradients, keeps=keeps)
+            found.append((part.up.form if choice and choice.taken else "", choice.why if choice else why))
+    return next((each for each in found if each[0]), found[0])
+
+
+def _counted(
+    part: Grown, conv: Node, *, alone: bool, gradients: bool, keeps: bool
+) -> tuple[str, Choice | None]:  # fmt: skip
+    """Count both forms of a part's share of a convolution; None where there is but one, and why."""
     given = convolution_of(conv)
     weight = example_of(given["weight"])
     padding = _side(given["padding"], weight.shape[2:])
     assert padding is not None
-    found = []
-    for part in parts:
-        if not isinstance(part, Grown):
-            continue
-        shape = [_hint(each) for each in example_of(_source(part.node)).shape]
-        pads = [tuple(map(_hint, pad)) for pad in part.pads]
-        map_ = enlarged(torch.empty(shape, device="meta"), part.up.factor, part.up.mode, part.up.align_corners, pads)
-        if (window := map_.window()) is not None:
-            found.append(choice_of(map_, window, weight, padding))
-    first = next((each for each in found if each.taken), found[0] if found else None)
-    return (first.taken, first.why) if first else (False, "zeros are added to its map where it was cropped")
+    map_ = _on_meta(part)
+    window = map_.window()
+    if window is None:
+        return "zeros are added to its map where it was cropped", None
+    if not keeps and isinstance(part.up, UpConv):
+        return "composed weights are kept from call to call, which a graph that is compiled further cannot", None
+    why = why_not(map_, window, weight, padding, gradients=gradients)
+    return why, None if why else choice_of(map_, window, weight, padding, alone)
+
+
+def _on_meta(part: Grown) -> Enlarged:
+    """Return a map of the size that is compiled for, without data."""
+    x = torch.empty([_hint(each) for each in example_of(_source(part.node)).shape], device="meta")
+    up = (example_of(each) if isinstance(each, Node) else each for each in part.up)
+    return enlarged(x, *up, [tuple(map(_hint, pad)) for pad in part.pads])
 
 
 def _known(parts: Parts) -> bool:
@@ -303,19 +437,15 @@ def _known(parts: Parts) -> bool:
     return all(isinstance(size, int) for size in sizes)
 
 
-def _replace(graph: fx.Graph, parts: Sequence[Node | Grown], chain: Sequence[Node]) -> Node:
+def _replace(graph: fx.Graph, parts: Parts, chain: Sequence[Node]) -> Node:
     """Let one call do the work of a chain, and erase that: torch.fx's own removal of dead code takes writes with it."""
     *inner, conv = chain
     given = convolution_of(conv)
     padding = _side(given["padding"], example_of(given["weight"]).shape[2:])
-    read = [
-        (_source(each.node), each.up.factor, each.up.mode, each.up.align_corners, each.pads)
-        if isinstance(each, Grown)
-        else each
-        for each in parts
-    ]
+    read = [(_source(each.node), *each.up, each.pads) if isinstance(each, Grown) else each for each in parts]
     with graph.inserting_before(conv):
-        made = graph.call_function(convolve, (read, given["weight"], given["bias"], padding))
+        function = Place().convolve if _composes(parts) else convolve
+        made = graph.call_function(function, (read, given["weight"], given["bias"], padding))
     made.meta = dict(conv.meta)
     conv.replace_all_uses_with(made)
     for node in (conv, *reversed(inner)):

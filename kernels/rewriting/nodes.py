@@ -15,8 +15,10 @@ from torch.nn import functional
 CAT = (torch.cat, torch.concat, torch.concatenate)
 CONV = (torch.conv2d, functional.conv2d)
 DROPOUT = (functional.dropout, functional.dropout2d, functional.alpha_dropout, functional.feature_alpha_dropout)
+TRANSPOSED = (torch.conv_transpose2d, functional.conv_transpose2d)
 PAD = (functional.pad, torch._C._nn.pad)  # noqa: SLF001 - what Dynamo makes of it
 JOIN = ("tensors", "dim")
+UP_CONV = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 SWITCHES = (torch._C._set_grad_enabled, torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)  # noqa: SLF001 - no public names
 NO_LAYERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)

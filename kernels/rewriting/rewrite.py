@@ -47,7 +47,8 @@ def rewrite(model: nn.Module, *example: Any) -> tuple[nn.Module, list[Change]]:
     example: what the model takes. With one it is compiled at once, in evaluation; else by its first call, which takes
     seconds, as does each that differs in mode or in what Python reads. Only then is the list filled.
 
-    The function is the same in inference and in training, gradients included, differentiable once.
+    The function is the same in inference and in training, gradients included, differentiable once. Transposed
+    convolutions are composed under torch.no_grad() or torch.inference_mode() alone.
     ValueError for what is no module of Python, or where modules cannot be told apart from the model's (`twin`).
     """
     return _running(model, "rewrite", Forms(low=True), example)

@@ -84,8 +84,29 @@ class Skipping(nn.Module):
         return x
 
 
+class Pointwise(nn.Module):
+    """Up-samples, then halves the channels at each pixel, as decoders without transposed convolutions do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 64, 2, stride=2)
+        self.ups = nn.ModuleList(
+            nn.Sequential(nn.Upsample(scale_factor=2, mode=mode), nn.Conv2d(64, 32, 1, bias=mode == "nearest"))
+            for mode in ("nearest", "bilinear")
+        )
+        self.conv = nn.Conv2d(8 + 64, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, 4, H, W)."""
+        skip = torch.relu(self.stem(x))
+        deep = torch.relu(self.down(skip))
+        return self.conv(torch.cat([skip, *(up(deep) for up in self.ups)], 1))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {  # with the shape of an input
     "padding": (lambda: user_models.PaddingUNet(bilinear=True), (2, 3, 19, 24)),
+    "pointwise": (Pointwise, (2, 3, 16, 12)),
+    "transposed": (user_models.PaddingUNet, (2, 3, 19, 24)),
     "dividing": (lambda: user_models.PaddingUNet(bilinear=True), (1, 3, 16, 24)),
     "nested": (user_models.NestedUNet, (2, 3, 16, 12)),
     "supervised": (Supervised, (2, 3, 16, 12)),

@@ -154,6 +154,13 @@ def test_composed_weights_must_not_be_larger_than_the_map_that_they_save() -> No
     assert large.why.endswith("and the 0.5 MiB of weights kept are not more than the map's 1.0 MiB")
 
 
+def test_copies_of_both_weights_are_kept_bytes_too() -> None:
+    """Where they are compared: of the convolution those for the up-sampled map, and both biases."""
+    bare, copied = (_composed_call(channels=(8, 6, 7), copied=copied) for copied in (False, True))
+
+    assert copied.kept_bytes - bare.kept_bytes == 4 * (8 * 6 * 4 + 6 + 7 * 6 * 9 + 7)
+
+
 @pytest.mark.parametrize("kind", ["fp32", "16 bits"])
 def test_composed_weights_take_what_is_counted(kind: str) -> None:
     """All three tensors of them, to the byte."""

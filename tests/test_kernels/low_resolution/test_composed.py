@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from skipcost.kernels.low_resolution.composed import PART, composed, composed_up_conv
+from skipcost.kernels.low_resolution.composed import PART, add_composed, blank, composed, composed_up_conv
 from skipcost.unet_models.ops import crop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,6 +104,22 @@ def test_composed_is_both_convolutions(call: Problem) -> None:
     terms = 9 * sum(each[0] for each in call.beside) + 9 * call.channels[1] + 4 * call.channels[0] + 32
     assert actual.shape == wanted.shape
     assert ((actual - wanted).abs() <= 2 * terms * torch.finfo(torch.float64).eps / 2 * absolute).all()
+
+
+@given(problems(), st.tuples(*[st.integers(0, 4)] * 4))
+def test_zeros_around_the_up_sampled_map_are_exact(call: Problem, pad: tuple[int, int, int, int]) -> None:
+    """Any number of rows and columns of them, both biases included."""
+    (layers, maps), (left, right, top, bottom) = (replace(call, beside=()).layers(), call.maps()), pad
+    height, width = (2 * side for side in call.size)
+    made = composed(layers["up"], layers["conv"], torch.float64)
+
+    with torch.no_grad():
+        wanted = layers["conv"](functional.pad(layers["up"](maps[-1]), pad))
+        window = (-top, -left, height + top + bottom, width + left + right)
+        result = blank(maps[-1], made.kernel, made.bias, window, call.padding)
+        add_composed(result, maps[-1], made, window, call.padding)
+
+    torch.testing.assert_close(result, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (2, 2), (3, 4)], ids=str)

@@ -16,8 +16,8 @@ from skipcost.kernels.rewriting import enlarged
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let each test compile anew, and rewrite maps that are small enough for tests."""
-    monkeypatch.setattr(enlarged, "FEWEST_MACS", 0)
-    monkeypatch.setattr(enlarged, "FEWEST_PIXELS", 0)
+    for name in ("FEWEST_MACS", "FEWEST_SAVED", "FEWEST_PIXELS"):
+        monkeypatch.setattr(enlarged, name, 0)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import functional
 
+from skipcost.kernels.low_resolution.composed import add_composed
 from skipcost.kernels.rewriting import enlarged
 from skipcost.kernels.rewriting.backend import backend
 
@@ -57,8 +58,8 @@ def test_results_gradients_and_statistics_are_the_models(name: str, mode: str, t
     one = run(model, x, training=training, through=lambda each: torch.compile(each.forward, backend=backend))
 
     assert_same(one, run(model, x, training=training))
-    # Nothing is up-sampled, or the only place in evaluation counts no fewer MACs
-    assert bool(taken) is (name != "resnet" and (name, mode) != ("supervised", "evaluation"))
+    # Nothing is up-sampled, or not without gradients, or the only place in evaluation counts no fewer MACs
+    assert bool(taken) is (name not in ("resnet", "transposed") and (name, mode) != ("supervised", "evaluation"))
 
 
 def _sized(_: Tensor, x: Tensor) -> Tensor:
@@ -300,6 +301,46 @@ def test_inductor_gets_the_rewritten_graph(taken: list[tuple[int, ...]], monkeyp
     assert taken
     ours, its = (torch.autograd.grad(each.square().sum(), x)[0] for each in (result, model(x)))
     assert_close(ours, its)
+
+
+class Transposed(Net):
+    """Up-samples by weights, beside a skip."""
+
+    def __init__(self) -> None:
+        super().__init__(width=40)
+        self.up: nn.Module = nn.ConvTranspose2d(64, 32, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 64, H, W) -> (N, 32, 2H, 2W)."""
+        return self.conv(torch.cat([x.new_ones((1, 8, 2 * x.shape[2], 2 * x.shape[3])), self.up(x)], 1))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # as Inductor is imported
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [({}, "runs as composed_up_conv"), ({"then": "inductor"}, "compiled further")],
+)
+def test_transposed_convolutions_are_composed_where_weights_can_be_kept(
+    options: dict[str, Any], why: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Not where AOTAutograd follows the graph, as Inductor has it do; the form is that of each call's sizes."""
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", aot_eager)
+    composing: list[tuple[int, ...]] = []
+    monkeypatch.setattr(
+        enlarged,
+        "add_composed",
+        lambda result, x, *given: (composing.append(tuple(x.shape)), add_composed(result, x, *given)),
+    )
+    model = Transposed().eval()
+    run_it = torch.compile(model, backend=backend, options=options or None, dynamic=True)
+
+    with caplog.at_level(logging.INFO, "skipcost.kernels.rewriting.backend"), torch.no_grad():
+        for side in (48, 4, 48):
+            x = torch.randn(1, 64, side, side)
+            assert_close(run_it(x), model(x))
+
+    assert why in caplog.text
+    assert composing == ([] if options else [(1, 64, 48, 48)] * 2)
 
 
 def test_torch_compile_knows_its_name() -> None:
