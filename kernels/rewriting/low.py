@@ -57,7 +57,7 @@ class RewrittenOps:
         return replace(REFERENCE.replacing(**functions), rewrite=low)
 
     def _run_layer(self, step: Step, layers: list[Any], maps: list[Any]) -> Tensor:
-        return self.conv_norm_act(_layer(step, layers), maps.pop())
+        return self.conv_norm_act(_layer(step, layers), maps)
 
     def _run_up_layer(self, step: Step, layers: list[Any], maps: list[Any]) -> Tensor:
         up = step.op.parts[0]
@@ -76,8 +76,9 @@ class RewrittenOps:
         follow(step.op.parts, shapes)
         return relu_concat(_arriving(step, find, maps), cast("tuple[int, int, int]", shapes[-1]))
 
-    def conv_norm_act(self, layer: ConvNormAct, x: Tensor) -> Tensor:
-        """Convolve, then norm and ReLU."""
+    def conv_norm_act(self, layer: ConvNormAct, maps: list[Tensor]) -> Tensor:
+        """Convolve the last of the maps, then norm and ReLU; out of the list, so that only this frame has the map."""
+        x = maps.pop()
         if not _folds(layer, x, (int(x.shape[2]), int(x.shape[3]))):
             held = [layer.conv(x)]
             del x
@@ -95,7 +96,7 @@ class RewrittenOps:
             del x
             merged = [merge(maps, "concat")]
             maps.clear()
-            return self.conv_norm_act(layer, merged.pop())
+            return self.conv_norm_act(layer, merged)
         folded = _folds(layer, x, window[2:])
         x, weight, bias = _cast(layer, x, folded=folded)
         dtype = x.dtype
@@ -113,7 +114,7 @@ class RewrittenOps:
             maps.append(up_conv(up, maps.pop()))
             merged = [merge(maps, "concat")]
             maps.clear()
-            return self.conv_norm_act(layer, merged.pop())
+            return self.conv_norm_act(layer, merged)
         x, weight, _ = _cast(layer, maps.pop())
         others = [each.to(x.dtype) for each in maps]
         maps.clear()

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from model_cells import by_label, outputs_of
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional
 
 from skipcost.bench.cases.case import CHOICES as CASES
@@ -288,6 +289,21 @@ def _peaks(spec: ModelSpec, backend: str, mode: str) -> tuple[int, int]:
 def test_what_is_left_as_it_is_holds_no_more(spec: ModelSpec, mode: str) -> None:
     """A network in which nothing is rewritten has eager's peaks to the byte: the joined op lets go of maps as soon."""
     assert _peaks(spec, "rewritten", mode) == _peaks(spec, "eager", mode)
+
+
+def test_behind_a_compiler_that_failed_no_map_is_held_longer() -> None:
+    """Then TorchDynamo's hook stays, and no call hands its arguments over: who calls holds on to what he gave."""
+    spec = ModelSpec("unet", 2, 4, "none")
+
+    def fails(_module: fx.GraphModule, _given: list[Tensor]) -> Callable[..., Any]:
+        raise ValueError
+
+    with pytest.raises(BackendCompilerFailed):
+        torch.compile(nn.Conv2d(1, 4, 3), backend=fails)(torch.randn(1, 1, 8, 8))
+
+    peaks = _peaks(spec, "rewritten", "inference")
+
+    assert peaks == _peaks(spec, "eager", "inference")
 
 
 @pytest.mark.parametrize("padding", CHOICES["padding"])
