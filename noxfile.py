@@ -40,7 +40,8 @@ PUBLIC_UNETS = (  # what `rewrite` is tried on; each beside torch, none installs
     "unet-torch==0.0.2",
 )
 ON_THE_WHEEL = (  # what looks for files, modules, commands or the plug-in; not what they compute, which is no other
-    *("test_project.py", "test_unet_models/test_published.py", "test_unet_models/test_spec.py", "test_reports"),
+    *("test_project.py", "test_unet_models/test_published.py", "test_unet_models/test_spec.py"),
+    *("test_reports/test_page.py", "test_reports/sections/test_changes.py"),
     *("test_bench/test_cli*.py", "test_bench/compare/test_b*.py", "test_bench/measure/test_budget.py"),
     *("test_bench/predictions/test_calibration.py", "test_bench/measure/test_environment.py"),
     *("test_bench/commands/test_fit.py", "test_bench/commands/test_rewritings.py", "test_bench/sweeps/test_plan.py"),
@@ -48,12 +49,16 @@ ON_THE_WHEEL = (  # what looks for files, modules, commands or the plug-in; not 
     *("test_kernels/dispatch/test_choose.py", "test_bench/kernels/test_tune.py"),
 )
 OF_THE_REPOSITORY = ("bench/baselines/",)  # tracked in the packages, and of no use without the rest
-PARALLEL = ("-n", "2", "--dist", "loadfile")  # tests take one core; a file's fixtures are made once
+# Tests take one core; a file's fixtures are made once. Files in their order end with short ones; by their number of
+# tests, those with few and long ones would be last, and one core idle.
+PARALLEL = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # on two cores, two workers with two threads each would wait for each other
 NARROW = (  # instruction sets that another machine may be without: ATen's own kernels, then oneDNN's
     {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
     {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
 )
+
+_installed: set[str] = set()  # in the shared environment, by this run of nox: the groups, "" is the project itself
 
 nox.options.default_venv_backend = "none"
 nox.options.sessions = ["sweep"]
@@ -72,9 +77,12 @@ def _pip(session: nox.Session, *what: str, environment: Path = SHARED) -> None:
 
 
 def _install(session: nox.Session, *groups: str) -> None:
-    """Install the project itself, editable, with its extras, and the named dependency groups."""
+    """Install the project itself, editable, with its extras, and the named dependency groups; once in a run of nox."""
+    if {"", *groups} <= _installed:
+        return
     tools = nox.project.dependency_groups(GROUPS, *groups) if groups else ()
     _pip(session, "-e", ".[fvcore,gpu]", *tools)
+    _installed.update({"", *groups})
 
 
 def _beside(session: nox.Session, name: str, *what: str) -> str:

@@ -143,9 +143,11 @@ def matched(
     asked, cells = set(cells[axis]), cells.dropna(subset=[cost.metric])
     rest = [name for name in AXES if name != axis]
     table = cells.pivot(index=rest, columns=axis, values=cost.metric)  # noqa: PD010 - two of one cell are no average
+    known = table.notna()
     others = [name for name in names if name in table.columns and name != needed]
     for count in range(len(others) if needed in table.columns else 0, 0, -1):
-        common = max((table[[needed, *some]].dropna() for some in combinations(others, count)), key=len)
+        some = max(combinations(others, count), key=lambda some: int(known[[needed, *some]].to_numpy().all(1).sum()))
+        common = table[[needed, *some]].dropna()
         if len(common) >= least:
             left_out = tuple(name for name in names if name in asked and name not in common.columns)
             return Matched(cost, common, where_of(cells), left_out)

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from skipcost.bench.console import check_outputs, write_file
 from skipcost.reports.compare import Number, times
 from skipcost.reports.data import Data, load
-from skipcost.reports.sections import SECTIONS
+from skipcost.reports.sections import SECTIONS, Section
 from skipcost.reports.sections.provenance import header_context
 
 
@@ -27,13 +27,19 @@ def render(data: Data) -> str:
             "name": section.name,
             "title": section.title,
             "short": section.short,
-            "body": Markup(environment.get_template(f"{section.name}.html.j2").render(section.context(data))),  # noqa: S704 - rendered with autoescape
+            "body": render_section(section, data, environment),
         }
         for section in SECTIONS
     ]
     return environment.get_template("page.html.j2").render(
         header=header_context(data), sections=sections, store=data.store_name, datatables=_datatables()
     )
+
+
+def render_section(section: Section, data: Data, environment: Environment | None = None) -> Markup:
+    """Render one section, as it stands in the page."""
+    template = (environment or _environment()).get_template(f"{section.name}.html.j2")
+    return Markup(template.render(section.context(data)))  # noqa: S704 - rendered with autoescape
 
 
 def _environment() -> Environment:

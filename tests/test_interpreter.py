@@ -44,7 +44,7 @@ def outcomes(folder: Path, text: str, *options: str) -> tuple[dict[str, str], st
     (folder / "test_written_interpreted.py").write_text(text)
     (folder / "conftest.py").write_text("from interpreter import *")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(HELPERS), "PYTEST_ADDOPTS": ""}
+    environment |= {"PYTHONPATH": str(HELPERS), "PYTEST_ADDOPTS": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     command = [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", "--rootdir", str(folder), *options]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     found = re.findall(r"^(PASSED|FAILED|ERROR|SKIPPED|XFAIL)\S* \S+::(\S+)", done.stdout, re.MULTILINE)

@@ -205,6 +205,16 @@ def test_reports_never_load_torch() -> None:
     assert done.stdout.strip() == "False"
 
 
+def test_the_command_line_loads_what_its_command_needs() -> None:
+    """Not what only some commands do: these take seconds, and every command would wait for them."""
+    heavy = ("torch", "triton", "pandas", "scipy", "matplotlib")
+    script = f"import sys, skipcost.bench.cli; print(*[name for name in {heavy} if name in sys.modules])"
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == ""
+
+
 @pytest.mark.sources
 def test_the_workflow_runs_every_python_that_is_promised() -> None:
     """The matrix is the classifiers' versions, and every action is pinned by its hash."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from skipcost.bench import figures
 from skipcost.bench.cases.case import CASE_KEYS
@@ -13,8 +12,10 @@ from skipcost.bench.errors import BenchError
 from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.store.store import Store
 from skipcost.bench.store.tables import wide_table
-from skipcost.bench.store.where import rows_where
 from skipcost.unet_models.spec import suggest
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 KEPT = ("params", "conv_macs", "latency_s")  # metrics that a narrow table leaves out last
 
@@ -26,6 +27,8 @@ def select(store: Store, where: str | None, sort: str | None, *, every: bool = F
     """
     frame = wide_table(store, store.newest().fingerprint, store.cases() if every else None)
     if where is not None:
+        from skipcost.bench.store.where import rows_where  # noqa: PLC0415 - pandas', as the table itself
+
         frame = rows_where(frame, where)
     if sort:
         if sort not in frame.columns:
@@ -65,6 +68,8 @@ def _for_people(frame: pd.DataFrame, labels: dict[str, str], console: Screen) ->
 
     Where a model is there in several states, these are told apart by their code's hash and when they were asked for.
     """
+    import pandas as pd  # noqa: PLC0415 - as in `wide_table`
+
     several = frame["code"].nunique() > frame["factory"].nunique()
     fields = [name for name in CASE_KEYS if len(set(frame[name].dropna())) > 1] + ["code", "asked"] * several
     metrics = [name for name in METRICS if frame[name].notna().any()]

@@ -11,9 +11,9 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy import stats
 
 POWER = 0.8  # of the smallest change that could have been seen
 
@@ -30,7 +30,7 @@ class Estimate:
 
     def interval(self, alpha: float) -> tuple[float, float]:
         """The two-sided interval that misses the true ratio with probability alpha."""
-        reach = float(stats.t.isf(alpha / 2, self.pairs - 1)) * self.error
+        reach = float(_stats().t.isf(alpha / 2, self.pairs - 1)) * self.error
         return self.ratio * math.exp(-reach), self.ratio * math.exp(reach)
 
     def p_value(self, floor: float) -> float:
@@ -38,12 +38,19 @@ class Estimate:
         beyond = abs(math.log(self.ratio)) - math.log1p(floor)
         if self.error == 0:
             return 0.0 if beyond > 0 else 1.0
-        return min(1.0, 2 * float(stats.t.sf(beyond / self.error, self.pairs - 1)))
+        return min(1.0, 2 * float(_stats().t.sf(beyond / self.error, self.pairs - 1)))
 
     def visible(self, alpha: float, floor: float) -> float:
         """The smallest relative change that would have been found with probability POWER."""
-        reach = stats.t.isf(alpha / 2, self.pairs - 1) + stats.t.isf(1 - POWER, self.pairs - 1)
+        student = _stats().t
+        reach = student.isf(alpha / 2, self.pairs - 1) + student.isf(1 - POWER, self.pairs - 1)
         return math.expm1(math.log1p(floor) + float(reach) * self.error)
+
+
+def _stats() -> Any:
+    from scipy import stats  # noqa: PLC0415 - a second, which commands that compare no latencies do without
+
+    return stats
 
 
 def estimate(pairs: Pairs) -> Estimate:
@@ -87,6 +94,7 @@ def proportion(successes: int, runs: int, confidence: float = 0.95) -> tuple[flo
     """The exact interval of a proportion (Clopper and Pearson, 1934), one-sided at 0 and at `runs`."""
     one_sided = successes in (0, runs)
     tail = (1 - confidence) / (1 if one_sided else 2)
-    low = 0.0 if successes == 0 else float(stats.beta.ppf(tail, successes, runs - successes + 1))
-    high = 1.0 if successes == runs else float(stats.beta.ppf(1 - tail, successes + 1, runs - successes))
+    beta = _stats().beta
+    low = 0.0 if successes == 0 else float(beta.ppf(tail, successes, runs - successes + 1))
+    high = 1.0 if successes == runs else float(beta.ppf(1 - tail, successes + 1, runs - successes))
     return low, high

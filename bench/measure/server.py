@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import select
@@ -59,6 +60,8 @@ def warm_up() -> None:
 def serve(requests: IO[str], replies: IO[str]) -> None:
     """Answer requests until the driver closes its end; its death ends the case that is running, too."""
     warm_up()
+    gc.collect()
+    gc.freeze()  # each fork collects garbage before it measures: what they all share would take it a quarter second
     say(replies, {"environment": describe()})
     while line := requests.readline():
         request = json.loads(line)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pandas as pd
-
 from skipcost.bench.errors import BenchError
 from skipcost.unet_models import ModelSpec
 
@@ -18,6 +16,8 @@ ACCEPTED = ("label", "score", "seed")
 
 def read_scores(path: Path) -> list[tuple[str, float]]:
     """Labels as they were written, each with one score; BenchError in one sentence if the file is bad."""
+    import pandas as pd  # noqa: PLC0415 - most of a second, which whoever reads no table does without
+
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True)
     except (OSError, ValueError) as error:  # ValueError: pandas' parser errors and bad encodings

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from skipcost.bench.cases.case import CASE_KEYS, SPEC_KEYS
 from skipcost.bench.cases.record import outcomes_of, value_of
 from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.store.store import Store
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 WHOLE = ("depth", "width", "in_channels", "classes", "max_width", "pruned_to")  # of a spec
 NAMES = ("label", "factory", "code", "asked")
@@ -26,6 +27,8 @@ def wide_table(store: Store, fingerprint: str = "", chosen: Collection[str] | No
     `asked` is when the last run began that asked for the case, in UTC.
     Rows: the cases that are `chosen`, else the newest state of each model (`Store.results`).
     """
+    import pandas as pd  # noqa: PLC0415 - most of a second, which most commands do without
+
     fingerprint = fingerprint or store.newest().fingerprint
     cases, runs = store.cases(), {run.run_id: run.started for run in store.runs()}
     asked = {case_id: runs[run_id] for run_id, case_id in store.asked()}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from skipcost.bench.commands import show as showing
 from skipcost.bench.errors import BenchError, MachineError
 from skipcost.bench.store.store import create_store
 from skipcost.bench.store.tables import COLUMNS
+from skipcost.bench.sweeps.driver import Server
 from skipcost.kernels.dispatch.low_resolution import executed_macs
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 
@@ -74,6 +76,19 @@ def run_script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
         return subprocess.CompletedProcess(words, exit_code.value.code or 0, *capsys.readouterr())
 
     return run_script
+
+
+@pytest.fixture(scope="module")
+def one_server() -> Iterator[Server]:
+    """A fork server; it takes eight seconds to start."""
+    with Server() as running:
+        yield running
+
+
+@pytest.fixture
+def served(one_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have commands ask the one server instead of starting their own."""
+    monkeypatch.setattr(cli, "Server", lambda: contextlib.nullcontext(one_server))
 
 
 @pytest.fixture
@@ -313,6 +328,7 @@ def test_show_counts_metrics_where_many_failed() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("served")
 def test_plan_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     """Memory for a GPU is predicted anywhere; what fits is only said against a GPU or the sweep's own limit."""
     sweep = tmp_path / "mine.toml"
@@ -329,6 +345,7 @@ def test_plan_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("served")
 def test_plan_tells_memory_refusals_and_aliases(tmp_path: Path) -> None:
     """`plan` predicts memory, names what arithmetic refuses, what will not fit, and what is the same network."""
     sweep = tmp_path / "mine.toml"
@@ -348,6 +365,7 @@ def test_plan_tells_memory_refusals_and_aliases(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("served")
 def test_doctor_says_what_can_be_measured_here() -> None:
     """`doctor` answers for each ability with yes or the reason."""
     facts = json.loads(run("doctor", "--json"))

@@ -18,6 +18,7 @@ SETTINGS = {  # program, whether convolutions may round
 READERS = """
 import os, sys
 import torch
+import torch._dynamo  # 3 s, which every child would take again
 from skipcost.kernels.precision import rounding, tf32_allowed
 from skipcost.bench.measure.machine import arithmetic
 from skipcost.kernels.backends import precision_of

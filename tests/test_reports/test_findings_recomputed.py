@@ -275,8 +275,9 @@ def told_again(path: Path) -> list[str]:
     return [*variants_again(rows), *schemes_again(rows), *growth_again(rows), *memory_again(rows)]
 
 
+@cache
 def told_by_the_report(path: Path) -> list[str]:
-    """The same as the report tells them."""
+    """The same as the report tells them; several tests look at the same store, which nobody changes."""
     data = load(path)
     finders = [finder for finder in FINDERS if finder is not rewriting_saves]  # slow, and another test's
     return [each.text for finder in finders for each in finder(data) if each.topic in TOPICS]
@@ -372,13 +373,13 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Stores by how they are spoilt and from which seed, each written once."""
 
     @cache
-    def write(spoil: Spoil, seed: int = 0) -> Path:
+    def write(spoil: Spoil, seed: int) -> Path:
         path = tmp_path_factory.mktemp("made-up") / "x.sqlite"
         with create_store(path) as store:
             fill(store, seed, spoil)
         return path
 
-    return write
+    return lambda spoil, seed=0: write(spoil, seed)
 
 
 @pytest.mark.parametrize(("spoil", "seed"), [*((each, 0) for each in SPOILS), (scattered, 1), (latency_only, 2)])

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from custom_models import Tiny
+from pairwise import each_pair
 from places import HELPERS
 
 from skipcost.bench.cases.case import CASE_KEYS, SPEC_KEYS, Case
@@ -31,7 +32,6 @@ from skipcost.bench.store.store import create_store
 from skipcost.bench.store.tables import wide_table
 from skipcost.bench.sweeps.driver import Request, Server
 from skipcost.bench.sweeps.plan import Plan, load_plan
-from skipcost.unet_models import SKIPS, VARIANTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = {"seconds": 0.02, "noise": 0.1, "least": 3, "warmup_seconds": 0.02}
@@ -184,9 +184,7 @@ def test_what_is_unknown_of_a_model_is_missing(mode: str, known: set[str], tmp_p
     assert (ours["depth"], ours["width"], ours["bias"]) == (4, 64, True)
 
 
-@pytest.mark.parametrize("mode", ["inference", "training"])
-@pytest.mark.parametrize("skip", SKIPS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@each_pair
 def test_traced_equals_computed(variant: str, skip: str, mode: str) -> None:
     """A network of the suite that comes as a factory costs what its graph says, to the operator and byte."""
     label = f"{variant}/d1/w4/{skip}"
@@ -600,7 +598,7 @@ def test_the_command_line_measures_a_model_beside_the_suite(tmp_path: Path) -> N
     sweep = tmp_path / "mine.toml"
     sweep.write_text(
         "[timing]\nseconds=0.02\nleast=3\nwarmup_seconds=0.02\n[[grid]]\ndepth=1\nwidth=4\nsize=16\n"
-        'metrics=["params", "latency_s"]\n[[custom]]\nfactory="nothere:unet"\nlabel="Absent"\nsize=16\n'
+        'metrics=["params", "conv_macs"]\n[[custom]]\nfactory="nothere:unet"\nlabel="Absent"\nsize=16\n'
     )
 
     def run(*words: str) -> str:
@@ -619,6 +617,6 @@ def test_the_command_line_measures_a_model_beside_the_suite(tmp_path: Path) -> N
     assert notes["Absent"].startswith("cannot import nothere")
     rows = {row["label"]: row for row in shown}
     assert rows["Absent"]["outcome"].startswith("unsupported: activations, conv_macs")
-    assert rows["custom_models:Tiny"]["latency_s"] > 0
+    assert rows["custom_models:Tiny"]["conv_macs"] > 0
     assert rows["custom_models:Tiny"]["variant"] is None
     assert set(METRICS) <= set(rows["Absent"])

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from pairwise import each_pair
 
 from skipcost.bench.cases.case import CHOICES, Case
 from skipcost.bench.measure.counting import fvcore_count, predicted_peaks
 from skipcost.bench.measure.live_bytes import LiveBytes, trace_peaks
 from skipcost.bench.measure.subject import make_subject, total_loss
-from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
+from skipcost.unet_models import VARIANTS, ModelSpec
 
 SMALL = Case(spec=ModelSpec(depth=2, width=4, in_channels=3), height=16, width=24, batch=2)
 HEADS = [
@@ -146,9 +147,7 @@ def test_live_bytes_follow_a_program_by_hand() -> None:
     assert tracker.live == 400
 
 
-@pytest.mark.parametrize("mode", CHOICES["mode"])
-@pytest.mark.parametrize("skip", SKIPS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@each_pair
 def test_the_meta_trace_equals_a_real_run(variant: str, skip: str, mode: str) -> None:
     """Predicted peaks are those of the same step on real CPU tensors, to the byte, first step and later ones."""
     case = replace(SMALL, spec=ModelSpec(variant=variant, skip=skip, depth=2, width=4), mode=mode)

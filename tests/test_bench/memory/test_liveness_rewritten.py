@@ -409,7 +409,10 @@ def test_the_workspace_of_a_call_is_counted(
 
 
 def _tensors() -> list[torch.Tensor]:
-    """Every tensor that Python knows of."""
+    """Every tensor that Python knows of, those too that conftest hides from the garbage collector."""
+    gc.unfreeze()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what looking at a deprecated object says
-        return [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+        found = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+    gc.freeze()
+    return found

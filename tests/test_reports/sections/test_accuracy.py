@@ -13,10 +13,12 @@ from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.predictions.accuracy import NOT_MEASURED, PAIRS
 from skipcost.bench.store.store import create_store
 from skipcost.reports.data import load
-from skipcost.reports.page import render
+from skipcost.reports.page import render_section
+from skipcost.reports.sections import SECTIONS
 from skipcost.reports.sections.accuracy import accuracy_context
 from skipcost.unet_models import ModelSpec
 
+ACCURACY = next(section for section in SECTIONS if section.name == "accuracy")
 CARD = "A pretended GPU"
 
 
@@ -46,7 +48,7 @@ def test_without_gpu_rows_the_section_says_so(tmp_path: Path) -> None:
 
     assert shown["why_none"] == NOT_MEASURED
     assert shown["table"].rows == ()
-    assert "skipcost sweep memory" in render(data)
+    assert "skipcost sweep memory" in render_section(ACCURACY, data)
 
 
 @pytest.mark.parametrize(("at", "metric"), list(enumerate(PAIRS)))
@@ -59,15 +61,14 @@ def test_every_figure_has_its_errors(tmp_path: Path, at: int, metric: str) -> No
     assert row[:8] == [METRICS[metric].title, "2", "2", "7.0%", "-10.0%", "50%", "10.0%", "0%"]
 
 
-def test_the_page_shows_card_errors_and_the_rows_furthest_off(tmp_path: Path) -> None:
+def test_it_shows_card_errors_and_the_rows_furthest_off(tmp_path: Path) -> None:
     """The worst row comes first, with its interval beside what was measured."""
     data = load(make_store(tmp_path / "x.sqlite", gpu=True))
 
-    context, page = accuracy_context(data), render(data)
+    context, section = accuracy_context(data), render_section(ACCURACY, data)
 
     assert [cell.text for cell in context["worst"].rows[0]][2:] == ["90 B", "90 B", "95 B", "100 B", "-10.0%"]
     assert context["worst"].rows[0][0].text.startswith("unet/d4/w16/concat")
-    section = page.partition('<section id="accuracy"')[2].partition("</section>")[0]
     assert CARD in section
     assert "-10.0%" in section
     assert [[cell.text for cell in row] for row in context["left_out"].rows] == [

@@ -17,7 +17,8 @@ from skipcost.bench.compare.verdicts import VERDICTS, Verdict, read_json
 from skipcost.bench.compare.verdicts import to_json as verdicts_json
 from skipcost.bench.errors import BenchError
 from skipcost.reports.data import Data, load
-from skipcost.reports.page import render
+from skipcost.reports.page import render_section
+from skipcost.reports.sections import SECTIONS
 from skipcost.reports.sections import changes as regressions
 from skipcost.reports.sections.changes import regressions_context
 
@@ -27,6 +28,7 @@ EXACT = (
     Verdict("unet <b>", "conv_macs", "improved", 2000, 1000, "x0_1 -1,000"),
     Verdict("other", "conv_macs", "missing", 2000, None, "the whole case"),
 )
+CHANGES = next(section for section in SECTIONS if section.name == "regressions")
 COUNTED = Verdict("forward", "operators", "improved", 100, 90, "", 0.9, (0.89, 0.91))
 TIMED = (
     Verdict("unet training", "latency_s", "regressed", 0.1, 0.12, "by profiles", 1.2, (1.15, 1.25)),
@@ -83,9 +85,9 @@ def test_latencies_are_drawn_with_their_intervals(data: Data) -> None:
     assert all(each.case in plot.svg for each in TIMED)
 
 
-def test_the_page_shows_them_escaped(data: Data) -> None:
-    """Names of cases are text, and the page stays well formed."""
-    text = render(data)
+def test_the_section_shows_them_escaped(data: Data) -> None:
+    """Names of cases are text, and what stands around them stays well formed."""
+    text = render_section(CHANGES, data)
 
     page = Page()
     page.feed(text)
@@ -101,7 +103,7 @@ def test_without_verdicts_the_section_says_how_to_get_some(files: tuple[Path, Pa
 
     assert not context["given"]
     assert context["plot"] is None
-    assert "No verdicts were given" in render(load(files[0]))
+    assert "No verdicts were given" in render_section(CHANGES, load(files[0]))
 
 
 @pytest.mark.parametrize(

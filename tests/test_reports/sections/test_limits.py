@@ -16,11 +16,13 @@ from skipcost.bench.time.roofline import bound
 from skipcost.kernels.devices import FIGURES, Device
 from skipcost.reports.compare import times
 from skipcost.reports.data import Data, load
-from skipcost.reports.page import render
+from skipcost.reports.page import render_section
+from skipcost.reports.sections import SECTIONS
 from skipcost.reports.sections.limits import roofline_context
 from skipcost.unet_models import VARIANTS
 
 CPU = Device("A CPU", "cpu", 1 << 33, 1e10, {"fp32": 1e11}, dict.fromkeys(FIGURES, "measured by a probe"))
+LIMITS = next(section for section in SECTIONS if section.name == "roofline")
 SLOWER = 3.0  # each layer takes so many times its line
 
 
@@ -145,7 +147,7 @@ def test_a_latency_below_the_line_is_counted_and_explained(tmp_path: Path) -> No
     slow = replace(CPU, flop_per_s={"fp32": 1e8}, bandwidth_bytes_per_s=1e8)
     found = with_lines(tmp_path / "x.sqlite", device=slow, layers=False)
 
-    context, page = roofline_context(found), render(found)
+    context, page = roofline_context(found), render_section(LIMITS, found)
 
     assert context["below"] > 0
     assert f"over {context['sound']} without a doubt. {context['below']} of them are below the line" in page
@@ -155,7 +157,7 @@ def test_a_latency_below_the_line_is_counted_and_explained(tmp_path: Path) -> No
 
 def test_a_store_without_lines_says_how_to_get_them(tmp_path: Path) -> None:
     """No figure is made up."""
-    page = render(load(make_store(tmp_path / "x.sqlite")))
+    page = render_section(LIMITS, load(make_store(tmp_path / "x.sqlite")))
 
     assert "No reference line in this store yet: sweep again with the metric <code>roofline_s</code>" in page
 
