@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from skipcost.kernels.low_resolution.composed import add_composed
 from skipcost.kernels.low_resolution.tap_first import tap_first
 from skipcost.kernels.rewriting import enlarged
 
@@ -33,4 +34,17 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         return tap_first(x, *args, **kwargs)
 
     monkeypatch.setattr(enlarged, "tap_first", record)
+    return found
+
+
+@pytest.fixture
+def composing(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the small maps that composed weights are run on, in order."""
+    found: list[tuple[int, ...]] = []
+
+    def record(result: Tensor, x: Tensor, *given: Any) -> None:
+        found.append(tuple(x.shape))
+        add_composed(result, x, *given)
+
+    monkeypatch.setattr(enlarged, "add_composed", record)
     return found

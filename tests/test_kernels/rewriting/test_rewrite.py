@@ -20,8 +20,6 @@ from user_models import NestedUNet, PaddingUNet, pickled
 from skipcost.kernels import rewrite
 from skipcost.kernels.backends import BACKENDS
 from skipcost.kernels.dispatch.low_resolution import executed_macs
-from skipcost.kernels.low_resolution.composed import add_composed
-from skipcost.kernels.rewriting import enlarged
 from skipcost.kernels.rewriting.rewrite import Running
 from skipcost.unet_models import ModelSpec, build
 
@@ -61,15 +59,13 @@ def test_fewer_macs_run(name: str, *, training: bool) -> None:
 
 @pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode])
 def test_transposed_convolutions_are_composed_at_inference(
-    inference: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+    inference: Callable[[], Any], composing: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To 1e-12 in float64, at sizes that do not divide, whatever becomes of the weights; elsewhere it says why not."""
     always(monkeypatch)
     model, x = made("transposed")
     faster, changes = rewrite(model, x)
     why = {each.why.partition(":")[0] for each in changes}
-    composing = []
-    monkeypatch.setattr(enlarged, "add_composed", lambda *given: (composing.append(given), add_composed(*given)))
 
     with inference():
         results = [(faster(x), model(x))]
