@@ -93,7 +93,7 @@ def composed_up_conv(
 def blank(x: Tensor, kernel: Tensor, bias: Tensor, window: Window, padding: int) -> Tensor:
     """Return the bias of the interior everywhere: what `add_composed` adds to where nothing else is convolved."""
     shape = (x.shape[0], len(bias), *(side - 2 + 2 * padding for side in window[2:]))
-    return bias.view(-1, 1, 1).expand(shape).contiguous(memory_format=_layout(x, kernel))
+    return bias.view(-1, 1, 1).expand(shape).clone(memory_format=_layout(x, kernel))
 
 
 def add_composed(result: Tensor, x: Tensor, made: Composed, window: Window, padding: int) -> None:

@@ -41,6 +41,7 @@ from skipcost.kernels.rewriting.nodes import (
     path_of,
     place_of,
     places_of,
+    transformed,
     written_by,
 )
 from skipcost.kernels.rewriting.places import Place, laid_out, pad_later
@@ -110,6 +111,8 @@ def fuse_graph(graph: fx.Graph, roots: Sequence[str], find: Find, ops: FusedOps)
 def _why_not_here(graph: fx.Graph) -> str:
     if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:  # noqa: SLF001 - no public names
         return "every module has hooks"
+    if transformed(graph):
+        return "a part of it runs through torch.func"
     switched = next((node for node in graph.nodes if node.op == "call_function" and node.target in SWITCHES), None)
     if switched is not None:
         return "it switches gradients or autocast inside"

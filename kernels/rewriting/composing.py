@@ -2,7 +2,8 @@
 
 A graph has tensors and no layers, and a user's code may write to them by ways that leave no version behind: `.data`,
 numpy, an average of weights. So the values themselves are compared, with copies, which is one pass over weights that
-are fewer than the values of a map (`choose_composed` counts the copies).
+are fewer than the values of a map (`choose_composed` counts the copies). What is kept is one for all graphs and twins
+that have the same weights.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from skipcost.kernels.low_resolution.composed import Composed, compose
 
 Given = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 PLAIN = (Tensor, nn.Parameter)
+MOST = 2  # convolutions or types, of those that a transposed convolution was composed with last
+# By the transposed convolution's parameter, with which it goes: Dynamo keeps graphs for good, for each way of calling.
+_KEPT: Any = WeakTensorKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,30 +32,28 @@ class _Known:
     made: Composed | None
 
 
-class Composing:
-    """What one place keeps. It goes with the transposed convolution's parameter: Dynamo keeps its graphs for good."""
+def kept_composed(given: Given, dtype: torch.dtype) -> Composed | None:
+    """Return the weights and biases of both convolutions as one; None where they should run one by one.
 
-    def __init__(self) -> None:
-        self._known: Any = WeakTensorKeyDictionary()
-
-    def composed(self, at: int, given: Given, dtype: torch.dtype) -> Composed | None:
-        """Return the weights and biases of both convolutions as one; None where they should run one by one.
-
-        at: which of the place's maps. given: (C, M, 2, 2), a parameter, and (M,); (O, M, 3, 3) and (O,). Composing
-        takes as long as a call may save, so weights that have changed are composed when they come again. None, too, for
-        tensors whose values cannot be compared: a tracer's, or on another device.
-        """
-        if any(each is not None and (type(each) not in PLAIN or not each.is_cpu) for each in given):
-            return None
-        places: dict[Any, _Known] = self._known.setdefault(given[0], {})
-        known = places.get((at, dtype))
-        if known is not None and not _same(known.given, given):
-            places[at, dtype] = _Known(_copies(given), None)
-            return None
-        if known is None or known.made is None:
-            copies = known.given if known else _copies(given)
-            known = places[at, dtype] = _Known(copies, compose(*copies, dtype))
-        return known.made
+    given: (C, M, 2, 2), a parameter, and (M,); (O, M, 3, 3), or a part of (O, more, 3, 3), and (O,). Composing takes as
+    long as a call may save, so weights that have changed are composed when they come again. None, too, for tensors
+    whose values cannot be compared: a tracer's, or on another device.
+    """
+    if any(each is not None and (type(each) not in PLAIN or not each.is_cpu) for each in given):
+        return None
+    known: dict[tuple[int, torch.dtype], _Known] = _KEPT.setdefault(given[0], {})
+    key = given[2].data_ptr(), dtype
+    found = known.pop(key, None)
+    if found is not None and not _same(found.given, given):
+        known[key] = _Known(_copies(given), None)
+        return None
+    if found is None or found.made is None:
+        copies = found.given if found else _copies(given)
+        found = _Known(copies, compose(*copies, dtype))
+    known[key] = found  # the last of all: the first ones go
+    while len(known) > MOST:
+        known.pop(next(iter(known)), None)
+    return found.made
 
 
 def _copies(given: Given) -> Given:

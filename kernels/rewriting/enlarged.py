@@ -22,7 +22,7 @@ from skipcost.kernels.dispatch.low_resolution import Choice, choose, choose_comp
 from skipcost.kernels.low_resolution.composed import Composed, add_composed, blank
 from skipcost.kernels.low_resolution.tap_first import DTYPES, axes, tap_first
 from skipcost.kernels.precision import computing_type, tf32_allowed
-from skipcost.kernels.rewriting.composing import Composing
+from skipcost.kernels.rewriting.composing import kept_composed
 
 MODES = {"bilinear": "bilinear", "nearest": "nearest", "nearest-exact": "nearest"}  # the same for whole factors
 DEVICES = ("cpu", "cuda", "meta")
@@ -121,12 +121,12 @@ Part = Tensor | Enlarged
 
 
 def convolve(
-    parts: Sequence[Any], weight: Tensor, bias: Tensor | None, padding: int, composing: Composing | None = None
+    parts: Sequence[Any], weight: Tensor, bias: Tensor | None, padding: int, *, keeps: bool = False
 ) -> Tensor:  # fmt: skip
     """Return conv2d(cat(parts, 1), weight, bias, padding=padding), every part in the form that counts fewer MACs.
 
     parts: maps (N, C_i, H, W), and where one is up-sampled (x, factor, mode, align_corners, pads) or (x, weight, bias,
-    pads), see `Enlarged`. weight: (O, sum of C_i, kh, kw). composing: keeps composed weights; without it none are.
+    pads), see `Enlarged`. weight: (O, sum of C_i, kh, kw). keeps: composed weights, from call to call; else none are.
     Where PyTorch would not convolve these, it is asked, and says what it has to say.
     """
     read: list[Part] = [each if isinstance(each, Tensor) else enlarged(*each) for each in parts]
@@ -138,10 +138,10 @@ def convolve(
     channels = [each.shape[1] if isinstance(each, Tensor) else each.channels for each in read]
     rest: list[tuple[Part, Tensor]] = []
     terms: list[Term] = []
-    for at, (part, own, window) in enumerate(zip(read, weight.split(channels, 1), windows, strict=True)):
+    for part, own, window in zip(read, weight.split(channels, 1), windows, strict=True):
         made = None
-        if window and composing and isinstance(part, Enlarged) and isinstance(part.up, UpConv):
-            made = composing.composed(at, (*part.up, own, bias), computing_type(weight))
+        if window and keeps and isinstance(part, Enlarged) and isinstance(part.up, UpConv):
+            made = kept_composed((*part.up, own, bias), computing_type(weight))
             bias = made.bias if made else bias  # all that reaches the interior
         if isinstance(part, Tensor) or window is None or (made is None and isinstance(part.up, UpConv)):
             rest.append((part, own))
@@ -149,13 +149,21 @@ def convolve(
             terms.append(Term(part, own, padding, window, made))
     result: Tensor | None = None
     if rest:
-        maps, weights = [_made(each) for each, _ in rest], [own for _, own in rest]
+        maps, weights = _laid(read, [_made(each) for each, _ in rest]), [own for _, own in rest]
         result = functional.conv2d(_joined(maps), _joined(weights), bias, padding=padding)
         del rest, maps
     for term in terms:
         result = term.added(result, bias)
     assert result is not None
     return result
+
+
+def _laid(read: Sequence[Part], maps: list[Tensor]) -> list[Tensor]:
+    """Lay maps out as their concatenation with the others would be: not in channels_last where one of all is not."""
+    given = [each if isinstance(each, Tensor) else each.x for each in read]
+    if all(each.is_contiguous(memory_format=torch.channels_last) for each in given):
+        return maps
+    return [each.contiguous() for each in maps]
 
 
 class Term(NamedTuple):
@@ -294,17 +302,6 @@ def counted_composed(
 ) -> Choice:  # fmt: skip
     """Count both forms, as of `choose_composed`."""
     return choose_composed(size, channels, padding, batch, kind=kind, device=device, alone=alone, copied=True)
-
-
-class Place:
-    """`convolve` at one place of a graph, with the composed weights that it keeps."""
-
-    def __init__(self) -> None:
-        self._composing = Composing()
-
-    def convolve(self, parts: Sequence[Any], weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
-        """Do what `convolve` does."""
-        return convolve(parts, weight, bias, padding, self._composing)
 
 
 @lru_cache(maxsize=64)

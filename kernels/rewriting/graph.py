@@ -26,7 +26,6 @@ from skipcost.kernels.rewriting.change import Change
 from skipcost.kernels.rewriting.enlarged import (
     MODES,
     Enlarged,
-    Place,
     Up,
     UpConv,
     choice_of,
@@ -37,6 +36,7 @@ from skipcost.kernels.rewriting.enlarged import (
     why_not,
 )
 from skipcost.kernels.rewriting.nodes import (
+    AUTOCAST,
     CAT,
     CONV,
     DROPOUT,
@@ -48,10 +48,12 @@ from skipcost.kernels.rewriting.nodes import (
     convolution_of,
     example_of,
     given_of,
+    gradients_on,
     joined_by,
     memory_of,
     name_of,
     places_of,
+    transformed,
     written_by,
 )
 
@@ -81,6 +83,8 @@ def rewrite_graph(graph: fx.Graph, *, keeps: bool = True) -> list[Change]:
 
     keeps: whether the graph runs as it is, so that what is made of weights can be kept from call to call.
     """
+    if transformed(graph):
+        return [Change(("the model",), "forward", "", "a part of it runs through torch.func")]
     changes = []
     while change := _pointwise_first(graph):
         changes.append(change)
@@ -99,7 +103,7 @@ def _at_low_resolution(graph: fx.Graph, *, keeps: bool) -> list[Change]:
         changes.append(_change(chain, after, counted))
         if not why and (after or not _known(parts)):
             now = tuple(made.get(each, each) if isinstance(each, Node) else each for each in parts)
-            made[node] = _replace(graph, now, chain)
+            made[node] = _replace(graph, now, chain, keeps=keeps)
     return changes
 
 
@@ -113,6 +117,8 @@ def _pointwise_first(graph: fx.Graph) -> Change | None:
     It mixes channels at one pixel, and up-sampling means of pixels of one channel, whose weights sum to one: so a bias
     goes through, too, but for zeros around the map. It gains where it leaves no more channels to up-sample.
     """
+    if any(node.target in AUTOCAST for node in graph.nodes):
+        return None  # what type a copied node would give is not known
     paths = _Paths(graph)
     chains = {end: paths.chain(end) for end, why in paths.ends.items() if not why}
     for node, why in _reasons(paths, chains).items():
@@ -135,7 +141,7 @@ def _commutes(parts: Parts, chain: Sequence[Node]) -> bool:
     weight = example_of(given["weight"])
     if others or not isinstance(part, Grown) or not isinstance(part.up, Up) or set(weight.shape[2:]) != {1}:
         return False
-    zeros = any(_hint(side) > 0 for pad in part.pads for side in pad)
+    zeros = any(not isinstance(side, int) or side > 0 for pad in part.pads for side in pad)
     alike = {example_of(each).dtype for each in (_source(part.node), part.node, conv)}  # else autocast has a say
     alone = all(len(each.users) == 1 for each in inner)
     return alone and len(alike) == 1 and not zeros and weight.shape[0] <= weight.shape[1]
@@ -397,7 +403,9 @@ def _why_not_later(paths: _Paths, chain: Sequence[Node]) -> str:
 
 def _foretold(parts: Parts, chain: Sequence[Node], *, keeps: bool) -> tuple[str, str]:
     """Say which form runs on maps of the size that is compiled for, "" for the model's own, and why."""
-    gradients = gradients_asked(example_of(each) for node in chain for each in node.all_input_nodes)
+    given = (example_of(each) for node in chain for each in node.all_input_nodes)
+    with torch.set_grad_enabled(gradients_on(chain[-1])):
+        gradients = gradients_asked(given)
     found = []
     for part in parts:
         if isinstance(part, Grown):
@@ -437,15 +445,15 @@ def _known(parts: Parts) -> bool:
     return all(isinstance(size, int) for size in sizes)
 
 
-def _replace(graph: fx.Graph, parts: Parts, chain: Sequence[Node]) -> Node:
+def _replace(graph: fx.Graph, parts: Parts, chain: Sequence[Node], *, keeps: bool) -> Node:
     """Let one call do the work of a chain, and erase that: torch.fx's own removal of dead code takes writes with it."""
     *inner, conv = chain
     given = convolution_of(conv)
     padding = _side(given["padding"], example_of(given["weight"]).shape[2:])
     read = [(_source(each.node), *each.up, each.pads) if isinstance(each, Grown) else each for each in parts]
     with graph.inserting_before(conv):
-        function = Place().convolve if _composes(parts) else convolve
-        made = graph.call_function(function, (read, given["weight"], given["bias"], padding))
+        how: dict[str, Any] = {"keeps": True} if keeps and _composes(parts) else {}
+        made = graph.call_function(convolve, (read, given["weight"], given["bias"], padding), how)
     made.meta = dict(conv.meta)
     conv.replace_all_uses_with(made)
     for node in (conv, *reversed(inner)):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.nn import functional
 
 CAT = (torch.cat, torch.concat, torch.concatenate)
@@ -20,7 +20,8 @@ PAD = (functional.pad, torch._C._nn.pad)  # noqa: SLF001 - what Dynamo makes of 
 JOIN = ("tensors", "dim")
 UP_CONV = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-SWITCHES = (torch._C._set_grad_enabled, torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)  # noqa: SLF001 - no public names
+AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)  # noqa: SLF001 - no public names
+SWITCHES = (torch._C._set_grad_enabled, *AUTOCAST)  # noqa: SLF001 - as above
 NO_LAYERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 MAP = 4  # dimensions: N, C, H, W
 WRITING = tuple(getattr(operator, f"i{name}") for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"))
@@ -57,6 +58,23 @@ def memory_of(node: Node) -> Any:
     """Return what is the same of all maps that share memory; None of what is no map."""
     example = example_of(node)
     return example.untyped_storage()._cdata if isinstance(example, Tensor) else None  # noqa: SLF001 - as weak references do
+
+
+def transformed(graph: Graph) -> bool:
+    """Whether a model runs a part of itself through torch.func: maps there have no memory, and one stands for many."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # noqa: SLF001 - no public name
+    return any(isinstance(known := example_of(node), Tensor) and wrapped(known) for node in graph.nodes)
+
+
+def gradients_on(node: Node) -> bool:
+    """Whether gradients are recorded where a node runs: as where the graph begins, unless they are switched before."""
+    on = torch.is_grad_enabled()
+    for each in node.graph.nodes:
+        if each is node:
+            return on
+        if each.target is torch._C._set_grad_enabled:  # noqa: SLF001 - no public name
+            on = bool(each.args[0])
+    return on
 
 
 def written_by(node: Node) -> Iterator[Node]:

@@ -12,18 +12,20 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from skipcost.kernels.low_resolution.composed import Composed, compose
-from skipcost.kernels.rewriting.composing import Composing
+from skipcost.kernels.rewriting import composing
+from skipcost.kernels.rewriting.composing import MOST, kept_composed
 
 
 class Pair:
     """Both convolutions, and what is kept of them."""
 
     def __init__(self) -> None:
-        self.up, self.conv, self.kept = nn.ConvTranspose2d(5, 4, 2, stride=2), nn.Conv2d(4, 3, 3), Composing()
+        self.up, self.conv = nn.ConvTranspose2d(5, 4, 2, stride=2), nn.Conv2d(4, 3, 3)
 
-    def composed(self, at: int = 0, dtype: torch.dtype = torch.float32) -> Composed | None:
+    def composed(self, conv: nn.Conv2d | None = None, dtype: torch.dtype = torch.float32) -> Composed | None:
         """Ask for what is kept."""
-        return self.kept.composed(at, (self.up.weight, self.up.bias, self.conv.weight, self.conv.bias), dtype)
+        conv = conv or self.conv
+        return kept_composed((self.up.weight, self.up.bias, conv.weight, conv.bias), dtype)
 
     def anew(self) -> Composed:
         """Compose."""
@@ -31,17 +33,31 @@ class Pair:
 
 
 def test_weights_are_composed_once() -> None:
-    """For each map of a place and each type."""
-    pair = Pair()
+    """For each convolution and each type."""
+    pair, other = Pair(), nn.Conv2d(4, 3, 3)
 
-    first, again, other, double = pair.composed(), pair.composed(), pair.composed(1), pair.composed(0, torch.float64)
+    first, again, behind = pair.composed(), pair.composed(), pair.composed(other)
+    double = pair.composed(other, torch.float64)
 
     assert first is again
     assert first is not None
-    assert other is not first
+    assert behind is not None
+    assert not torch.equal(behind.kernel, first.kernel)
     assert double is not None
     assert double.kernel.dtype == torch.float64
     assert torch.equal(first.kernel, pair.anew().kernel)
+
+
+def test_the_last_ones_are_kept() -> None:
+    """However many convolutions a map goes to, and types: weights that nobody uses any more must go."""
+    pair, others = Pair(), [nn.Conv2d(4, 3, 3) for _ in range(MOST)]
+    first = pair.composed()
+
+    for each in others:
+        pair.composed(each)
+
+    assert len(composing._KEPT[pair.up.weight]) == MOST
+    assert pair.composed() is not first
 
 
 def _data(pair: Pair) -> None:
@@ -81,16 +97,14 @@ def test_weights_that_have_changed_are_composed_when_they_come_again(write: Call
 
 
 def test_what_is_kept_goes_with_the_parameter() -> None:
-    """Dynamo keeps graphs, and with them the object that keeps."""
+    """Dynamo keeps graphs for good."""
     pair = Pair()
     kernel = weakref.ref(pair.composed().kernel)  # type: ignore[union-attr]  # it is composed
-    kept = pair.kept
 
     del pair
     gc.collect()
 
     assert kernel() is None
-    assert kept is not None
 
 
 class Own(Tensor):
@@ -110,4 +124,4 @@ def test_values_that_cannot_be_compared_are_not_kept(way: Callable[[Tensor], Ten
     pair = Pair()
     up, bias, weight = (way(each.detach()) for each in (pair.up.weight, pair.up.bias, pair.conv.weight))
 
-    assert pair.kept.composed(0, (up, bias, weight, None), torch.float32) is None
+    assert kept_composed((up, bias, weight, None), torch.float32) is None

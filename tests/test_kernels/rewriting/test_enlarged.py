@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from skipcost.kernels.low_resolution.composed import add_composed
 from skipcost.kernels.rewriting import enlarged
 from skipcost.kernels.rewriting.enlarged import choice_of, convolve
 
@@ -38,21 +37,6 @@ def test_the_result_is_that_of_the_calls_one_by_one(
     assert (result - wanted).abs().max() <= 1e-12 * wanted.abs().max()
 
 
-@pytest.fixture
-def composing(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Compose small weights too; the shapes of the small maps for which that is done."""
-    for name in ("FEWEST_SAVED", "FEWEST_PIXELS"):
-        monkeypatch.setattr(enlarged, name, 0)
-    found: list[tuple[int, ...]] = []
-
-    def record(result: Tensor, x: Tensor, *given: Any) -> None:
-        found.append(tuple(x.shape))
-        add_composed(result, x, *given)
-
-    monkeypatch.setattr(enlarged, "add_composed", record)
-    return found
-
-
 def of_up_conv(channels: tuple[int, int] = (6, 8), size: tuple[int, int] = (16, 17)) -> tuple[Tensor, ...]:
     """Return a small map, and the parameters of a transposed convolution."""
     x = torch.randn(2, channels[0], *size, dtype=torch.float64)
@@ -72,10 +56,10 @@ def test_a_transposed_convolution_is_composed(
     maps = [enlarged.enlarged(*each).make() for each in (*parts, bilinear)]
     plain = torch.randn(2, 3, *maps[0].shape[2:], dtype=torch.float64)
     weight, bias = torch.randn(5, 22, 3, 3, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
-    place = enlarged.Place()
 
     with torch.no_grad():
-        results = [place.convolve([parts[0], plain, parts[1], bilinear], weight, bias, padding) for _ in range(2)]
+        given = [parts[0], plain, parts[1], bilinear], weight, bias, padding
+        results = [enlarged.convolve(*given, keeps=True) for _ in range(2)]
 
         wanted = functional.conv2d(torch.cat([maps[0], plain, *maps[1:]], 1), weight, bias, padding=padding)
     assert len(composing) == 4
@@ -89,7 +73,7 @@ def test_nothing_beside_two_of_them(composing: list[tuple[int, ...]]) -> None:
     weight, bias = torch.randn(5, 16, 3, 3, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
 
     with torch.no_grad():
-        result = enlarged.Place().convolve([(*first, ()), (*second, ())], weight, bias, 1)
+        result = enlarged.convolve([(*first, ()), (*second, ())], weight, bias, 1, keeps=True)
 
         maps = [enlarged.enlarged(*each, ()).make() for each in (first, second)]
         wanted = functional.conv2d(torch.cat(maps, 1), weight, bias, padding=1)
@@ -111,7 +95,7 @@ def test_what_is_not_composed_is_convolved_one_by_one(what: str, composing: list
     weight = torch.randn(5, 8 + 8 * len(beside), kernel, kernel, dtype=dtype)
 
     with torch.set_grad_enabled(what == "gradients"):
-        result = enlarged.Place().convolve([*beside, part], weight, None, padding)
+        result = enlarged.convolve([*beside, part], weight, None, padding, keeps=True)
 
         assert torch.equal(result, functional.conv2d(torch.cat([*beside, its], 1), weight, None, padding=padding))
     assert not composing
