@@ -404,7 +404,7 @@ def test_a_folded_norm_rounds_as_sums_do(channels: int, out_channels: int, brigh
         layer.norm.bias.normal_()
 
         exact = conv_norm_act(deepcopy(layer).double(), x.double())
-        results = conv_norm_act(layer, x), RewrittenOps().conv_norm_act(layer, x)
+        results = conv_norm_act(layer, x), RewrittenOps().conv_norm_act(layer, [x])
         allowed = _rounded_sums(deepcopy(layer).double(), x.double())
 
     assert not torch.equal(*results)
