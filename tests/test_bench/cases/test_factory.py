@@ -598,7 +598,7 @@ def test_the_command_line_measures_a_model_beside_the_suite(tmp_path: Path) -> N
     sweep = tmp_path / "mine.toml"
     sweep.write_text(
         "[timing]\nseconds=0.02\nleast=3\nwarmup_seconds=0.02\n[[grid]]\ndepth=1\nwidth=4\nsize=16\n"
-        'metrics=["params", "conv_macs"]\n[[custom]]\nfactory="nothere:unet"\nlabel="Absent"\nsize=16\n'
+        'metrics=["params", "latency_s"]\n[[custom]]\nfactory="nothere:unet"\nlabel="Absent"\nsize=16\n'
     )
 
     def run(*words: str) -> str:
@@ -617,6 +617,6 @@ def test_the_command_line_measures_a_model_beside_the_suite(tmp_path: Path) -> N
     assert notes["Absent"].startswith("cannot import nothere")
     rows = {row["label"]: row for row in shown}
     assert rows["Absent"]["outcome"].startswith("unsupported: activations, conv_macs")
-    assert rows["custom_models:Tiny"]["conv_macs"] > 0
+    assert rows["custom_models:Tiny"]["latency_s"] > 0
     assert rows["custom_models:Tiny"]["variant"] is None
     assert set(METRICS) <= set(rows["Absent"])

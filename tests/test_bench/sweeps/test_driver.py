@@ -32,7 +32,7 @@ from skipcost.unet_models import ModelSpec
 pytestmark = pytest.mark.slow
 SHORT = {"seconds": 0.02, "noise": 0.1, "least": 3, "warmup_seconds": 0.02}
 LARGE = Case(spec=ModelSpec(width=64), height=1024, width=1024, threads=1)
-KILLS = int(os.environ.get("SKIPCOST_KILLS", "1"))  # SIGKILLs in the resume test; 20 were used to accept it
+KILLS = int(os.environ.get("SKIPCOST_KILLS", "2"))  # SIGKILLs in the resume test; 20 were used to accept it
 
 
 @pytest.fixture(scope="module")
@@ -262,14 +262,14 @@ def committed(path: Path) -> set[tuple[str, str]]:
 
 
 def test_killed_sweeps_lose_nothing_and_repeat_nothing(tmp_path: Path) -> None:
-    """SIGKILL in the middle, then the same command again: every row once, none that was committed is lost."""
+    """SIGKILL with rows there, and at the start; then the same command: every row once, none that was there is lost."""
     chance = random.Random(0)  # noqa: S311 - moments, not secrets
     seen: set[tuple[str, str]] = set()
-    for _ in range(KILLS):
-        process = start_sweep(tmp_path)
-        while len(committed(tmp_path / "x.sqlite")) <= len(seen) and process.poll() is None:
+    for number in range(KILLS):
+        process, starting = start_sweep(tmp_path), number % 2
+        while not starting and len(committed(tmp_path / "x.sqlite")) <= len(seen) and process.poll() is None:
             time.sleep(0.02)
-        time.sleep(chance.uniform(0.0, 0.3))
+        time.sleep(chance.uniform(0.0, 4.0 if starting else 0.3))
         seen |= committed(tmp_path / "x.sqlite")
         process.kill()
         _, said = process.communicate()  # until the server, an orphan, has ended too
