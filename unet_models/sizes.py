@@ -8,7 +8,7 @@ own convolution; without padding a 3x3 convolution takes 2 off.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -79,43 +79,47 @@ SHAPES: dict[str, Callable[[Op, list[Shape]], Shape]] = {  # kinds that are not 
 }
 
 
+Measured = tuple[Op, list[Shape], Shape, Op]  # an op, the shapes that it reads, its result's, what it is a part of
+
+
 @lru_cache(maxsize=256)  # many folds ask for the same few
-def _shapes(program: Program, size: Size) -> tuple[Shape, ...]:
+def _sized(program: Program, size: Size) -> tuple[tuple[Shape, ...], tuple[Measured, ...]]:
+    """The shapes of the program's results, and all that is measured of it."""
     made: list[Any] = [(program.in_channels, *size)]
-    follow(program.ops[1:], made)
-    return tuple(made)
+    told: list[Measured] = []
+    follow(program.ops[1:], made, told)
+    return tuple(made), tuple(told)
 
 
-def follow(ops: Iterable[Op], made: list[Any]) -> None:
-    """Add the shape of every op's result to those that are there; an op with several has a tuple of theirs."""
+def follow(
+    ops: Iterable[Op], made: list[Any], told: list[Measured] | None = None, whole: Op | None = None
+) -> None:  # fmt: skip
+    """Add the shape of every op's result to those that are there; an op with several has a tuple of theirs.
+
+    told: takes every op with its sizes, one that stands for several before its parts. whole: what the ops are parts of.
+    """
+    told = [] if told is None else told
     for op in ops:
+        at, reads = len(told), [made[x] for x in op.reads]
         if op.parts:
-            inside = [made[x] for x in op.reads]
-            follow(op.parts, inside)
-            made.append(tuple(inside[x] for x in op.outputs) if op.outputs else inside[-1])
-            continue
-        function = SHAPES.get(op.kind)
-        shape = function(op, [made[x] for x in op.reads]) if function else made[op.reads[0]]
-        if min(shape) < 1:
-            raise _VanishedError(op.where.replace("head of", "the head on"))
+            inside = reads[:]
+            follow(op.parts, inside, told, op)
+            shape = tuple(inside[x] for x in op.outputs) if op.outputs else inside[-1]
+        else:
+            function = SHAPES.get(op.kind)
+            shape = function(op, reads) if function else reads[0]
+            if min(shape) < 1:
+                raise _VanishedError(op.where.replace("head of", "the head on"))
         made.append(shape)
+        told.insert(at, (op, reads, shape, whole or op))
 
 
-Measured = tuple[Op, list[Shape], Shape]  # an op, the shapes that it reads, and its result's
+def measured(program: Program, size: Size) -> tuple[Measured, ...]:
+    """Return every op with its sizes, one that stands for several before its parts, in the order in which they run.
 
-
-def measured(program: Program, size: Size) -> Iterator[Measured]:
-    """Yield every op with its sizes, one that stands for several before its parts, in the order in which they run."""
-    return _measured(program.ops[1:], shapes(program, size), 1)
-
-
-def _measured(ops: Iterable[Op], made: Sequence[Shape], first: int) -> Iterator[Measured]:
-    for number, op in enumerate(ops, first):
-        inside = [made[x] for x in op.reads]
-        yield op, inside[:], made[number]
-        if op.parts:
-            follow(op.parts, inside)
-            yield from _measured(op.parts, inside, len(op.reads))
+    The last of each is the op that it is a part of, itself where it is none's. ValueError as of `shapes`.
+    """
+    return _of_size(program, size)[1]
 
 
 def shapes(program: Program, size: Size) -> tuple[Shape, ...]:
@@ -123,8 +127,12 @@ def shapes(program: Program, size: Size) -> tuple[Shape, ...]:
 
     ValueError with the nearest sizes that work where a map would vanish.
     """
+    return _of_size(program, size)[0]
+
+
+def _of_size(program: Program, size: Size) -> tuple[tuple[Shape, ...], tuple[Measured, ...]]:
     try:
-        return _shapes(program, size)
+        return _sized(program, size)
     except _VanishedError:
         raise ValueError(_why_not(program, size)) from None
 
@@ -150,7 +158,7 @@ def by(size: Size) -> str:
 def _vanishes(program: Program, side: int) -> str:
     """Where an axis of so many pixels loses its last one; empty where it does not."""
     try:
-        _shapes(program, (side,))
+        _sized(program, (side,))
     except _VanishedError as vanished:
         return str(vanished)
     return ""
@@ -172,7 +180,7 @@ def smallest_size(program: Program) -> int:
 
 def _floors(program: Program, side: int) -> bool:
     """Whether some pooling drops what is left over of an axis."""
-    made = _shapes(program, (side,))
+    made, _ = _sized(program, (side,))
     pools = (op for op in program.ops if op.kind == "pool" and op.how == "floor")
     return any(made[op.reads[0]][1] % op.factor for op in pools)
 
@@ -243,17 +251,11 @@ CONVOLUTIONS = ("conv", "up_conv")
 @lru_cache(maxsize=256)  # several figures of a case ask for the same
 def placed(program: Program, size: Size) -> tuple[PlacedConv, ...]:
     """Return every convolution of a program for one image, in the order in which they run."""
-    return tuple(_placed(program.ops[1:], shapes(program, size), 1))
-
-
-def _placed(ops: Iterable[Op], made: Sequence[Shape], first: int) -> Iterator[PlacedConv]:
-    for number, op in enumerate(ops, first):
-        if op.parts:
-            inside = [made[x] for x in op.reads]
-            follow(op.parts, inside)
-            yield from _placed(op.parts, inside, len(op.reads))
-        elif op.kind in CONVOLUTIONS and op.conv:
-            yield PlacedConv(op, op.conv, made[op.reads[0]][1:], made[number][1:])
+    return tuple(
+        PlacedConv(op, op.conv, reads[0][1:], shape[1:])
+        for op, reads, shape, _ in measured(program, size)
+        if op.kind in CONVOLUTIONS and op.conv and not op.parts
+    )
 
 
 def conv_macs(program: Program, size: Size) -> int:

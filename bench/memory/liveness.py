@@ -136,10 +136,9 @@ class _Compiled:
 def _compiled(structure: step.Structure, *, traced: bool) -> _Compiled:
     told = step.write(structure, traced=traced)
     rows, columns, items, per_image = zip(*told.sizes, strict=True)
-    events = np.array(told.events, dtype=np.int64)
     row, column, item = (np.array(each, dtype=np.int64) for each in (rows, columns, items))
     scaled = np.array(per_image, dtype=bool)
-    return _Compiled(told, row, column, item, scaled, np.abs(events) - 1, np.sign(events))
+    return _Compiled(told, row, column, item, scaled, np.abs(told.events) - 1, np.sign(told.events))
 
 
 def _setting(case: Case) -> Setting:
@@ -253,7 +252,7 @@ def timeline(case: Case, *, traced: bool = False) -> Timeline:
     fixed, per_image = compiled.bytes(numbers)
     told, total = compiled.told, fixed + case.batch * per_image
     storages = tuple(map(Storage, told.names, told.kinds, total.tolist()))
-    return Timeline(storages, told.events, told.moments, told.steady_from)
+    return Timeline(storages, tuple(told.events.tolist()), told.moments, told.steady_from)
 
 
 def peaks_of(line: Timeline) -> tuple[int, int]:

@@ -14,6 +14,9 @@ from collections import ChainMap
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from skipcost.bench.memory.operators import OPERATORS
 from skipcost.bench.memory.schedule import OWNERS, Call
 from skipcost.bench.memory.tap_operators import TAP_OPERATORS
@@ -30,7 +33,6 @@ from skipcost.bench.memory.tape import (
     Size,
     Tape,
     Value,
-    Weights,
     cast_to,
     make_weights,
 )
@@ -259,8 +261,7 @@ class Scaler:
         """Return the loss times the scale."""
         if not self.at_work:
             return loss
-        if not self.state:
-            self.state = [self.tape.result(SCALAR, (), f"scaler: {name}", "optimizer") for name in ("scale", "tracker")]
+        self.state = [self.tape.result(SCALAR, (), f"scaler: {name}", "optimizer") for name in ("scale", "tracker")]
         scaled = scalar(self.tape, loss, self.state[0])
 
         def backward(tape: Tape, gradient: Value) -> Given:
@@ -292,9 +293,8 @@ class Optimizer:
         self.state: list[Value] = []
 
     def run(self) -> None:
-        """Take one step; the first makes the state."""
-        if not self.state:
-            self._make_state()
+        """Make the state, and take the first step."""
+        self._make_state()
         if self.setting.optimizer == "adamw":
             self._denominators()
 
@@ -348,7 +348,7 @@ class Events:
     names: tuple[str, ...]
     kinds: tuple[str, ...]
     sizes: tuple[Size, ...]
-    events: tuple[int, ...]
+    events: NDArray[np.int64]
     moments: tuple[tuple[int, str], ...]
     steady_from: int
 
@@ -370,39 +370,46 @@ def run_forward(run: Forward, calls: tuple[Call, ...], image: Value) -> None:
 def write(structure: Structure, *, traced: bool) -> Events:
     """Write the events of one inference step, or of two where the first makes what stays.
 
-    That is the optimizer's state in training, composed weights at inference.
+    That is the optimizer's state in training, whose second step is the first one again, and composed weights at
+    inference.
     """
-    calls, setting = structure.calls, structure.setting
+    setting = structure.setting
     tape = Tape(traced=traced, replays_views=setting.autocast, recording=setting.training)
-    weights: dict[int, Weights] = {}
-    buffers: list[Value] = []
-    for row, call in enumerate(calls):
+    run, buffers = Forward(tape, setting, {}), list[Value]()
+    for row, call in enumerate(structure.calls):
         if call.op in OWNERS:
-            weights[row], made = make_weights(tape, setting, row, call)
+            run.weights[row], made = make_weights(tape, setting, row, call)
             buffers += made
-    ordered = sorted(weights.values(), key=lambda each: each.place)
+    ordered = sorted(run.weights.values(), key=lambda each: each.place)
     parameters = [value for each in ordered for value in each.present()]
-    inputs = [tape.make(Size(0, MAP, setting.item, per_image=True), "image", "input")]
-    if setting.training:
-        item = FLOAT if structure.one_class else LONG
-        inputs.append(tape.make(Size(len(calls), MAP, item, per_image=True), "target", "input"))
+    inputs = _inputs(tape, structure)
     present = [*parameters, *buffers, *inputs]
     tape.where = "before the step"
     tape.run(present)
-    run = Forward(tape, setting, weights)
-    steady = len(tape.lines)
+    begin = steady = tape.lines
     if setting.training:
-        optimizer, scaler = Optimizer(tape, setting, parameters), Scaler(tape, setting)
+        first, optimizer, scaler = len(tape.ends), Optimizer(tape, setting, parameters), Scaler(tape, setting)
         _training_step(run, structure, inputs, (optimizer, scaler))
-        steady = len(tape.lines)
-        _training_step(run, structure, inputs, (optimizer, scaler))
+        steady = tape.lines
+        tape.again(begin, first)
+        present += [*optimizer.state, *scaler.state]
     else:
         _inference_step(run, structure, inputs[0])
         if run.kept:
-            steady = len(tape.lines)
+            steady = tape.lines
             _inference_step(run, structure, inputs[0])
     kept = [value for made in run.kept.values() for value in made]
     return _events(tape, [*present, *kept], steady)
+
+
+def _inputs(tape: Tape, structure: Structure) -> list[Value]:
+    """Make the image, and in training the target."""
+    setting = structure.setting
+    made = [tape.make(Size(0, MAP, setting.item, per_image=True), "image", "input")]
+    if setting.training:
+        item = FLOAT if structure.one_class else LONG
+        made.append(tape.make(Size(len(structure.calls), MAP, item, per_image=True), "target", "input"))
+    return made
 
 
 def _inference_step(run: Forward, structure: Structure, image: Value) -> None:
@@ -416,8 +423,7 @@ def _training_step(run: Forward, structure: Structure, inputs: list[Value], afte
     image, target = inputs
     optimizer, scaler = after
     tape.where = "gradients dropped"
-    tape.hold(*tape.gradients.values())
-    tape.gradients.clear()
+    tape.hold()  # in the first step there are none
     run_forward(run, structure.calls, image)
     outputs = [run.values[each] for each in structure.logits]
     tape.where = "loss"
@@ -439,20 +445,21 @@ def _training_step(run: Forward, structure: Structure, inputs: list[Value], afte
 
 
 def _events(tape: Tape, staying: list[Value], steady: int) -> Events:
-    """Lay the tape's lines out as events; of gradients those of the last step stay."""
-    lasting = {value.storage for value in (*staying, *tape.gradients.values())}
-    lasting |= {index for index, kind in enumerate(tape.kinds) if kind == "optimizer"}
-    ends, steady_from = tape.ends(), 0
-    events: list[int] = []
-    moments: list[tuple[int, str]] = []
-    for index, (line, ending) in enumerate(zip(tape.lines, ends, strict=True)):
-        if index == steady:
-            steady_from = len(events)
-        if not moments or moments[-1][1] != line.where or index == steady:
-            moments.append((len(events), line.where))
-        events += [storage + 1 for storage in line.makes]
-        events += [-(storage + 1) for storage in ending if storage not in lasting]
-    kept = [
-        moment for moment, after in zip(moments, [*moments[1:], None], strict=True) if not after or after[0] > moment[0]
-    ]
-    return Events(tuple(tape.names), tuple(tape.kinds), tuple(tape.sizes), tuple(events), tuple(kept), steady_from)
+    """Lay the tape's lines out as events, what a line makes before what it ends; of gradients the last step's stay."""
+    lasting = np.zeros(len(tape.ends), dtype=bool)
+    lasting[[value.storage for value in (*staying, *tape.gradients.values())]] = True
+    made = np.array(tape.made, dtype=np.int64)
+    ending = made[~lasting[made]]
+    lines = np.concatenate([2 * np.array(tape.begins), 2 * np.array(tape.ends)[ending] + 1])
+    order = np.argsort(lines, kind="stable")
+    events = np.concatenate([made + 1, -1 - ending])[order]
+    places = dict(sorted([*tape.places, (steady, _place(tape, steady))]))
+    starts = np.searchsorted(lines[order], [2 * line for line in (*places, steady)]).tolist()
+    after = [*starts[1:-1], len(events) + 1]
+    moments = [(at, where) for at, where, then in zip(starts, places.values(), after, strict=False) if then > at]
+    return Events(tuple(tape.names), tuple(tape.kinds), tuple(tape.sizes), events, tuple(moments), starts[-1])
+
+
+def _place(tape: Tape, line: int) -> str:
+    """Where a line runs."""
+    return [where for start, where in tape.places if start <= line][-1]

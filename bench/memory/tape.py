@@ -87,20 +87,13 @@ class Node:
     gradient: Value | None = None
 
 
-class Line(NamedTuple):
-    """One operator: where in the network it runs, the storages that it makes and reads, in this order."""
-
-    where: str
-    makes: tuple[int, ...]
-    reads: tuple[int, ...]
-
-
 @dataclass(slots=True)
 class Tape:
-    """What was recorded so far.
+    """What was recorded so far; a line is one operator, told by its number.
 
     `traced` records what a TorchDispatchMode sees in place of what runs without one: under a mode autograd adds
-    gradients out of place.
+    gradients out of place. `made` has the storages in the order in which lines make them, `begins` the line of each.
+    `ends` has by storage the last line that makes or reads it.
     """
 
     traced: bool = False
@@ -110,7 +103,11 @@ class Tape:
     sizes: list[Size] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
-    lines: list[Line] = field(default_factory=list)
+    made: list[int] = field(default_factory=list)
+    begins: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    places: list[tuple[int, str]] = field(default_factory=list)  # from which line on what runs is where
+    lines: int = 0
     nodes: list[Node] = field(default_factory=list)
     gradients: dict[int, Value] = field(default_factory=dict)  # by the parameter's storage
 
@@ -119,12 +116,21 @@ class Tape:
         self.sizes.append(size)
         self.names.append(name)
         self.kinds.append(kind)
-        return Value(len(self.sizes) - 1, size)
+        self.ends.append(0)
+        return Value(len(self.ends) - 1, size)
 
     def run(self, makes: Sequence[Value], reads: Sequence[Value] = ()) -> None:
         """Record an operator."""
-        line = Line(self.where, tuple([value.storage for value in makes]), tuple([value.storage for value in reads]))
-        self.lines.append(line)
+        line, ends = self.lines, self.ends
+        self.lines += 1
+        if not self.places or self.places[-1][1] != self.where:
+            self.places.append((line, self.where))
+        for value in makes:
+            self.made.append(value.storage)
+            self.begins.append(line)
+            ends[value.storage] = line
+        for value in reads:
+            ends[value.storage] = line
 
     def result(self, size: Size, reads: Sequence[Value], name: str = "", kind: str = "temporary") -> Value:
         """Record an operator with one result and return that."""
@@ -167,6 +173,27 @@ class Tape:
         self.nodes.clear()
         self.hold(root)
 
+    def again(self, line: int, storage: int) -> None:
+        """Record all lines from `line` on once more, with storages of their own in place of those from `storage` on.
+
+        An optimizer's are made once; the gradients that parameters have got end where the second time begins.
+        """
+        shift = self.lines - line
+        copied = [each for each in range(storage, len(self.ends)) if self.kinds[each] != "optimizer"]
+        number = dict(zip(copied, range(len(self.ends), len(self.ends) + len(copied)), strict=True))
+        once = [(at + shift, number[each]) for at, each in zip(self.begins, self.made, strict=True) if each in number]
+        self.begins += [at for at, _ in once]
+        self.made += [each for _, each in once]
+        self.places += [(at + shift, where) for at, where in self.places if at >= line]
+        self.ends += [self.ends[each] + shift for each in copied]
+        self.sizes += [self.sizes[each] for each in copied]
+        self.names += [self.names[each] for each in copied]
+        self.kinds += [self.kinds[each] for each in copied]
+        for parameter, gradient in self.gradients.items():
+            self.ends[gradient.storage] = self.lines
+            self.gradients[parameter] = Value(number[gradient.storage], gradient.size)
+        self.lines += shift
+
     def _pass_on(self, value: Value, gradient: Value) -> None:
         if value.parameter:
             self.kinds[gradient.storage] = "gradient"
@@ -184,14 +211,6 @@ class Tape:
             self.hold(first, second)
             return first
         return self.result(first.size, (first, second), self.names[second.storage], "map gradient")
-
-    def ends(self) -> list[list[int]]:
-        """For each line the storages that end after it; one that is never read ends with the line that makes it."""
-        last = {storage: index for index, line in enumerate(self.lines) for storage in (*line.makes, *line.reads)}
-        ends: list[list[int]] = [[] for _ in self.lines]
-        for storage, index in last.items():
-            ends[index].append(storage)
-        return ends
 
 
 class Setting(NamedTuple):

@@ -90,7 +90,8 @@ class Call:
             message = f"source {source!r} is not (C, H, W): three whole numbers for each map that {self.op} reads"
             raise ValueError(message)
         for name, size in zip(("channels", "height", "width"), source, strict=True):
-            check_integer(f"{name} of source {source}", size, 1, LARGEST)
+            if type(size) is not int or not 1 <= size <= LARGEST:  # or the name would be written each time
+                check_integer(f"{name} of source {source}", size, 1, LARGEST)
 
     def _check_convolution(self) -> None:
         if self.kernel not in (1, 3) or isinstance(self.kernel, bool):

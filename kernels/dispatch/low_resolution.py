@@ -203,7 +203,7 @@ def rewritings(
     """List every edge that can be rewritten, with both forms counted and the one that runs."""
     where = {"kind": precision_kind(precision), "device": device}
     made = []
-    for op, reads, _ in measured(low(lower(graph)), (height, width)):
+    for op, reads, *_ in measured(low(lower(graph)), (height, width)):
         up, conv = (op.parts[0], op.conv) if op.kind in UPS else (None, None)
         if up and conv and not up.conv:
             rows, columns, channels = _call(op, reads)
@@ -232,7 +232,7 @@ def executed_macs(
 def calls_to_measure(graph: SkipGraph, height: int, width: int, *, precision: str, device: str) -> tuple[Call, ...]:
     """List, once each, the calls over interpolated maps whose both forms can be measured: those of uncropped maps."""
     found = measured(low(lower(graph)), (height, width))
-    linear = [_call(op, reads) for op, reads, _ in found if op.kind in UPS and not op.parts[0].conv]
+    linear = [_call(op, reads) for op, reads, *_ in found if op.kind in UPS and not op.parts[0].conv]
     calls = (low_winners.call_of(*each, precision_kind(precision), device) for each in linear)
     return tuple(dict.fromkeys(call for call in calls if call))
 

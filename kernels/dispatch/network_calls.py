@@ -12,7 +12,7 @@ from skipcost.kernels.dispatch.call import Call
 from skipcost.kernels.programs.fuse import fuse
 from skipcost.unet_models.names import call_name
 from skipcost.unet_models.program import Op, Program, lower
-from skipcost.unet_models.sizes import Shape, follow, shapes
+from skipcost.unet_models.sizes import Shape, measured
 from skipcost.unet_models.spec import ModelSpec
 from skipcost.unet_models.topology import Conv, SkipGraph
 
@@ -45,23 +45,18 @@ def graph_calls(
 
 def _calls(program: Program, size: tuple[int, int], mode: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield what each call of a fused program is, but for what all have alike."""
-    made: Any = shapes(program, size)
-    for op in program.ops[1:]:
-        parts, inside = op.parts or (op,), made
-        if op.parts:
-            inside = [made[read] for read in op.reads]
-            follow(parts, inside)
-        joined: tuple[Shape, ...] = ()
-        for part in parts:
-            reads = tuple(inside[read] for read in part.reads)
-            if part.kind == "join" and part.how == "concat":
-                joined = reads
-            if part.kind == "join" and joined and op.kind != "join_layer":
-                yield call_name(part), {"op": "crop_concat", "sources": joined, "out_channels": 0}
-            elif part.kind == "up_conv" and part.conv:
-                yield call_name(part), {"op": "up_conv", "sources": reads, "out_channels": part.conv.out_channels}
-            elif part.kind == "conv" and part.conv:
-                yield call_name(part), _convolution(op, part, part.conv, joined or reads, mode)
+    joined: tuple[Shape, ...] = ()
+    for op, shapes, _, whole in measured(program, size):
+        reads = tuple(shapes)
+        if op.kind == "join" and op.how == "concat":
+            joined = reads
+            if whole.kind != "join_layer":
+                yield call_name(op), {"op": "crop_concat", "sources": reads, "out_channels": 0}
+        elif op.kind == "up_conv" and op.conv:
+            yield call_name(op), {"op": "up_conv", "sources": reads, "out_channels": op.conv.out_channels}
+        elif op.kind == "conv" and op.conv:
+            sources = joined if whole.kind == "join_layer" else reads
+            yield call_name(op), _convolution(whole, op, op.conv, sources, mode)
 
 
 def _convolution(op: Op, part: Op, conv: Conv, sources: tuple[Shape, ...], mode: str) -> dict[str, Any]:

@@ -59,4 +59,23 @@ def test_a_storage_ends_with_its_last_reader() -> None:
     tape.result(MAP, (read,))
     tape.hold(read)
 
-    assert [sorted(each) for each in tape.ends()] == [[unread.storage], [], [2], [read.storage]]
+    assert tape.ends == [0, 3, 2]
+    assert (unread.storage, read.storage) == (0, 1)
+
+
+def test_what_comes_again_has_storages_of_its_own() -> None:
+    """A second time reads what was there before; state is made once, and a gradient ends where the second begins."""
+    tape = Tape()
+    weight = tape.make(MAP, "weight", "parameter")
+    tape.run((weight,))
+    first = len(tape.ends)
+    made = tape.result(MAP, (weight,), "map")
+    tape.result(MAP, (), "moment", "optimizer")
+    tape.gradients[weight.storage] = tape.result(MAP, (made,), "gradient", "gradient")
+
+    tape.again(1, first)
+
+    assert (tape.made, tape.begins) == ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 6])
+    assert tape.ends[1:] == [3, 2, 4, 6, 6]
+    assert tape.names[4:] == ["map", "gradient"]
+    assert tape.gradients[weight.storage].storage == 5
