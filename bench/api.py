@@ -28,8 +28,9 @@ Tell = Callable[[PlannedCase, list[Result]], None]
 def sweep(plan: Plan, store: str | Path, *, seed: int = 0, tell: Tell = lambda _case, _results: None) -> pd.DataFrame:
     """Measure what a store lacks of a plan (`load_plan`), and return the table of what the plan asks for.
 
-    Each case runs in a process of its own, and each result is stored before the next case starts: stop it at any time,
-    and the same call goes on. seed: of the order. tell: hears of each case when it is done.
+    What is arithmetic is worked out first. Then each case runs in a process of its own, and each result is stored
+    before the next case starts: stop it at any time, and the same call goes on.
+    seed: of the order. tell: hears of each case when it is done.
     Returns `wide_table`'s columns, rows of this environment. BenchError where the store or the machine will not do.
     """
     with driver.Server() as server, create_store(Path(store)) as opened:

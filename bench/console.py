@@ -20,7 +20,6 @@ import typer
 from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from skipcost.bench.errors import BenchError
@@ -94,15 +93,36 @@ class Screen(Console):
             self._records(columns, cells, styles)
             return
         widths = _widths(columns, cells, {at: least[at] for at in kept}, self.width)
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for at in kept:
-            justify = "right" if columns[at].right else "left"
-            table.add_column(Text(columns[at].title), justify=justify, width=widths[at])  # type: ignore[arg-type]
-        for row, style in zip(cells, styles or [""] * len(cells), strict=True):
-            table.add_row(*(Text(row[at]) for at in kept), style=style)
-        self.print(table)
+        placed = [(at, columns[at].right, widths[at]) for at in kept]
+        self.print(Text("\n".join(self._lines([column.title for column in columns], placed, low=True)), style="bold"))
+        told = [Text("\n".join(self._lines(row, placed))) for row in cells]
+        for text, style in zip(told, styles, strict=bool(styles)):
+            text.stylize(style)
+        if told:
+            self.print(Text("\n").join(told))
         if dropped := [column.title for at, column in enumerate(columns) if at not in kept]:
             self.print(f"too narrow for: {', '.join(dropped)}{f'; {more}' if more else ''}", style="dim")
+
+    def _lines(
+        self, row: Sequence[str], placed: Sequence[tuple[int, bool, int]], *, low: bool = False
+    ) -> Iterator[str]:  # fmt: skip
+        """The lines of a row; placed: of each column that is shown its number, whether to the right, its width.
+
+        low: cells with fewer lines than others end with them, in place of beginning with them.
+        """
+        parts = [self._wrapped(row[at], width) for at, _, width in placed]
+        height = max(map(len, parts))
+        for number in range(height):
+            cells = []
+            for each, (_, right, width) in zip(parts, placed, strict=True):
+                at = number - (height - len(each)) * low
+                cells.append(_padded(each[at] if 0 <= at < len(each) else "", width, right=right))
+            yield (" " * GAP).join(cells).rstrip()
+
+    def _wrapped(self, text: str, width: int) -> list[str]:
+        if cell_len(text) <= width:
+            return [text]
+        return [line.plain.rstrip() for line in Text(text).wrap(self, width)]
 
     def _records(self, columns: Sequence[Column], cells: Sequence[Sequence[str]], styles: Sequence[str]) -> None:
         """A line for each field that is not empty, rows apart."""
@@ -113,6 +133,12 @@ class Screen(Console):
                 if cell.strip():
                     told = f"{column.title}: {cell}" if column.title.strip() else cell
                     self.print(told, style=styles[number] if styles else None)
+
+
+def _padded(text: str, width: int, *, right: bool) -> str:
+    """A text filled up with spaces to a width on the screen, where letters may take two places."""
+    spaces = " " * (width - cell_len(text))
+    return spaces + text if right else text + spaces
 
 
 def _kept(columns: Sequence[Column], least: Sequence[int], width: int) -> list[int]:

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from skipcost.unet_models.skips import SKIPS
@@ -34,7 +34,7 @@ def suggest(kind: str, received: object, accepted: Iterable[str]) -> str:
     return f"unknown {kind} {received!r}{hint} accepted: {', '.join(names)}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots, so that its label is written once
 class ModelSpec:
     """Everything that defines the weights and the wiring of a network, and nothing else.
 
@@ -109,7 +109,7 @@ class ModelSpec:
             message = f"pruned_to={self.pruned_to} has one output, so it cannot have head={self.head}; use head=single"
             raise ValueError(message)
 
-    @property
+    @cached_property
     def label(self) -> str:
         """The short form: variant/depth/width/skip, then every field that is not at its default."""
         extra = [

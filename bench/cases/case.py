@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from skipcost.bench.cases.factory import CLASSES, Factory
@@ -33,7 +33,7 @@ FLAT_NAMES = {"height": "image_height", "width": "image_width"}
 TRAINING_FIELDS = ("optimizer", "loss")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots, so that its id is worked out once
 class Case:
     """A network to measure. `outputs` says which heads run at inference: final (as deployed) or all; training runs all.
 
@@ -113,7 +113,7 @@ class Case:
         spec = Factory(**values.pop("factory")) if "factory" in values else ModelSpec.parse(values.pop("label"))
         return cls(spec=spec, **values)
 
-    @property
+    @cached_property
     def case_id(self) -> str:
         """The hash by which the store knows the case; what somebody calls a model of his own is not part of it."""
         return hashlib.sha256(self.of_factory(name="").to_json().encode()).hexdigest()[:16]

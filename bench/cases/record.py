@@ -69,17 +69,13 @@ class Result:
             message = f"outcome {self.outcome!r} is unknown; accepted: {', '.join(OUTCOMES)}"
             raise ValueError(message)
 
+    def values(self) -> dict[str, Any]:
+        """Its fields as JSON values: one line of the worker's output."""
+        return {name: getattr(self, name) for name in ("metric", "outcome", "samples", "note", "detail")}
+
     def to_json(self) -> str:
-        """One line of the worker's output."""
-        return json.dumps(
-            {
-                "metric": self.metric,
-                "outcome": self.outcome,
-                "samples": self.samples,
-                "note": self.note,
-                "detail": self.detail,
-            }
-        )
+        """The same as text."""
+        return json.dumps(self.values())
 
     def check(self, *, counted: bool) -> None:
         """Refuse what no measuring makes; ValueError. counted: the samples are whole numbers where they are finite."""
@@ -99,7 +95,7 @@ class Result:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Result:
-        """Read what JSON made of a line of the worker's output."""
+        """Read what JSON made of `values`."""
         return cls(**{**values, "samples": tuple(values["samples"])})
 
 

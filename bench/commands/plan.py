@@ -23,6 +23,7 @@ from skipcost.unet_models.sizes import size_note
 
 MEMORY = ("peak_memory_predicted_bytes", "peak_memory_predicted_first_bytes")
 OVERHEAD_S = 0.5  # a fork, building the network, its first calls
+ARITHMETIC_S = 0.01  # counts and predictions of one case, on one core
 
 
 def preview(plan: Plan, todo: list[PlannedCase], server: Server, tell: Callable[[], None]) -> dict[str, Any]:
@@ -33,6 +34,7 @@ def preview(plan: Plan, todo: list[PlannedCase], server: Server, tell: Callable[
         cases.append(_preview_case(plan, planned, server, limit))
         tell()
     timed = sum(1 for each in todo if "latency_s" in each.metrics and not refusal_of(each.case))
+    forked = sum(1 for each in todo if each.others)
     return {
         "sweep": plan.name,
         "description": plan.description,
@@ -41,7 +43,7 @@ def preview(plan: Plan, todo: list[PlannedCase], server: Server, tell: Callable[
         "left_out": plan.left_out,
         "slow": slow_precisions(todo),
         "memory_limit_bytes": limit,
-        "time_s": len(todo) * OVERHEAD_S + timed * plan.budget.seconds * 1.5,
+        "time_s": forked * OVERHEAD_S + len(todo) * ARITHMETIC_S + timed * plan.budget.seconds * 1.5,
     }
 
 

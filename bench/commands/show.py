@@ -73,18 +73,21 @@ def _for_people(frame: pd.DataFrame, labels: dict[str, str], console: Screen) ->
     several = frame["code"].nunique() > frame["factory"].nunique()
     fields = [name for name in CASE_KEYS if len(set(frame[name].dropna())) > 1] + ["code", "asked"] * several
     metrics = [name for name in METRICS if frame[name].notna().any()]
-    rows = []
-    for case_id, row in frame.iterrows():
-        known = {name: None if pd.isna(row[name]) else row[name] for name in metrics}
-        values = [figures.text(value, METRICS[name].unit).replace(" ", "\u00a0") for name, value in known.items()]
-        said = ["-" if pd.isna(row[name]) else str(row[name]) for name in fields]
-        rows.append((labels[str(case_id)], *said, *values, _short(str(row["outcome"]))))
+    said = [["-" if pd.isna(value) else str(value) for value in frame[name]] for name in fields]
+    values = [[_figure(None if pd.isna(value) else value, name) for value in frame[name]] for name in metrics]
+    outcomes = [_short(str(outcome)) for outcome in frame["outcome"]]
+    rows = zip([labels[str(case_id)] for case_id in frame.index], *said, *values, outcomes, strict=True)
     less = [name for name in metrics if name not in KEPT]
     figured = [
         Column(METRICS[name].title, right=True, drop=1 + less.index(name) if name in less else 0) for name in metrics
     ]
     columns = [*map(Column, ("network", *fields)), *figured, Column("outcome", prose=True)]
     console.table(columns, rows, more="--format csv has every column")
+
+
+def _figure(value: float | None, metric: str) -> str:
+    """A number in a readable unit, in one word."""
+    return figures.text(value, METRICS[metric].unit).replace(" ", "\u00a0")
 
 
 def _short(outcome: str) -> str:

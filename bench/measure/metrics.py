@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from skipcost.bench.cases.case import Case
 
 COUNTED, PREDICTED, MEASURED = "counted (exact)", "predicted", "measured"
+EVERY_BACKEND = ("eager", "compile", "fused", "rewritten")
+FOLLOWED = ("eager", "rewritten")  # backends whose live bytes are arithmetic
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,8 @@ class Metric:
     change that the gate lets pass (0: any change is a verdict); `rests_on` names packages of which another version may
     give another exact number; `modes`, `devices` and `backends` are where it is asked for when a sweep names none.
     `function` is "module:name" in this room: it takes a case, and a budget where it measures, and returns a result or
-    several; rows that share it come from one call.
+    several; rows that share it come from one call. `arithmetic` has the backends with which nothing of a network of the
+    suite runs for it, so that it needs no process of its own.
     """
 
     title: str
@@ -41,12 +44,17 @@ class Metric:
     more_is_better: bool = False
     modes: tuple[str, ...] = ("inference", "training")
     devices: tuple[str, ...] = ("cpu", "cuda")
-    backends: tuple[str, ...] = ("eager", "compile", "fused", "rewritten")
+    backends: tuple[str, ...] = EVERY_BACKEND
+    arithmetic: tuple[str, ...] = ()
 
     @property
     def exact(self) -> bool:
         """Whether equal code must give equal numbers on any machine."""
         return not self.threshold
+
+    def is_arithmetic(self, case: Case) -> bool:
+        """Whether it runs nothing for a case, so that nothing can be lost."""
+        return case.factory is None and case.backend in self.arithmetic
 
     def load(self) -> Callable[..., list[Result] | Result]:
         """Import the function; most of them need torch."""
@@ -98,9 +106,10 @@ def _memory_metrics() -> dict[str, Metric]:
                 origin=PREDICTED,
                 how=f"PyTorch's allocator replayed on the card's memory, with an interval; stands for {meaning}",
                 function="here:predicted_here",
+                arithmetic=FOLLOWED,
                 threshold=0.01,  # exact on one card only: its memory bounds what cuDNN may try
                 devices=("cuda",),
-                backends=("eager", "rewritten"),
+                backends=FOLLOWED,
             )
     return table
 
@@ -112,6 +121,7 @@ METRICS: dict[str, Metric] = {
         origin=COUNTED,
         how="arithmetic on the graph, equal to the built module's; of a model of your own, the module's",
         function="counts:params",
+        arithmetic=EVERY_BACKEND,
     ),
     "conv_macs": Metric(
         title="convolution MACs",
@@ -120,6 +130,7 @@ METRICS: dict[str, Metric] = {
         how="arithmetic on the graph, whole batch, forward; equal to torch's FlopCounterMode / 2, which counts a model "
         "of your own, and fvcore's conv",
         function="counts:convolutions",
+        arithmetic=EVERY_BACKEND,
     ),
     "activations": Metric(
         title="activations",
@@ -127,6 +138,7 @@ METRICS: dict[str, Metric] = {
         origin=COUNTED,
         how="elements of all convolution outputs, whole batch; fvcore's definition",
         function="counts:convolutions",
+        arithmetic=EVERY_BACKEND,
     ),
     "executed_macs": Metric(
         title="executed MACs",
@@ -135,6 +147,7 @@ METRICS: dict[str, Metric] = {
         how="what the backend runs forwards, whole batch: with rewritten, products at low resolution and in bands for "
         "the convolutions that they replace; equal to torch's FlopCounterMode / 2",
         function="counts:executed_macs",
+        arithmetic=EVERY_BACKEND,
         backends=("rewritten",),
     ),
     "receptive_field": Metric(
@@ -143,6 +156,7 @@ METRICS: dict[str, Metric] = {
         origin=COUNTED,
         how="side of the window that holds every input pixel which one output pixel depends on",
         function="counts:receptive_field",
+        arithmetic=EVERY_BACKEND,
         more_is_better=True,
     ),
     "operators": Metric(
@@ -170,6 +184,7 @@ METRICS: dict[str, Metric] = {
         origin=PREDICTED,
         how="peak of live tensor bytes in a steady step: arithmetic, exact but for workspaces and rounding",
         function="counts:peaks",
+        arithmetic=FOLLOWED,
     ),
     "peak_memory_predicted_first_bytes": Metric(
         title="predicted peak memory, first step",
@@ -177,6 +192,7 @@ METRICS: dict[str, Metric] = {
         origin=PREDICTED,
         how="the same for the first training step, in which the optimizer makes its state",
         function="counts:peaks",
+        arithmetic=FOLLOWED,
         modes=("training",),
     ),
     "peak_memory_traced_bytes": Metric(
@@ -187,7 +203,7 @@ METRICS: dict[str, Metric] = {
         function="counting:traced_peak",
         rests_on=("torch",),
         modes=(),  # by name alone: what a gate watches the executor with
-        backends=("eager", "rewritten"),
+        backends=FOLLOWED,
     ),
     **_memory_metrics(),
     "roofline_s": Metric(
@@ -197,6 +213,7 @@ METRICS: dict[str, Metric] = {
         how="every pass of the eager program at the device's limits, the slower of MACs and bytes each, added up; a "
         "GPU's limits are its data sheet's, a CPU's those of a probe; caches, Winograd and fusion can pass it",
         function="here:reference_line",
+        arithmetic=EVERY_BACKEND,
         threshold=0.25,
     ),
     "compile_s": Metric(

@@ -122,8 +122,8 @@ class Process:
         assert self.popen.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self.popen.stdin.close()
+        self.popen.stdout.close()  # or one that answers at length would wait for a reader
         self._wait(grace_s)
-        self.popen.stdout.close()
         self.log.close()
 
     def _wait(self, seconds: float) -> None:

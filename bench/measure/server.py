@@ -2,10 +2,10 @@
 
 Protocol, one JSON value a line. In: requests of `worker` with "time_limit_s" and "memory_limit_bytes" added. Out:
 first the environment; then for every request its results, as the fork makes them, and {"done": ...} with how the
-fork ended. A fork answers on a pipe of its own, whatever a model does to its streams, and each of its lines begins with
-its number, because a model may fork as well, and return twice. No parallel operator runs here, because forks of a
-process with a thread pool hang in their first one, and CUDA is never initialised here, because it does not survive a
-fork.
+fork ended. {"arithmetic": [requests]} is done here, without a fork: {"results": [...]} for each of them. A fork answers
+on a pipe of its own, whatever a model does to its streams, and each of its lines begins with its number, because a
+model may fork as well, and return twice. No parallel operator runs here, because forks of a process with a thread pool
+hang in their first one, and CUDA is never initialised here, because it does not survive a fork.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from skipcost.bench.measure.environment import describe
 from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.measure.probe import probed_cpu
 from skipcost.bench.measure.process import answers, last_words, say
-from skipcost.bench.measure.worker import limit_memory, run_case
+from skipcost.bench.measure.worker import limit_memory, run_case, work_out
 
 GRACE_S, POLL_S = 1.0, 0.01
 # How a fork's answers came to an end: it said so; its pipe was closed; another process answered too; its time was over;
@@ -65,8 +65,19 @@ def serve(requests: IO[str], replies: IO[str]) -> None:
     say(replies, {"environment": describe()})
     while line := requests.readline():
         request = json.loads(line)
+        if "arithmetic" in request:
+            _work_out(request["arithmetic"], replies)
+            continue
         _probe_for(request)
         say(replies, {"done": _run(request, requests, replies)})
+
+
+def _work_out(asked: list[dict[str, Any]], replies: IO[str]) -> None:
+    """Do arithmetic, and keep what it leaves out of the forks' collections of garbage."""
+    for request in asked:
+        _probe_for(request)
+        say(replies, {"results": [result.values() for result in work_out(request)]})
+    gc.freeze()
 
 
 def _probe_for(request: dict[str, Any]) -> None:

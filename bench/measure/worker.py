@@ -40,6 +40,12 @@ def run_case(request: dict[str, Any]) -> Iterator[Result]:
         yield from _results(case, list(request["metrics"]), Budget(**request["budget"]))
 
 
+def work_out(request: dict[str, Any]) -> list[Result]:
+    """Return the results of a request for metrics that are arithmetic; nothing of this process changes for it."""
+    case = Case.from_json(json.dumps(request["case"]))
+    return list(_results(case, list(request["metrics"]), Budget(**request["budget"])))
+
+
 def _results(case: Case, left: list[str], budget: Budget) -> Iterator[Result]:
     own = os.getpid()
     failure, known = _examined(case)

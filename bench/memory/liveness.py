@@ -10,7 +10,6 @@ At the end the same timeline in few words, about 4 KB: what is stored with a pre
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -194,6 +193,8 @@ def _planned(case: Case, rule: Rule) -> Schedule:
 
 def low_calls(case: Case) -> dict[str, LowCall]:
     """Every call of tap-first in a forward pass, by the moment that it belongs to; none where nothing is rewritten."""
+    if case.backend != "rewritten":
+        return {}
     taken: list[tuple[Axis, Axis, tuple[int, int]]] = []
 
     def listed(rows: Axis, columns: Axis, channels: tuple[int, int]) -> bool:
@@ -257,8 +258,13 @@ def timeline(case: Case, *, traced: bool = False) -> Timeline:
 
 def peaks_of(line: Timeline) -> tuple[int, int]:
     """Peak of live bytes in the first step and in the steady one; at inference they are the same."""
-    live = np.cumsum([line.storages[abs(event) - 1].bytes * (1 if event > 0 else -1) for event in line.events])
-    return _peaks(live, line)
+    return _peaks(_live(line), line)
+
+
+def _live(line: Timeline) -> Whole:
+    """Bytes alive after each event."""
+    events, sizes = np.array(line.events), np.array([each.bytes for each in line.storages])
+    return np.cumsum(sizes[np.abs(events) - 1] * np.sign(events))
 
 
 def _peaks(live: Whole, told: Timeline | step.Events) -> tuple[int, int]:
@@ -268,30 +274,26 @@ def _peaks(live: Whole, told: Timeline | step.Events) -> tuple[int, int]:
     return int(live[: told.steady_from].max()) if repeated else steady, steady
 
 
+def _spans(line: Timeline) -> tuple[Whole, Whole]:
+    """By storage, the events that make it and that end it; what stays to the end ends after the last event."""
+    events, at = np.array(line.events), np.arange(len(line.events))
+    start, end = np.zeros(len(line.storages), np.int64), np.full(len(line.storages), len(events))
+    start[events[events > 0] - 1], end[-events[events < 0] - 1] = at[events > 0], at[events < 0]
+    return start, end
+
+
 def tracks(line: Timeline) -> tuple[Track, ...]:
     """When each storage was alive, in the order of their making; what stays to the end ends after the last event."""
-    started: dict[int, int] = {}
-    ended: dict[int, int] = {}
-    for position, event in enumerate(line.events):
-        (started if event > 0 else ended)[abs(event) - 1] = position
-    return tuple(
-        Track(each.name, each.kind, each.bytes, started[index], ended.get(index, len(line.events)))
-        for index, each in enumerate(line.storages)
-    )
+    spans = zip(line.storages, *(each.tolist() for each in _spans(line)), strict=True)
+    return tuple(Track(each.name, each.kind, each.bytes, start, end) for each, start, end in spans)
 
 
 def at_peak(line: Timeline) -> tuple[str, tuple[Storage, ...]]:
     """What runs when the most is alive in the steady step, and all that is alive then, largest first."""
-    alive: set[int] = set()
-    live = most = peak = 0
-    then: set[int] = set()
-    for position, event in enumerate(line.events):
-        index = abs(event) - 1
-        live += line.storages[index].bytes if event > 0 else -line.storages[index].bytes
-        (alive.add if event > 0 else alive.discard)(index)
-        if position >= line.steady_from - 1 and live > most:
-            most, peak, then = live, position, set(alive)
-    moment = [what for start, what in line.moments if start <= peak][-1]
+    steady, (start, end) = line.steady_from - 1, _spans(line)
+    peak = steady + int(_live(line)[steady:].argmax())
+    then = np.flatnonzero((start <= peak) & (peak < end)).tolist()
+    moment = [what for begin, what in line.moments if begin <= peak][-1]
     return moment, tuple(sorted((line.storages[index] for index in then), key=lambda each: -each.bytes))
 
 
@@ -327,8 +329,7 @@ MOST_AT_PEAK = 12
 MOST_TRACKS = 40
 
 
-@dataclass(frozen=True, slots=True)
-class Life:
+class Life(NamedTuple):
     """A storage of the steady step between two of its moments, both included."""
 
     name: str
@@ -345,13 +346,11 @@ def moments(line: Timeline) -> list[str]:
 
 def lives(line: Timeline) -> list[Life]:
     """Every storage that is made in the steady step, in the order of their making."""
-    starts = [start for start, _ in line.moments if start >= line.steady_from]
-    found = []
-    for each in tracks(line):
-        if each.start >= line.steady_from:
-            first, last = bisect_right(starts, each.start) - 1, bisect_right(starts, each.end) - 1
-            found.append(Life(each.name, each.kind, each.bytes, first, last))
-    return found
+    begins = [start for start, _ in line.moments if start >= line.steady_from]
+    start, end = _spans(line)
+    first, last = (np.searchsorted(begins, each, side="right").tolist() for each in (start, end))
+    made = zip(line.storages, first, last, strict=True)
+    return [Life(each.name, each.kind, each.bytes, begin - 1, over - 1) for each, begin, over in made if begin]
 
 
 def summary(line: Timeline) -> dict[str, Any]:
@@ -361,21 +360,18 @@ def summary(line: Timeline) -> dict[str, Any]:
     there before the step, by kind; `lives` the largest storages made in it, with the first and last of its `moments`.
     """
     moment, alive = at_peak(line)
-    axis = moments(line)
     made = sorted(lives(line), key=lambda each: -each.bytes * (1 + each.last - each.first))[:MOST_TRACKS]
-    standing = dict.fromkeys(STANDING, 0)
-    before = [each for each in tracks(line) if each.start < line.steady_from <= each.end]
-    for each in before:
+    standing, (start, end) = dict.fromkeys(STANDING, 0), _spans(line)
+    for index in np.flatnonzero((start < line.steady_from) & (line.steady_from <= end)).tolist():
+        each = line.storages[index]
         standing[each.kind if each.kind in standing else "gradient"] += each.bytes
     return {
         "moment": moment,
         "at_peak": [[each.name, each.kind, each.bytes] for each in alive[:MOST_AT_PEAK]],
         "rest": sum(each.bytes for each in alive[MOST_AT_PEAK:]),
         "standing": standing,
-        "moments": len(axis),
-        "lives": [
-            [each.name, each.kind, each.bytes, each.first, each.last] for each in sorted(made, key=lambda e: e.first)
-        ],
+        "moments": len(moments(line)),
+        "lives": [list(each) for each in sorted(made, key=lambda each: each.first)],
     }
 
 

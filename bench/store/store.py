@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import sqlite3
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +103,8 @@ class Store:
 
     def __init__(self, connection: sqlite3.Connection, path: Path, *, writer: bool) -> None:
         self._db, self._path, self._writer = connection, path, writer
+        self._cases: dict[str, tuple[Case, list[str]]] | None = None  # what was read, until something is written
+        self._rows: tuple[Row, ...] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -117,7 +119,7 @@ class Store:
     def add_run(self, started: str, sweep: str, seed: int, environment: dict[str, Any]) -> int:
         """Write a run and return its id."""
         row = (started, sweep, seed, environment["fingerprint"], json.dumps(environment, sort_keys=True))
-        with self._writing():
+        with self.writing():
             done = self._db.execute(
                 "INSERT INTO runs (started, sweep, seed, fingerprint, environment) VALUES (?, ?, ?, ?, ?)", row
             )
@@ -128,12 +130,12 @@ class Store:
         known = self._db.execute("SELECT aliases FROM cases WHERE case_id = ?", (case.case_id,)).fetchone()
         names = sorted({*aliases, *(json.loads(known[0]) if known else [])})
         row = (case.case_id, case.spec.label, case.to_json(), json.dumps(names))
-        with self._writing():
+        with self.writing():
             self._db.execute("INSERT OR REPLACE INTO cases VALUES (?, ?, ?, ?)", row)
 
     def add_asked(self, run_id: int, case_ids: Iterable[str]) -> None:
         """Write which cases a run asks for, whether or not there is anything left to measure of them."""
-        with self._writing():
+        with self.writing():
             self._db.executemany("INSERT OR IGNORE INTO asked VALUES (?, ?)", [(run_id, each) for each in case_ids])
 
     def add_result(self, run_id: int, case_id: str, result: Result, *, again: bool = False) -> bool:
@@ -145,20 +147,28 @@ class Store:
             run_id, case_id, result.metric, result.outcome, result.note,
             json.dumps(result.samples), json.dumps(result.detail, sort_keys=True),
         )  # fmt: skip
-        with self._writing():
+        with self.writing():
             done = self._db.execute(
-                "INSERT INTO results SELECT ?, ?, ?, ?, ?, ?, ? WHERE NOT EXISTS ("
-                " SELECT 1 FROM results JOIN runs USING (run_id) WHERE case_id = ? AND metric = ?"
-                " AND fingerprint = (SELECT fingerprint FROM runs WHERE run_id = ?)) OR ?",
-                (*values, case_id, result.metric, run_id, again),
+                "INSERT INTO results SELECT ?, ?, ?, ?, ?, ?, ? WHERE ? OR NOT EXISTS ("
+                " SELECT 1 FROM results WHERE case_id = ? AND metric = ? AND run_id IN (SELECT run_id FROM runs"
+                " WHERE fingerprint = (SELECT fingerprint FROM runs WHERE run_id = ?)))",  # by the primary key
+                (*values, again, case_id, result.metric, run_id),
             )
         return done.rowcount == 1
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Commit what the block writes, or say in one sentence why that cannot be."""
+    def writing(self) -> Iterator[None]:
+        """Commit what the block writes at its end, all or nothing, or say in one sentence why that cannot be.
+
+        Within such a block nothing else commits.
+        """
+        self._cases = self._rows = None
+        if self._db.in_transaction:
+            yield
+            return
         try:
             with self._db:
+                self._db.execute("BEGIN")
                 yield
         except sqlite3.OperationalError as error:
             with contextlib.suppress(sqlite3.Error):
@@ -171,11 +181,12 @@ class Store:
 
     def measured(self, fingerprint: str) -> dict[tuple[str, str], str]:
         """The outcome of every row of an environment that `rows` gives, by (case_id, metric)."""
-        return {
-            (row.case_id, row.result.metric): row.result.outcome
-            for row in self.rows()
-            if row.fingerprint == fingerprint
-        }
+        rows = self._db.execute(
+            "SELECT case_id, metric, outcome FROM results JOIN runs USING (run_id)"
+            " WHERE fingerprint = ? ORDER BY run_id",
+            (fingerprint,),
+        )
+        return {(case_id, metric): outcome for case_id, metric, outcome in rows}
 
     def asked(self) -> list[tuple[int, str]]:
         """(run_id, case_id) of every case that a run asked for, oldest run first."""
@@ -228,11 +239,18 @@ class Store:
 
     def cases(self) -> dict[str, tuple[Case, list[str]]]:
         """Every case by its id, with its aliases."""
-        rows = self._db.execute("SELECT case_id, definition, aliases FROM cases ORDER BY label, case_id")
-        return {row[0]: self._read("cases", number, _case, row) for number, row in enumerate(rows, 1)}
+        if self._cases is None:
+            rows = self._db.execute("SELECT case_id, definition, aliases FROM cases ORDER BY label, case_id")
+            self._cases = {row[0]: self._read("cases", number, _case, row) for number, row in enumerate(rows, 1)}
+        return self._cases
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> tuple[Row, ...]:
         """Results in the order run, case, metric; of several for one environment, case and metric the newest run's."""
+        if self._rows is None:
+            self._rows = tuple(self._read_rows())
+        return self._rows
+
+    def _read_rows(self) -> Iterator[Row]:
         rows = self._db.execute(
             "SELECT run_id, fingerprint, results.case_id, cases.case_id, metric, outcome, samples, note, detail FROM ("
             " SELECT results.*, fingerprint, max(run_id) OVER (PARTITION BY fingerprint, case_id, metric) AS newest"
@@ -247,7 +265,7 @@ class Store:
         """Read everything once; StoreError for the first row that is damaged."""
         self.runs()
         self.cases()
-        deque(self.rows(), maxlen=0)
+        self.rows()
 
     def _read(self, table: str, number: int, decode: Callable[..., T], row: tuple[Any, ...]) -> T:
         """Decode a row; StoreError that names it, in the order in which it is read."""

@@ -1,10 +1,13 @@
-"""Run a plan: hand the fork server one case after the other and write each result to the store when it arrives."""
+"""Run a plan: hand the fork server one case after the other and write each result to the store when it arrives.
+
+First what is arithmetic, of all cases, in batches: there nothing can be lost but time.
+"""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Self
@@ -16,6 +19,8 @@ from skipcost.bench.errors import MachineError
 from skipcost.bench.measure.process import GRACE_S, PYTHON, Process, how_ended
 from skipcost.bench.store.store import Store
 from skipcost.bench.sweeps.plan import Plan, PlannedCase
+
+BATCH = 64  # cases whose arithmetic is asked for, and stored, together
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +35,8 @@ class Request:
 
     def message(self) -> dict[str, Any]:
         """What the server is told."""
-        return {**asdict(self), "case": json.loads(self.case.to_json())}
+        fields = {name: getattr(self, name) for name in ("metrics", "budget", "time_limit_s", "memory_limit_bytes")}
+        return {"case": json.loads(self.case.to_json()), **fields}
 
 
 class Server:
@@ -78,6 +84,25 @@ class Server:
             if left:
                 yield _failure(left.pop(0), ending, request)
 
+    def work_out(self, requests: Sequence[Request]) -> list[list[Result]]:
+        """Return the results of each of some requests for arithmetic, which the server does itself.
+
+        What it did not live to answer is asked for again, each in a fork.
+        """
+        self._process.tell({"arithmetic": [request.message() for request in requests]})
+        found: list[list[Result]] = []
+        for _ in requests:
+            if (reply := self._process.read()) is None:
+                self._restart()
+                break
+            found.append([Result.from_json(each) for each in reply["results"]])
+        return found + [list(self.run(each)) for each in requests[len(found) :]]
+
+    def _restart(self) -> None:
+        self._process.close()
+        self._process = self._start()
+        self._hello()
+
     def _ask(self, request: Request) -> Iterator[Result | dict[str, Any]]:
         self._process.tell(request.message())
         while (reply := self._process.read()) is not None:
@@ -85,9 +110,7 @@ class Server:
                 yield reply["done"]
                 return
             yield Result.from_json(reply)
-        self._process.close()
-        self._process = self._start()
-        self._hello()
+        self._restart()
         yield {"timed_out": False, "code": -9, "said": "the measuring process itself was killed"}
 
 
@@ -169,19 +192,64 @@ def sweep(
     run_id = store.add_run(datetime.now(UTC).isoformat(timespec="seconds"), plan.name, seed, environment)
     unread = {planned.case.case_id for planned in todo if planned.case.factory}
     known = [planned for planned in plan.cases if planned.case.case_id not in unread]
-    for planned in known:
-        store.add_case(planned.case, list(planned.aliases))
-    store.add_asked(run_id, (planned.case.case_id for planned in known))
+    with store.writing():
+        for planned in known:
+            store.add_case(planned.case, list(planned.aliases))
+        store.add_asked(run_id, (planned.case.case_id for planned in known))
     random.Random(seed).shuffle(todo)  # noqa: S311 - an order, not a secret
+    run = _Run(plan, store, server, run_id, bool(again))
+    worked_out: dict[str, list[Result]] = {}
+    for planned, results in run.worked_out([each for each in todo if each.arithmetic]):
+        if planned.others:
+            worked_out[planned.case.case_id] = results
+        else:
+            tell(planned, results)
     for planned in todo:
+        if rest := planned.others:
+            results = worked_out.pop(planned.case.case_id, [])
+            tell(planned, [*results, *run.measured(replace(planned, metrics=rest))])
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One run of a plan: where its results come from and go to. again: they are stored beside older ones."""
+
+    plan: Plan
+    store: Store
+    server: Server
+    run_id: int
+    again: bool
+
+    def worked_out(self, todo: Sequence[PlannedCase]) -> Iterator[tuple[PlannedCase, list[Result]]]:
+        """Yield each case with the results of its arithmetic, which are stored: a batch is, or is not."""
+        for at in range(0, len(todo), BATCH):
+            batch = todo[at : at + BATCH]
+            asked = [self._request(planned, planned.arithmetic) for planned in batch]
+            answers = self.server.work_out(asked)
+            with self.store.writing():
+                for planned, results in zip(batch, answers, strict=True):
+                    self._keep(planned.case, results)
+            yield from zip(batch, answers, strict=True)
+
+    def measured(self, planned: PlannedCase) -> list[Result]:
+        """Return the results of a case that runs in a process of its own, each stored as soon as it is there."""
         results = []
-        for case, result in _as_read(planned.case, server.run(request_for(plan, planned, environment))):
+        request = self._request(planned, planned.metrics)
+        for case, result in _as_read(planned.case, self.server.run(request)):
             if case.factory:
-                store.add_case(case, list(planned.aliases))
-                store.add_asked(run_id, [case.case_id])
-            store.add_result(run_id, case.case_id, result, again=bool(again))
+                self.store.add_case(case, list(planned.aliases))
+                self.store.add_asked(self.run_id, [case.case_id])
+            self._keep(case, [result])
             results.append(result)
-        tell(planned, results)
+        return results
+
+    def _keep(self, case: Case, results: Iterable[Result]) -> None:
+        case_id = case.case_id
+        for result in results:
+            self.store.add_result(self.run_id, case_id, result, again=self.again)
+
+    def _request(self, planned: PlannedCase, metrics: tuple[str, ...]) -> Request:
+        return request_for(self.plan, replace(planned, metrics=metrics), self.server.environment)
 
 
 def _as_read(case: Case, results: Iterable[Result]) -> Iterator[tuple[Case, Result]]:

@@ -63,6 +63,16 @@ class PlannedCase:
     metrics: tuple[str, ...]
     aliases: tuple[str, ...] = ()
 
+    @property
+    def arithmetic(self) -> tuple[str, ...]:
+        """Of its metrics those that run nothing, and need no process of their own."""
+        return tuple(name for name in self.metrics if METRICS[name].is_arithmetic(self.case))
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Of its metrics all but these."""
+        return tuple(name for name in self.metrics if not METRICS[name].is_arithmetic(self.case))
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:

@@ -260,6 +260,22 @@ def test_a_table_is_as_wide_as_the_terminal_or_a_line_for_each_field(width: int,
     assert wide == f"title of 0: {'y' * (width + 1)}\n"
 
 
+def test_titles_end_on_one_line_and_cells_begin_on_one() -> None:
+    """A title in two lines stands on its numbers; a sentence goes on below its row; wide letters take two places."""
+    columns = [Column("network"), Column("receptive field", right=True), Column("said", prose=True)]
+    rows = [("a", "7", "all is as it was before"), ("\u5bbd", "12", "fine")]
+
+    printed = told(lambda screen: screen.table(columns, rows), 36).splitlines()
+
+    assert printed == [
+        "         receptive",
+        "network      field  said",
+        "a                7  all is as it was",
+        "                    before",
+        "\u5bbd              12  fine",
+    ]
+
+
 def test_the_least_important_column_goes_first() -> None:
     """By its rank, not its place; a column without one stays, in lines if it must."""
     head = (Column("a", drop=1), Column("b"), Column("c", drop=2))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from skipcost.bench.cases.case import Case
+from skipcost.bench.cases.factory import Factory
 from skipcost.bench.figures import FORMATS, text
-from skipcost.bench.measure.metrics import COUNTED, MEASURED, METRICS, PREDICTED
+from skipcost.bench.measure.metrics import COUNTED, EVERY_BACKEND, MEASURED, METRICS, PREDICTED
 from skipcost.bench.measure.timing import Budget
+from skipcost.bench.memory.liveness import why_not
 from skipcost.unet_models import ModelSpec
 
 CASE = Case(spec=ModelSpec(depth=2, width=4), height=19, width=30, batch=3)
@@ -43,6 +48,37 @@ def test_an_exact_metric_is_measured_under_its_own_name(name: str) -> None:
 
     assert results[name].outcome == "ok"
     assert len(results[name].samples) == 1
+
+
+def test_arithmetic_needs_no_torch() -> None:
+    """What is done without a process of its own imports nothing that runs a network."""
+    script = """
+import sys
+from dataclasses import replace
+from skipcost.bench.cases.case import Case
+from skipcost.bench.measure.metrics import METRICS
+from skipcost.unet_models import ModelSpec
+cases = [Case(spec=ModelSpec(depth=1, width=2), height=16, width=16, backend=each) for each in ("eager", "rewritten")]
+names = [name for name in METRICS if name != "roofline_s" and METRICS[name].is_arithmetic(cases[0])]
+results = [result for case in cases for name in names for result in METRICS[name].measure(case, None)]
+print(len(names), {result.outcome for result in results if "predicted_" not in result.metric}, "torch" in sys.modules)
+"""
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+    count, *rest = done.stdout.split(maxsplit=1)
+    assert int(count) > 7
+    assert rest == ["{'ok'} False\n"]
+
+
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+def test_nothing_of_a_model_of_one_s_own_is_arithmetic(backend: str) -> None:
+    """Its factory would run in the process that all cases share."""
+    own, case = Case(spec=Factory("package.module:net"), backend=backend), Case(backend=backend)
+
+    assert not any(metric.is_arithmetic(own) for metric in METRICS.values())
+    assert METRICS["params"].is_arithmetic(case)
+    assert METRICS["peak_memory_predicted_bytes"].is_arithmetic(case) == (not why_not(case))
 
 
 @pytest.mark.parametrize("name", ["conv_macs", "activations", "fvcore_flops"])

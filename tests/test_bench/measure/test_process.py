@@ -48,6 +48,18 @@ def test_a_process_ends_with_those_it_started(tmp_path: Path, stubborn: bool, mo
     assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+def test_a_process_that_answers_at_length_is_let_go_of_in_the_middle() -> None:
+    """Its answers fill the pipe; it hears that nobody reads them, and ends by itself."""
+    endless = "with answers() as out:\n    while True:\n        out.write('{}\\n')"
+    code = f"from skipcost.bench.measure.process import answers\n{endless}"
+    process = Process([*PYTHON, "-c", code])
+    heard = process.read(30.0)
+
+    process.close(10.0)
+
+    assert (heard, process.popen.returncode) == ({}, 0)
+
+
 ECHO = "import sys\nfor line in sys.stdin:\n    print(line, end='', flush=True)\n"
 
 

@@ -56,6 +56,26 @@ def test_no_result_is_taken_twice_in_one_environment(tmp_path: Path) -> None:
     assert elsewhere == [True]
 
 
+def test_what_is_written_together_is_committed_together(tmp_path: Path) -> None:
+    """Nothing of a block that fails stays, and nobody sees half of one."""
+    path = tmp_path / "x.sqlite"
+    with create_store(path) as store:
+        run = store.add_run("2026-01-01T00:00:00+00:00", "test", 0, HERE)
+        with contextlib.suppress(ZeroDivisionError), store.writing():
+            store.add_case(CASE, [])
+            store.add_result(run, CASE.case_id, Result("params", samples=(1,)))
+            raise ZeroDivisionError
+        assert (store.cases(), list(store.rows())) == ({}, [])
+
+        with store.writing():
+            store.add_case(CASE, [])
+            store.add_result(run, CASE.case_id, Result("params", samples=(2,)))
+            with open_store(path) as other:
+                assert list(other.rows()) == []
+
+        assert [row.result.samples for row in store.rows()] == [(2,)]
+
+
 def test_of_several_rows_the_newest_run_s_is_read(tmp_path: Path) -> None:
     """What was measured again stands for what was there before, everywhere; other environments keep theirs."""
     with create_store(tmp_path / "x.sqlite") as store:

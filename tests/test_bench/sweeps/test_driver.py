@@ -22,9 +22,10 @@ from skipcost.bench.cases.case import Case
 from skipcost.bench.cases.factory import sources_of
 from skipcost.bench.cases.opened import digests
 from skipcost.bench.cases.record import Result
-from skipcost.bench.measure.metrics import default_metrics
+from skipcost.bench.measure.metrics import METRICS, default_metrics
 from skipcost.bench.store.store import create_store, open_store
 from skipcost.bench.store.tables import wide_table
+from skipcost.bench.sweeps import driver
 from skipcost.bench.sweeps.driver import Request, Server, pending, sweep
 from skipcost.bench.sweeps.plan import Plan, load_plan
 from skipcost.unet_models import ModelSpec
@@ -139,6 +140,70 @@ def test_the_server_is_restarted_when_it_dies(server: Server) -> None:
     results = ask(server, replace(LARGE, mode="training"), ("latency_s", "params"))
 
     assert [result.outcome for result in results] == ["out_of_memory", "ok"]
+
+
+ARITHMETIC = [
+    Case(spec=ModelSpec(depth=1, width=2, skip="gated"), height=16, width=16, mode=mode, backend=backend)
+    for mode in ("inference", "training")
+    for backend in ("eager", "rewritten")
+]
+
+
+def requests_for_arithmetic() -> list[Request]:
+    """Ask for all that is arithmetic of each of these cases."""
+    asked = []
+    for case in ARITHMETIC:
+        names = tuple(name for name in default_metrics(case) if METRICS[name].is_arithmetic(case))
+        asked.append(Request(case, names, SHORT, 60.0, None))
+    return asked
+
+
+def test_arithmetic_gives_without_a_fork_what_it_gives_in_one(server: Server) -> None:
+    """Every row is the same; a size that leaves no pixel is the same refusal."""
+    asked = [*requests_for_arithmetic(), Request(Case(height=8), ("params", "conv_macs"), SHORT, 60.0, None)]
+
+    found = server.work_out(asked)
+
+    assert found == [list(server.run(each)) for each in asked]
+    assert [result.outcome for result in found[-1]] == ["unsupported"] * 2
+    assert all(result.outcome == "ok" for results in found[:-1] for result in results)
+
+
+def test_what_a_killed_server_did_not_work_out_is_worked_out_in_forks(server: Server) -> None:
+    """Nothing of a batch is lost with the server, and nothing comes twice."""
+    asked = requests_for_arithmetic()
+    server._process.popen.kill()
+
+    found = server.work_out(asked)
+
+    assert [[result.metric for result in results] for results in found] == [list(each.metrics) for each in asked]
+    assert all(result.outcome == "ok" for results in found for result in results)
+
+
+def test_arithmetic_of_all_cases_is_stored_before_anything_runs(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep that is stopped at its first measurement has every count; the batch is whole or not there."""
+
+    def stopped(_server: Server, _request: Request) -> Iterator[Result]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Server, "run", stopped)
+    monkeypatch.setattr(driver, "BATCH", 4)
+    with create_store(tmp_path / "x.sqlite") as store:
+        with pytest.raises(KeyboardInterrupt):
+            sweep(small_plan(tmp_path), store, server, 1, lambda *_: None)
+
+        assert sorted(row.result.metric for row in store.rows()) == ["conv_macs"] * 6 + ["params"] * 6
+
+
+def test_what_arithmetic_gave_is_told_with_the_rest(tmp_path: Path, server: Server) -> None:
+    """Each case is heard of once, with all of its results in the order of its metrics."""
+    told: list[list[str]] = []
+    with create_store(tmp_path / "x.sqlite") as store:
+        sweep(small_plan(tmp_path), store, server, 1, lambda _, results: told.append([each.metric for each in results]))
+
+    assert told == [["params", "conv_macs", "layers_s"]] * 6
 
 
 def test_each_case_has_its_threads(server: Server) -> None:
