@@ -51,7 +51,7 @@ from skipcost.bench.errors import BenchError
 from skipcost.bench.measure.environment import cpus
 from skipcost.bench.store.store import create_store, open_store
 from skipcost.bench.streams import steady_streams
-from skipcost.bench.sweeps.driver import Server, pending, recognised, results_asked
+from skipcost.bench.sweeps.driver import Server, outcome_of, pending, recognised
 from skipcost.bench.sweeps.driver import sweep as run_sweep
 from skipcost.bench.sweeps.plan import Plan, PlannedCase, load_plan
 from skipcost.bench.units import parse_size
@@ -149,15 +149,15 @@ def sweep(
         except Stopped as stop:
             stop.add_note("what was measured is kept, run the same command again to go on")
             raise
-        asked = results_asked(recognised(planned, opened), opened, server.environment["fingerprint"])
+        found, failures = outcome_of(recognised(planned, opened), opened, server.environment["fingerprint"])
     told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or "nothing was missing"
     ERR.print(f"{len(planned.cases)} cases in {path}; this run added: {told}")
     for text, reason in planned.left_out.items():
         ERR.print(f"left out: {text}: {reason}")
-    if failed := not any(result.samples for _, result in asked):
+    if not found:
         ERR.print(f"skipcost: nothing of what was asked for has a number in {path}")
-    _tell_failures(asked, MOST_REASONS, f"`skipcost show {path}` has them all")
-    if failed:
+    _tell_failures(failures, MOST_REASONS, f"`skipcost show {path}` has them all")
+    if not found:
         raise typer.Exit(1)
 
 

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import sqlite3
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -250,13 +250,19 @@ class Store:
             self._rows = tuple(self._read_rows())
         return self._rows
 
-    def _read_rows(self) -> Iterator[Row]:
+    def failures(self, fingerprint: str) -> dict[tuple[str, str], Result]:
+        """The rows of an environment that are not ok, by (case_id, metric); the others are not read."""
+        rows = self._read_rows(ok=False)
+        return {(row.case_id, row.result.metric): row.result for row in rows if row.fingerprint == fingerprint}
+
+    def _read_rows(self, *, ok: bool = True) -> Iterator[Row]:
         rows = self._db.execute(
             "SELECT run_id, fingerprint, results.case_id, cases.case_id, metric, outcome, samples, note, detail FROM ("
             " SELECT results.*, fingerprint, max(run_id) OVER (PARTITION BY fingerprint, case_id, metric) AS newest"
             " FROM results LEFT JOIN runs USING (run_id)) AS results"
             " LEFT JOIN cases ON cases.case_id = results.case_id"
-            " WHERE run_id = newest ORDER BY run_id, results.case_id, metric"
+            " WHERE run_id = newest AND (? OR outcome != 'ok') ORDER BY run_id, results.case_id, metric",
+            (ok,),
         )
         for number, row in enumerate(rows, 1):
             yield self._read("results", number, _row, row)
@@ -265,7 +271,10 @@ class Store:
         """Read everything once; StoreError for the first row that is damaged."""
         self.runs()
         self.cases()
-        self.rows()
+        if self._writer:  # which asks for few of them, and may have many
+            deque(self._read_rows(), maxlen=0)
+        else:
+            self.rows()
 
     def _read(self, table: str, number: int, decode: Callable[..., T], row: tuple[Any, ...]) -> T:
         """Decode a row; StoreError that names it, in the order in which it is read."""

@@ -20,6 +20,7 @@ from skipcost.bench.measure.process import GRACE_S, PYTHON, Process, how_ended
 from skipcost.bench.store.store import Store
 from skipcost.bench.sweeps.plan import Plan, PlannedCase
 
+NUMBERED = ("ok", "throttled")  # outcomes that have samples
 BATCH = 64  # cases whose arithmetic is asked for, and stored, together
 
 
@@ -141,15 +142,14 @@ def recognised(plan: Plan, store: Store) -> Plan:
     return replace(plan, cases=tuple(_recognised(planned, states, present) for planned in plan.cases))
 
 
-def results_asked(plan: Plan, store: Store, fingerprint: str) -> list[tuple[str, Result]]:
-    """Label and result of everything that a plan asks for and an environment has a row of, old and new."""
-    table = store.results(fingerprint, store.cases())
-    return [
-        (planned.case.spec.label, table[planned.case.case_id][name])
-        for planned in plan.cases
-        for name in planned.metrics
-        if name in table.get(planned.case.case_id, {})
+def outcome_of(plan: Plan, store: Store, fingerprint: str) -> tuple[bool, list[tuple[str, Result]]]:
+    """Whether anything that a plan asks for has a number; label and result of all that has failed, old and new."""
+    outcomes, failures = store.measured(fingerprint), store.failures(fingerprint)
+    asked = [
+        (planned.case.spec.label, (planned.case.case_id, name)) for planned in plan.cases for name in planned.metrics
     ]
+    found = any(outcomes.get(row) in NUMBERED for _, row in asked)
+    return found, [(label, failures[row]) for label, row in asked if row in failures]
 
 
 def _recognised(planned: PlannedCase, states: dict[str, list[Case]], present: Present) -> PlannedCase:
