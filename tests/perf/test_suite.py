@@ -8,12 +8,16 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from skipcost.bench.cases.case import Case
-from skipcost.bench.sweeps.driver import Request, Server
+from skipcost.bench.measure.timing import Budget
+from skipcost.bench.store.store import create_store
+from skipcost.bench.sweeps.driver import Request, Server, sweep
+from skipcost.bench.sweeps.plan import Limits, Plan, PlannedCase
 from skipcost.unet_models import SKIPS, VARIANTS, ModelSpec
 
 SPECS = [
@@ -52,6 +56,29 @@ def test_overhead_per_case(benchmark: BenchmarkFixture, server: Server) -> None:
 
     overhead = benchmark.stats.stats.median  # type: ignore[union-attr]  # there after a run
     print(f"\n{overhead * 1e3:.0f} ms overhead per case")
+
+
+def test_arithmetic_of_a_case(benchmark: BenchmarkFixture, server: Server, tmp_path: Path) -> None:
+    """Four counted and predicted metrics of depth-4 networks, into a store: beside the same in forks, one each."""
+    metrics = ("params", "conv_macs", "activations", "peak_memory_predicted_bytes")
+    cases = [Case(spec=spec, height=256, width=256) for spec in SPECS]
+    plan = Plan("arithmetic", "", Limits(), Budget(), tuple(PlannedCase(case, metrics) for case in cases), {})
+    stores = itertools.count()
+    requests = [Request(case, metrics, BUDGET, 60.0, None) for case in cases[::8]]
+
+    def worked_out() -> None:
+        with create_store(tmp_path / f"{next(stores)}.sqlite") as store:
+            sweep(plan, store, server, 0, lambda *_: None)
+
+    benchmark.pedantic(worked_out, rounds=5, warmup_rounds=1)
+
+    start = time.perf_counter()
+    for request in requests:
+        list(server.run(request))
+    forked = (time.perf_counter() - start) / len(requests)
+    each = benchmark.stats.stats.median / len(cases)  # type: ignore[union-attr]  # there after a run
+    benchmark.extra_info["cases_per_second"] = 1 / each
+    print(f"\n{each * 1e3:.1f} ms a case by arithmetic, {forked * 1e3:.0f} ms in a process of its own")
 
 
 def test_share_spent_measuring(benchmark: BenchmarkFixture, server: Server) -> None:
