@@ -15,6 +15,7 @@ from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 from small_store import make_store
 
 from skipcost.reports.page import write_report
+from skipcost.reports.sections import SECTIONS
 
 FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -38,10 +39,13 @@ def address(store: Path) -> str:
 
 @pytest.fixture(scope="session")
 def scored(store: Path) -> str:
-    """Where its report with somebody's scores is: the smallest network leads by them."""
+    """Where its report with somebody's scores is, without figures: the smallest network leads by them."""
     scores = store.with_suffix(".csv")
     scores.write_text("label,score\nunet/d2/w8/none,0.9\nunet3+/d3/w16/concat,0.5\n")
-    write_report(store, store.with_name("scored.html"), scores)
+    needed = tuple(section for section in SECTIONS if section.name in ("choose", "rows", "provenance"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("skipcost.reports.page.SECTIONS", needed)
+        write_report(store, store.with_name("scored.html"), scores)
     return store.with_name("scored.html").as_uri()
 
 

@@ -17,7 +17,7 @@ OPEN = "document.querySelectorAll('details').forEach((each) => { each.open = tru
 UNCUT = """
 const style = document.createElement("style");
 style.textContent = ".scroll, .tall, details > .scroll { overflow: visible !important; max-height: none !important; }"
-  + " nav, thead th { position: static !important; } body { max-width: none !important; width: max-content; }";
+  + " nav, th, td { position: static !important; } body { max-width: none !important; width: max-content; }";
 document.head.append(style);
 """
 DRAWN = """
