@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from live_page import LivePage
+from places import ROOT
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.keys import Keys
 
@@ -107,6 +108,26 @@ def test_a_doubtful_figure_keeps_no_limit_and_is_on_no_front(page: LivePage, net
     assert page.text("chosen").startswith(f"{len(sound)} of {len(own)} networks keep latency ≤ 50 min 0 s.")
     assert page.text("chosen").endswith("1 cannot be judged: a figure that is limited is missing or carries a doubt.")
     assert (page.marks("keeps"), page.marks("hollow")) == (len(sound), 1)
+
+
+def test_the_front_is_of_what_keeps_the_limits_without_a_doubt(page: LivePage) -> None:
+    """Of five points the cheapest is doubtful, the best breaks a limit, one is beaten: two are left."""
+    points = [
+        {"x": 1, "y": 9, "standing": "keeps", "doubtful": True},
+        {"x": 2, "y": 2, "standing": "keeps", "doubtful": False},
+        {"x": 3, "y": 1, "standing": "keeps", "doubtful": False},
+        {"x": 4, "y": 5, "standing": "keeps", "doubtful": False},
+        {"x": 5, "y": 9, "standing": "breaks", "doubtful": False},
+    ]
+    plot = (ROOT / "reports/templates/plot.js").read_text()
+
+    drawn = page.js(
+        f"{plot}; const axis = {{ at: (value) => value }};"
+        "return drawFront(arguments[0], axis, axis).map((path) => path.getAttribute('d'))",
+        points,
+    )
+
+    assert drawn == ["M2.0 2.0H4.0V5.0"]
 
 
 def test_one_step_more_names_the_limit_that_breaks_first(page: LivePage, networks: pd.DataFrame) -> None:
