@@ -22,6 +22,7 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
     "--host-resolver-rules=MAP * ~NOTFOUND",  # no network: no name has an address
 )
+TOUCHED = ("choose", "rows", "provenance")
 
 
 @pytest.fixture(scope="session")
@@ -31,22 +32,32 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def address(store: Path) -> str:
+def whole(store: Path) -> str:
     """Where the report of the small store is."""
     write_report(store, store.with_suffix(".html"))
     return store.with_suffix(".html").as_uri()
 
 
 @pytest.fixture(scope="session")
+def address(store: Path) -> str:
+    """Where its report is without the sections that no script touches: it opens in a fraction of the time."""
+    return _brief(store, "brief.html")
+
+
+@pytest.fixture(scope="session")
 def scored(store: Path) -> str:
-    """Where its report with somebody's scores is, without figures: the smallest network leads by them."""
+    """The same with somebody's scores: the smallest network leads by them."""
     scores = store.with_suffix(".csv")
     scores.write_text("label,score\nunet/d2/w8/none,0.9\nunet3+/d3/w16/concat,0.5\n")
-    needed = tuple(section for section in SECTIONS if section.name in ("choose", "rows", "provenance"))
+    return _brief(store, "scored.html", scores)
+
+
+def _brief(store: Path, name: str, scores: Path | None = None) -> str:
+    needed = tuple(section for section in SECTIONS if section.name in TOUCHED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("skipcost.reports.page.SECTIONS", needed)
-        write_report(store, store.with_name("scored.html"), scores)
-    return store.with_name("scored.html").as_uri()
+        write_report(store, store.with_name(name), scores)
+    return store.with_name(name).as_uri()
 
 
 @pytest.fixture(scope="session")

@@ -55,13 +55,13 @@ return found;
 """
 
 
-def test_the_page_says_nothing_to_the_console_and_asks_for_nothing(browser: Chrome, address: str) -> None:
+def test_the_page_says_nothing_to_the_console_and_asks_for_nothing(browser: Chrome, whole: str) -> None:
     """Also when it is used: its own file, and what it carries itself."""
     browser.get("about:blank")
-    page = LivePage(browser, address)
+    page = LivePage(browser, whole)
     page.messages()
     page.requests()
-    page = LivePage(browser, address)
+    page = LivePage(browser, whole)
 
     page.limit("memory", "1MiB")
     page.choose("plot-y", "MACs")
@@ -73,9 +73,9 @@ def test_the_page_says_nothing_to_the_console_and_asks_for_nothing(browser: Chro
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_axe_finds_nothing(browser: Chrome, address: str, axe: str, width: int) -> None:
+def test_axe_finds_nothing(browser: Chrome, whole: str, axe: str, width: int) -> None:
     """No violation of any impact; everything unfolded, a limit set."""
-    page = LivePage(browser, f"{address}#choose&memory=1MiB&x=memory", width)
+    page = LivePage(browser, f"{whole}#choose&memory=1MiB&x=memory", width)
     page.js(OPEN)
 
     off = f"{{ rules: Object.fromEntries({COLOURS}.map((rule) => [rule, {{ enabled: false }}])) }}"
@@ -83,12 +83,12 @@ def test_axe_finds_nothing(browser: Chrome, address: str, axe: str, width: int) 
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_contrast_is_decided_and_enough(browser: Chrome, address: str, axe: str, scheme: str) -> None:
+def test_every_contrast_is_decided_and_enough(browser: Chrome, whole: str, axe: str, scheme: str) -> None:
     """By axe at AA; regions show all that they scroll to, since axe does not judge what is cut off or covered.
 
     It judges no text of a drawing: those are held to the same ratio against the paper, on which all of them stand.
     """
-    page = LivePage(browser, f"{address}#choose&memory=1MiB&x=memory", 1280, scheme)
+    page = LivePage(browser, f"{whole}#choose&memory=1MiB&x=memory", 1280, scheme)
     page.js(OPEN)
     page.js(UNCUT)
 
@@ -109,18 +109,18 @@ def _found(page: LivePage, axe: str, options: str) -> dict[str, dict[str, list[A
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_no_text_is_too_small(browser: Chrome, address: str, width: int) -> None:
+def test_no_text_is_too_small(browser: Chrome, whole: str, width: int) -> None:
     """After scaling, in drawings too, everything unfolded."""
-    page = LivePage(browser, f"{address}#choose&memory=1MiB", width)
+    page = LivePage(browser, f"{whole}#choose&memory=1MiB", width)
     page.js(OPEN)
 
     assert page.js(SIZES, SMALLEST)[:20] == []
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_page_is_as_wide_as_its_window(browser: Chrome, address: str, width: int) -> None:
+def test_the_page_is_as_wide_as_its_window(browser: Chrome, whole: str, width: int) -> None:
     """What is wider scrolls in a region of its own; the form and the plot are whole."""
-    page = LivePage(browser, f"{address}#choose&memory=1MiB", width)
+    page = LivePage(browser, f"{whole}#choose&memory=1MiB", width)
 
     assert page.js("return document.documentElement.scrollWidth") <= width
     ends = page.js(ENDS)
@@ -128,9 +128,9 @@ def test_the_page_is_as_wide_as_its_window(browser: Chrome, address: str, width:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_targets_are_large_enough(browser: Chrome, address: str, width: int) -> None:
+def test_targets_are_large_enough(browser: Chrome, whole: str, width: int) -> None:
     """Every control of the choice is at least 24 pixels high and wide, its label counted where it is pressed too."""
-    page = LivePage(browser, address, width)
+    page = LivePage(browser, whole, width)
 
     small = page.js(TARGETS, LEAST_TARGET)
 
