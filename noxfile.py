@@ -39,6 +39,7 @@ PUBLIC_UNETS = (  # what `rewrite` is tried on; each beside torch, none installs
     "seg2link-unet2d==0.2.1",
     "unet-torch==0.0.2",
 )
+AXE = "axe-core@4.14.1"  # from npm; what the browser loads is this one file of it
 ON_THE_WHEEL = (  # what looks for files, modules, commands or the plug-in; not what they compute, which is no other
     *("test_project.py", "test_unet_models/test_published.py", "test_unet_models/test_spec.py"),
     *("test_reports/test_page.py", "test_reports/sections/test_changes.py"),
@@ -161,6 +162,23 @@ def tests(session: nox.Session) -> None:
     """Run the tests; arguments go to pytest."""
     _install(session, "test")
     session.run(_tool("python"), "-m", "pytest", *(session.posargs or PARALLEL), env=ONE_THREAD, external=True)
+
+
+@nox.session(tags=["check"])
+def browser(session: nox.Session) -> None:
+    """Drive a report in Chromium without a network: the choice, links, keyboard, and what axe-core finds.
+
+    Needs Chromium, chromedriver and npm, and fails without: a test of the page that did not run has not passed.
+    """
+    if missing := [name for name in ("chromium", "chromedriver", "npm") if not shutil.which(name)]:
+        session.error(f"not installed: {', '.join(missing)}; on Debian: apt-get install chromium chromium-driver npm")
+    _install(session, "test", "browser")
+    folder = ROOT / ".nox" / "axe"
+    source = folder / "node_modules" / "axe-core" / "axe.min.js"
+    if not source.exists():
+        session.run("npm", "install", "--silent", "--ignore-scripts", "--prefix", str(folder), AXE, external=True)
+    where = session.posargs or ("tests/browser",)
+    session.run(_tool("python"), "-m", "pytest", *where, env={"SKIPCOST_AXE": str(source)}, external=True)
 
 
 @nox.session(tags=["check"])

@@ -33,11 +33,12 @@ Part = str | Number
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A sentence; `basis` says which rows it rests on."""
+    """A sentence or a few; `basis` says which rows they rest on, `anchor` is the id of the figure or table of them."""
 
     topic: str
     parts: tuple[Part, ...]
     basis: str
+    anchor: str
 
     @property
     def text(self) -> str:
@@ -81,10 +82,14 @@ class Spread:
         return cls(float(values.median()), float(values.min()), float(values.max()), len(values))
 
     @property
+    def range(self) -> str:
+        """The lowest and the highest."""
+        return f"{times(self.low)} to {times(self.high)}"
+
+    @property
     def span(self) -> str:
         """The range in brackets; empty where it says no more than the median."""
-        low, high = times(self.low), times(self.high)
-        return "" if low == high else f" ({low} to {high})"
+        return "" if times(self.low) == times(self.high) else f" ({self.range})"
 
     @property
     def either_way(self) -> bool:
@@ -123,10 +128,6 @@ class Matched:
         lowest = costs.eq(costs.min(axis="columns"), axis="index")
         always = [name for name in names if lowest[name].all()]
         return (always, True) if always else ([name for name in names if lowest[name].any()], False)
-
-    def most(self, names: Sequence[str]) -> tuple[list[str], bool]:
-        """The same for the highest."""
-        return Matched(self.cost, -self.table).least(names)
 
 
 def matched(
@@ -191,19 +192,28 @@ def pairs_of(cost: Cost, over: pd.Series[float], under: pd.Series[float], cells:
 
 
 def ratio(spread: Spread, origin: str) -> Number:
-    """A ratio of a sentence: median and range."""
-    return Number(times(spread.median), origin, spread.span)
+    """A ratio of a sentence: median and range; where that has 1 in it the range alone, a median would hide it."""
+    return Number(spread.range, origin) if spread.either_way else Number(times(spread.median), origin, spread.span)
 
 
 def range_words(group: list[Matched], top: str, bottom: str) -> list[Part]:
-    """The ratio of two alternatives by every cost of a group; where its range has 1 in it, what that says."""
-    items: list[list[Part]] = []
-    for each in group:
-        spread = each.over(top, bottom)
-        crossing = "cannot be told apart" if each.cost.origin == "measured" else "more in some cells, less in others"
-        doubt = f" ({crossing})" if spread.either_way else ""
-        items.append([ratio(spread, each.cost.origin), f" the {each.cost.word}{doubt}"])
-    return listed(items)
+    """The ratio of two alternatives by every cost of a group."""
+    return listed([_range(each, top, bottom) for each in group])
+
+
+def _range(each: Matched, top: str, bottom: str) -> list[Part]:
+    """One cost's; where some cells have more and some less, the depths at which, or that it is so."""
+    spread, cost = each.over(top, bottom), each.cost
+    if not spread.either_way:
+        return [ratio(spread, cost.origin), f" the {cost.word}"]
+    if cost.origin == "measured":
+        return [f"a {cost.word} that cannot be told apart (", ratio(spread, cost.origin), ")"]
+    ratios = each.table[top] / each.table[bottom]
+    depths = {str(depth): Spread.of(some) for depth, some in ratios.groupby(level="depth", sort=True)}
+    if any(some.either_way for some in depths.values()):
+        return [ratio(spread, cost.origin), f" the {cost.word}, more in some cells and less in others"]
+    by_depth: list[list[Part]] = [[ratio(some, cost.origin), f" at depth {depth}"] for depth, some in depths.items()]
+    return [f"{cost.word} either way by depth (", *listed(by_depth), ")"]
 
 
 def front(costs: Sequence[float], benefits: Sequence[float]) -> list[int]:

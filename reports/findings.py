@@ -6,11 +6,11 @@ Nothing here is written for one store. A finding whose rows are missing does not
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
-from skipcost.bench import figures
 from skipcost.bench.cases.case import CASE_KEYS
 from skipcost.bench.measure.metrics import METRICS
 from skipcost.kernels.dispatch.low_resolution import executed_macs
@@ -28,22 +28,21 @@ from skipcost.reports.compare import (
     plural,
     range_words,
     ratio,
-    times,
     together,
-    where_of,
     width_doublings,
 )
 from skipcost.reports.data import BASE, REFERENCE_SKIP, Cost, Data, records
 from skipcost.unet_models import SKIPS, VARIANTS
 from skipcost.unet_models.costs import costs
 
-MISLEADS = 1.25  # parameters mislead where their ratio is off the MACs' by more than this factor
+MOST = 8  # findings of a page
+BRIEFLY = ("conv_macs", "latency_s", "peak_memory_predicted_bytes")  # what skips and growth are told by
 SETTING = [name for name in CASE_KEYS if name != "backend"]
 
 
 def find(data: Data) -> list[Finding]:
-    """Every finding that the rows support, in the order of FINDERS."""
-    return [finding for finder in FINDERS for finding in finder(data)]
+    """The first findings that the rows support, in the order of FINDERS."""
+    return [finding for finder in FINDERS for finding in finder(data)][:MOST]
 
 
 def _title(variant: str) -> str:
@@ -55,112 +54,111 @@ def _variants(data: Data) -> list[str]:
     return [name for name in VARIANTS if name in present]
 
 
-def _costs(data: Data, axis: str, names: Sequence[str], needed: str, **fixed: Any) -> list[list[Matched]]:
-    """Every cost of these alternatives, in groups of equal cells: each group may stand in one sentence."""
-    return together(matched(data, cost, axis, names, needed, fixed) for cost in data.costs)
+def _brief(data: Data) -> list[Cost]:
+    """The costs of BRIEFLY, in the mode that most is told of."""
+    main = next(iter(data.settings), None)
+    return [cost for cost in data.costs if cost.metric in BRIEFLY and cost.mode in (None, main)]
 
 
-def _basis(group: list[Matched], what: str = "matched cell") -> str:
-    """How many cells a sentence rests on, and which alternatives it is silent about."""
-    out = group[0].left_out
-    return plural(len(group[0].table), what) + (f", without {' and '.join(out)}: too few in common" if out else "")
+def _groups(
+    data: Data, costs: Sequence[Cost], axis: str, names: Sequence[str], needed: str, **fixed: Any
+) -> list[list[Matched]]:
+    """Costs of these alternatives, in groups of equal cells: each group may stand in one sentence."""
+    return together(matched(data, cost, axis, names, needed, fixed) for cost in costs)
 
 
-def _ranked(
-    group: list[Matched], names: Sequence[str], end: str, base: str, titles: Callable[[str], str] = str
-) -> list[Part]:
-    """Who is "the cheapest" or "the dearest" of `names` by the costs of a group, with how many times the base's it is.
-
-    Several are named together where they are equal in every cell, or where none is at that end in every cell.
-    """
-    found: dict[tuple[tuple[str, ...], str], list[list[Part]]] = {}
-    for each in group:
-        who, always = each.least(names) if end == "the cheapest" else each.most(names)
-        item: list[Part] = [each.cost.word]
-        if always and base not in who:
-            item += [" (", Number(times(each.over(who[0], base).median), each.cost.origin), ")"]
-        found.setdefault((tuple(who), _relation(who, end, each.cost.origin, always=always)), []).append(item)
-    return listed([
-        [*listed([[titles(name)] for name in who]), relation, *listed(items)]
-        for (who, relation), items in found.items()
-    ])  # fmt: skip
-
-
-def _relation(who: Sequence[str], end: str, origin: str, *, always: bool) -> str:
-    if always:
-        return f" is {end} in " if len(who) == 1 else f" are equally {end} in "
-    return f" cannot be told apart as {end} in " if origin == "measured" else f", each in some cells, are {end} in "
-
-
-def in_short(data: Data) -> Iterator[Finding]:
-    """Which variant is the cheapest and which the dearest in every cell, by every cost."""
-    for group in _costs(data, "variant", _variants(data), BASE, skip=REFERENCE_SKIP):
-        names = [name for name in _variants(data) if name in group[0].table.columns]
-        lows, highs = (_ranked(group, names, end, BASE, _title) for end in ("the cheapest", "the dearest"))
-        parts = ("At equal depth and width ", *lows, "; ", *highs, ".")
-        yield Finding("In short", parts, f"times {_title(BASE)}; medians over {_basis(group)}, skip {REFERENCE_SKIP}")
+def _pairs_words(group: list[Matched], what: str = "pair") -> str:
+    return f"({plural(len(group[0].table), what)})"
 
 
 def variant_costs(data: Data) -> Iterator[Finding]:
     """Each variant against U-Net at equal depth and width, all with the papers' own skips."""
-    for variant in _variants(data):
-        for group in _costs(data, "variant", (variant, BASE), BASE, skip=REFERENCE_SKIP) if variant != BASE else []:
-            parts = (f"{_title(variant)} takes ", *range_words(group, variant, BASE), f" of {_title(BASE)}.")
-            basis = f"median and range over {_basis(group)} of equal depth and width, skip {REFERENCE_SKIP}"
-            yield Finding("Variants", parts, basis)
-
-
-def misleading_parameters(data: Data) -> Iterator[Finding]:
-    """Where, in every cell, the parameter ratio and the MAC ratio tell different stories."""
-    for variant in _variants(data):
-        found = [] if variant == BASE else _costs(data, "variant", (variant, BASE), BASE, skip=REFERENCE_SKIP)
-        for by in ({each.cost.metric: each for each in group if each.cost.mode is None} for group in found):
-            if not {"params", "conv_macs"} <= set(by):
-                continue
-            params, macs = (by[name].table[variant] / by[name].table[BASE] for name in ("params", "conv_macs"))
-            gap = Spread.of(macs / params)
-            off = max(gap.median, 1 / gap.median)
-            if off < MISLEADS or gap.either_way:
-                continue
-            judged = f" its MACs: judged by parameters its cost is {'under' if gap.median > 1 else 'over'}stated by "
-            parts = (
-                *(f"{_title(variant)} has ", Number(times(params.median()), "counted")),
-                *(f" the parameters of {_title(BASE)} but ", Number(times(macs.median()), "counted")),
-                *(judged, Number(times(off), "counted"), "."),
-            )
-            yield Finding("Parameters mislead", parts, f"medians over {plural(gap.cells)}, skip {REFERENCE_SKIP}")
+    for variant in (name for name in _variants(data) if name != BASE):
+        parts: list[Part] = []
+        for group in _groups(data, data.costs, "variant", (variant, BASE), BASE, skip=REFERENCE_SKIP):
+            who = " It" if parts else _title(variant)
+            words = range_words(group, variant, BASE)
+            parts += [f"{who} takes ", *words, f", against {_title(BASE)} {_pairs_words(group)}."]
+        if parts:
+            basis = f"median and range over pairs of equal depth and width, skip {REFERENCE_SKIP}"
+            yield Finding("Variants", tuple(parts), basis, "against")
 
 
 def skip_costs(data: Data) -> Iterator[Finding]:
-    """The papers' own skips against none, per variant."""
+    """The papers' own skips against none, variant by variant."""
+    parts: list[Part] = []
     for variant in _variants(data):
-        for group in _costs(data, "skip", (REFERENCE_SKIP, "none"), "none", variant=variant):
-            parts = (f"The skips of {_title(variant)}, concatenated, make it take ",
-                     *range_words(group, REFERENCE_SKIP, "none"), " of the same variant without skips.")  # fmt: skip
-            yield Finding("What skips cost", parts, f"median and range over {_basis(group)}")
+        for group in _groups(data, _brief(data), "skip", (REFERENCE_SKIP, "none"), "none", variant=variant):
+            words = range_words(group, REFERENCE_SKIP, "none")
+            parts += [" " * bool(parts), f"{_title(variant)} takes ", *words, f" {_pairs_words(group)}."]
+    if parts:
+        basis = f"skip {REFERENCE_SKIP} against none; median and range over pairs of equal depth and width"
+        yield Finding("What skips cost", tuple(parts), basis, "skip-schemes")
 
 
 def cheapest_scheme(data: Data) -> Iterator[Finding]:
-    """Per variant, the scheme that keeps skips and costs least in every cell, by each cost."""
+    """Variant by variant, the scheme that keeps skips and costs least in every cell."""
+    parts: list[Part] = []
+    before: list[str] = []
     for variant in _variants(data):
-        for group in _costs(data, "skip", tuple(SKIPS), "none", variant=variant):
+        for group in _groups(data, _brief(data), "skip", tuple(SKIPS), "none", variant=variant):
             names = [name for name in SKIPS if name in group[0].table.columns and name != "none"]
             if len(names) < 2:  # noqa: PLR2004 - one scheme is no choice
                 continue
-            parts = (f"Of {', '.join(names[:-1])} and {names[-1]}, in {_title(variant)} ",
-                     *_ranked(group, names, "the cheapest", "none"), ".")  # fmt: skip
-            yield Finding("Cheapest skips", parts, f"times no skips; medians over {_basis(group)}")
+            among: list[Part] = ["Of ", *listed([[name] for name in names]), ", in "] if names != before else ["In "]
+            parts += [" " * bool(parts), *among, f"{_title(variant)} ", *_cheapest(group, names)]
+            before = names
+            left_out = group[0].left_out
+            without = f", without {' and '.join(left_out)}: too few in common" if left_out else ""
+            parts.append(f" ({plural(len(group[0].table))}{without}).")
+    if parts:
+        yield Finding("Cheapest skips", tuple(parts), "times no skips; medians", "skip-schemes")
+
+
+def _cheapest(group: list[Matched], names: Sequence[str]) -> list[Part]:
+    """Who of `names` is the cheapest by the costs of a group, with how many times no skips it takes.
+
+    Several are named together where they are equal in every cell, or where none is the cheapest in every cell.
+    """
+    found: dict[tuple[tuple[str, ...], str], list[list[Part]]] = {}
+    for each in group:
+        who, always = each.least(names)
+        item: list[Part] = [each.cost.word]
+        if always:
+            spread = each.over(who[0], "none")
+            item += [" (", replace(ratio(spread, each.cost.origin), span=""), ")"]
+        found.setdefault((tuple(who), _relation(who, each.cost.origin, always=always)), []).append(item)
+    return listed([[*listed([[name] for name in who]), relation, *listed(items)]
+                   for (who, relation), items in found.items()])  # fmt: skip
+
+
+def _relation(who: Sequence[str], origin: str, *, always: bool) -> str:
+    if always:
+        return " is the cheapest in " if len(who) == 1 else " are equally the cheapest in "
+    told = " cannot be told apart as the cheapest in "
+    return told if origin == "measured" else ", each in some cells, are the cheapest in "
 
 
 def growth(data: Data) -> Iterator[Finding]:
-    """What one more level and twice the width do to each cost."""
-    for change, pairs, words in (
-        ("One more level", depth_steps, "of equal variant, width and skip"),
-        ("Twice the width", width_doublings, "of equal variant, depth and skip"),
+    """What one more level and twice the width do to parameters and the costs that are told briefly."""
+    costs = [cost for cost in data.costs if cost.metric == "params"] + _brief(data)
+    for change, pairs, axis, words in (
+        ("One more level", depth_steps, "depth", "of equal variant, width and skip"),
+        ("Twice the width", width_doublings, "width", "of equal variant, depth and skip"),
     ):
-        for group in together(pairs(data, cost) for cost in data.costs):
-            parts = (f"{change} takes ", *range_words(group, "over", "under"), ".")
-            yield Finding("Growth", parts, f"median and range over {_basis(group, 'pair')} {words}")
+        parts: list[Part] = []
+        for group in together(pairs(data, cost) for cost in costs):
+            start = " It" if parts else change
+            parts += [f"{start} takes ", *range_words(group, "over", "under"), f" {_pairs_words(group)}."]
+        if parts:
+            yield Finding("Growth", tuple(parts), f"median and range over pairs {words}", _curve(data, axis))
+
+
+def _curve(data: Data, axis: str) -> str:
+    """The figure over an axis, or where it would be: it is of the mode that most is told of."""
+    other = "width" if axis == "depth" else "depth"
+    drawn = data.cells(None).groupby(other)[axis].nunique().max() > 1
+    return f"over-{axis}" if drawn else "scaling"
 
 
 def dearest_edge(data: Data) -> Iterator[Finding]:
@@ -187,27 +185,25 @@ def dearest_edge(data: Data) -> Iterator[Finding]:
         Number(skips, "counted"),
         ".",
     )
-    yield Finding("Where the cost is", parts, f"{len(split.edges)} edges at {case.height}x{case.width} pixels")
+    basis = f"{len(split.edges)} edges at {case.height}x{case.width} pixels"
+    yield Finding("Where the cost is", parts, basis, "networks")
 
 
 def what_latency_follows(data: Data) -> Iterator[Finding]:
-    """Rank correlation of latency with every cost that is known without measuring."""
-    for mode in ("inference", "training"):
-        cells = data.networks(mode, sound=True).dropna(subset=["latency_s"])
-        names = ("conv_macs", "activations", "params", "peak_memory_predicted_bytes")
-        known = [name for name in names if cells[name].notna().all() and len(set(cells[name])) > 1]
-        if len(cells) < LEAST or not known or len(set(cells["latency_s"])) < 2:  # noqa: PLR2004 - one rank is no order
-            continue
-        rank = {name: rank_correlation(cells[name], cells["latency_s"]) for name in known}
-        order = sorted(known, key=lambda name: -rank[name])
-        items: list[list[Part]] = [
-            [Number(f"{rank[name]:.2f}", "measured"), f" with {METRICS[name].title}"] for name in order
-        ]
-        yield Finding(
-            "What latency follows",
-            (f"The rank correlation of {mode} latency is ", *listed(items), "."),
-            f"Spearman, {len(cells)} networks without a doubt",
-        )
+    """Rank correlation of latency with every cost that is known without measuring, in the mode most is told of."""
+    mode = next(iter(data.settings), None)
+    cells = data.networks(mode, sound=True).dropna(subset=["latency_s"])
+    names = ("conv_macs", "activations", "params", "peak_memory_predicted_bytes")
+    known = [name for name in names if cells[name].notna().all() and len(set(cells[name])) > 1]
+    if len(cells) < LEAST or not known or len(set(cells["latency_s"])) < 2:  # noqa: PLR2004 - one rank is no order
+        return
+    rank = {name: rank_correlation(cells[name], cells["latency_s"]) for name in known}
+    items: list[list[Part]] = [
+        [Number(f"{rank[name]:.2f}", "measured"), f" with {METRICS[name].title}"]
+        for name in sorted(known, key=lambda name: -rank[name])
+    ]
+    told = (f"The rank correlation of {mode} latency is ", *listed(items), ".")
+    yield Finding("What latency follows", told, f"Spearman, {len(cells)} networks without a doubt", "cost-cost")
 
 
 def rank_correlation(left: pd.Series[float], right: pd.Series[float]) -> float:
@@ -217,62 +213,44 @@ def rank_correlation(left: pd.Series[float], right: pd.Series[float]) -> float:
 
 def memory_gap(data: Data) -> Iterator[Finding]:
     """Predicted peak memory against what the GPU's allocator measured."""
-    for mode in ("inference", "training"):
+    parts: list[Part] = []
+    for mode in data.settings:
         cells = data.networks(mode, sound=True)
         share = (cells["peak_memory_allocated_bytes"] / cells["peak_memory_predicted_bytes"]).dropna()
         if len(share) >= LEAST:
-            spread = Spread.of(share)
-            parts: tuple[Part, ...] = (
-                f"In {mode} the allocator's peak is ", ratio(spread, "measured"), " the predicted one.",
-            )  # fmt: skip
-            yield Finding("Memory", parts, f"{spread.cells} networks")
+            told = ratio(Spread.of(share), "measured")
+            start = f"{' ' * bool(parts)}In {mode} the allocator's peak is "
+            parts += [start, told, f" the predicted one ({plural(len(share), 'network')})."]
+    if parts:
+        yield Finding("Memory", tuple(parts), "allocated over predicted, network by network", "accuracy")
 
 
-def same_networks(data: Data) -> Iterator[Finding]:
-    """How many cells are one network under two names."""
-    cells = data.cells(None)
-    again = int((cells["same_as"] != "").sum())
-    if again:
-        count = Number(str(again), "counted")
-        parts = (count, f" of {len(cells)} cells are the same network as another one and were measured once.")
-        yield Finding("Same networks", parts, "equal graphs after pruning what nothing reads")
-
-
-def extent(data: Data) -> Iterator[Finding]:
-    """The span of each cost over the networks of its main setting that have it without a doubt: what there is."""
-    spans: dict[tuple[frozenset[str], tuple[str, ...]], list[list[Part]]] = {}
-    for cost in data.costs:
-        rows = data.networks(cost.mode, sound=True).dropna(subset=[cost.metric])
-        values = rows[cost.metric]
-        if len(values) < 2:  # noqa: PLR2004 - one network spans nothing
-            continue
-        low, high = (figures.text(float(value), cost.unit) for value in (values.min(), values.max()))
-        basis = frozenset(rows["label"]), where_of(rows)
-        spans.setdefault(basis, []).append([f"{cost.word} ", Number(f"{low} to {high}", cost.origin)])
-    for (labels, _), items in spans.items():
-        parts = ("The networks here span ", *listed(items), ".")
-        yield Finding("Span", parts, f"{len(labels)} networks, numbers with a doubt left out")
+def rewriting_measured(data: Data) -> Iterator[Finding]:
+    """Per variant, the costs for which both backends were measured."""
+    parts: list[Part] = []
+    for variant in VARIANTS:
+        for group in together(_pairs(data, variant, cost) for cost in MEASURED):
+            words = range_words(group, "over", "under")
+            parts += [f"{' ' * bool(parts)}{_title(variant)} takes ", *words, f" {_pairs_words(group)}."]
+    if parts:
+        basis = "backend=rewritten against eager; median and range over pairs of cells of one setting"
+        yield Finding("Exact algebra", tuple(parts), basis, "rows")
 
 
 def rewriting_saves(data: Data) -> Iterator[Finding]:
-    """Per variant: the share of MACs that is left, counted; then the costs for which both backends were measured."""
+    """The share of MACs that is left where maps that were only just up-sampled are convolved before, counted."""
+    items: list[list[Part]] = []
     for variant, entry in VARIANTS.items():
-        shares = _counted(data, variant)
-        less = pd.Series([share for share in shares if share < 1], dtype=float)
+        less = pd.Series([share for share in _counted(data, variant) if share < 1], dtype=float)
         if len(less) >= LEAST:
-            spread = Spread.of(less)
-            parts: tuple[Part, ...] = (
-                f"{entry.title} is the same function with ", Number(times(spread.median), "counted", spread.span),
-                " of its MACs as backend=rewritten runs it at inference.",
-            )  # fmt: skip
-            of_all = "" if len(less) == len(shares) else f" of {len(shares)}, the others have nothing to rewrite"
-            basis = f"median and range over {plural(len(less), 'network')}{of_all}, skip {REFERENCE_SKIP}"
-            yield Finding("Exact algebra", parts, basis)
-        for group in together(_pairs(data, variant, cost) for cost in MEASURED):
-            words = range_words(group, "over", "under")
-            pairs = plural(len(group[0].table), "pair")
-            parts = (f"{entry.title} under backend=rewritten takes ", *words, " of what eager takes.")
-            yield Finding("Exact algebra", parts, f"median and range over {pairs} of cells of one setting")
+            items.append([f"{entry.title} ", ratio(Spread.of(less), "counted"), f" ({plural(len(less), 'network')})"])
+    if items:
+        parts = (
+            "As backend=rewritten runs them at inference, the same functions take of their MACs: ",
+            *listed(items),
+            ".",
+        )
+        yield Finding("Exact algebra", parts, f"median and range, skip {REFERENCE_SKIP}", "rows")
 
 
 def _counted(data: Data, variant: str) -> list[float]:
@@ -309,18 +287,15 @@ def _pairs(data: Data, variant: str, cost: Cost) -> Matched | None:
 
 
 FINDERS: tuple[Callable[[Data], Iterator[Finding]], ...] = (
-    in_short,
     variant_costs,
-    misleading_parameters,
     skip_costs,
     cheapest_scheme,
     growth,
     what_latency_follows,
+    memory_gap,
+    rewriting_measured,
     dearest_edge,
     rewriting_saves,
-    memory_gap,
-    same_networks,
-    extent,
 )
 
 

@@ -18,6 +18,8 @@ from skipcost.reports.data import Data, load
 from skipcost.reports.sections import SECTIONS, Section
 from skipcost.reports.sections.provenance import header_context
 
+SCRIPTS = ("figures.js", "plot.js", "choose.js", "script.js")  # in one scope; the last one starts
+
 
 def render(data: Data) -> str:
     """Render the whole page."""
@@ -54,7 +56,7 @@ def _environment() -> Environment:
     environment.tests["number"] = lambda part: isinstance(part, Number)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "separators": (",", ":")}
     environment.globals["style"] = _asset(environment, "style.css")
-    environment.globals["script"] = _asset(environment, "script.js")
+    environment.globals["script"] = Markup("").join(_asset(environment, name) for name in SCRIPTS)
     return environment
 
 

@@ -53,13 +53,13 @@ def test_ci_runs_the_readmes_test_command() -> None:
 
 @pytest.mark.sources
 def test_every_check_is_behind_the_test_command() -> None:
-    """Lint, types, tests, tests of other instruction sets, gate and package carry the tag that the command asks for."""
+    """Lint, types, three kinds of tests, gate and package carry the tag that the command asks for."""
     listed = subprocess.run(
         [sys.executable, "-m", "nox", "-l", "-t", "check"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
 
     chosen = re.findall(r"^\* (\w+) \[check\] -> \S", listed, re.MULTILINE)
-    assert chosen == ["lint", "types", "tests", "isa", "gate", "package"]
+    assert chosen == ["lint", "types", "tests", "browser", "isa", "gate", "package"]
 
 
 @pytest.mark.sources

@@ -239,7 +239,7 @@ def _stars(axes: Axes, rows: pd.DataFrame, axis: Axis, up: Axis) -> None:
         name = str(row["label"]).partition("(")[0].rpartition(":")[2]
         right = (axes.transScale + axes.transLimits).transform(at)[0] > 0.5  # noqa: PLR2004 - of the panel's width
         name = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}\u2026"
-        axes.annotate(name, at, xytext=(-4 if right else 4, 4), textcoords="offset points", fontsize=6.5, color=INK,
+        axes.annotate(name, at, xytext=(-4 if right else 4, 4), textcoords="offset points", fontsize=8, color=INK,
                       ha="right" if right else "left")  # fmt: skip
 
 

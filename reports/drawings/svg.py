@@ -6,6 +6,7 @@ Figures are drawn in marker colours; here those become CSS variables, so that on
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +15,11 @@ from typing import Any, cast
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import seaborn as sns
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from matplotlib.figure import Figure as Drawing
 
 INK, SOFT, FAINT, RULE = "#010101", "#040404", "#020202", "#030303"
+SMALLEST = 11  # pixels of a text in the page
 PALETTE = ("#0000a1", "#0000a2", "#0000a3", "#0000a4", "#0000a5", "#0000a6")  # --c1 to --c6 of style.css
 _CSS = {INK: "currentColor", SOFT: "var(--soft)", FAINT: "var(--faint)", RULE: "var(--rule)"} | {
     colour: f"var(--c{at})" for at, colour in enumerate(PALETTE, 1)
@@ -102,9 +104,21 @@ def to_svg(drawing: Drawing, name: str, title: str, description: str) -> Markup:
         text = text.replace(colour, css)
     text = re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), text)
     box = re.search(r'viewBox="([^"]*)"', text)
-    head = (
-        f'<svg class="chart" viewBox="{box[1] if box else ""}" role="img" '
-        f'aria-labelledby="{name}-title {name}-desc">'
-        f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(description)}</desc>'
-    )
-    return Markup(head + text[text.index(">") + 1 :])  # noqa: S704 - matplotlib escapes its text, the rest is above
+    assert box is not None
+    words = (name, title, description)
+    inside = Markup(text[text.index(">") + 1 : text.rindex("</svg>")])  # noqa: S704 - matplotlib escapes its text
+    return as_image("chart", box[1], words, inside, SMALLEST / _RC["xtick.labelsize"])
+
+
+def as_image(kind: str, box: str, words: tuple[str, str, str], inside: Markup, scale: float = 1.0) -> Markup:
+    """Lay out an SVG as one image that scrolls before its text is too small, with a name, a title and a description.
+
+    box: its viewBox. scale: pixels of the page for each of the drawing, at least. What is inside is hidden from who
+    hears the page: an image has no parts, and its numbers are in a table.
+    """
+    name, title, described = words
+    least = math.ceil(float(box.split()[2]) * scale)
+    return Markup(
+        '<svg class="{0}" viewBox="{1}" style="min-width:{2}px" role="img" aria-labelledby="{3}-title {3}-desc">'
+        '<title id="{3}-title">{4}</title><desc id="{3}-desc">{5}</desc><g aria-hidden="true">{6}</g></svg>'
+    ).format(kind, box, least, name, title, described, inside)

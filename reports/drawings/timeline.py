@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 from skipcost.bench import figures
 from skipcost.bench.cases.case import Case
 from skipcost.bench.memory.liveness import Timeline, at_peak, peaks_of, timeline, why_not
+from skipcost.reports.drawings.svg import as_image
 
 WIDE, HIGH, LEFT, TOP, BELOW = 620, 150, 70, 18, 20  # pixels of the drawing and of its margins
 LISTED = 8  # tensors at the peak that are named
@@ -94,12 +95,9 @@ def _draw(columns: list[_Column], moment: str, name: str) -> Markup:
         f'<text x="{LEFT + WIDE}" y="{TOP + HIGH + 14}" text-anchor="end">{escape(columns[-1].what)}</text>'
     )
     described = f"{len(columns)} moments from left to right; the highest is {moment}. The table below lists its tensors"
-    return Markup(  # noqa: S704 - every text in it is escaped where it is put in
-        f'<svg class="topology memory" viewBox="0 0 {LEFT + WIDE + 10} {TOP + HIGH + BELOW}" role="img" '
-        f'aria-labelledby="{name}-memory-title {name}-memory-desc">'
-        f'<title id="{name}-memory-title">Live bytes over one step</title>'
-        f'<desc id="{name}-memory-desc">{escape(described)}</desc>{"".join(pieces)}</svg>'
-    )
+    box = f"0 0 {LEFT + WIDE + 10} {TOP + HIGH + BELOW}"
+    inside = Markup("".join(pieces))  # noqa: S704 - every text in it is escaped where it is put in
+    return as_image("topology memory", box, (f"{name}-memory", "Live bytes over one step", described), inside)
 
 
 def _steps(heights: list[int], top: int, step: float) -> list[tuple[float, float]]:

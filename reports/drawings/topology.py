@@ -10,11 +10,12 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from skipcost.bench import figures
+from skipcost.reports.drawings.svg import as_image
 from skipcost.unet_models.program import IMAGE
 from skipcost.unet_models.topology import Edge, SkipGraph
 
 STEP_X, STEP_Y = 76, 84  # pixels of the drawing between neighbours
-NODE_W, NODE_H = 58, 34
+NODE_W, NODE_H = 70, 36
 MARGIN_X, MARGIN_TOP = 84, 30
 SMALLEST = 0.005  # share of a node that is still written in it
 WIDEST = 26.0  # pixels of an edge that would hold half of all MACs
@@ -54,11 +55,9 @@ def draw(graph: SkipGraph, facts: dict[str, Any], name: str) -> Markup:
         f"{len(graph.nodes)} nodes on {graph.depth + 1} levels, {len(graph.edges)} edges; the table below lists every "
         "edge with the same numbers"
     )
-    return Markup(  # noqa: S704 - every text in it is escaped where it is put in
-        f'<svg class="topology" viewBox="0 {top:.0f} {right:.0f} {bottom - top:.0f}" role="img" '
-        f'aria-labelledby="{name}-title {name}-desc"><title id="{name}-title">{escape(title)}</title>'
-        f'<desc id="{name}-desc">{escape(described)}</desc>{"".join(pieces)}</svg>'
-    )
+    box = f"0 {top:.0f} {right:.0f} {bottom - top:.0f}"
+    inside = Markup("".join(pieces))  # noqa: S704 - every text in it is escaped where it is put in
+    return as_image("topology", box, (name, title, described), inside)
 
 
 def _place(name: str) -> tuple[float, float]:
@@ -112,7 +111,7 @@ def _node(name: str, width: int, facts: dict[str, Any], place: tuple[float, floa
         f'<g class="node"><title>{escape(told)}</title>'
         f'<rect x="{x - NODE_W / 2:.0f}" y="{y - NODE_H / 2:.0f}" width="{NODE_W}" height="{NODE_H}" rx="4"/>'
         f'<text x="{x:.0f}" y="{y - 3:.0f}">{escape(name)}</text>'
-        f'<text class="small" x="{x:.0f}" y="{y + 10:.0f}">{small}</text></g>'
+        f'<text class="small" x="{x:.0f}" y="{y + 12:.0f}">{small}</text></g>'
     )
 
 

@@ -1,14 +1,16 @@
-"""The context of the choice: the best network at a row of round limits, in figures that are no ratios.
+"""The context of the choice: its form's fields, and for who has no script the best network at a row of round limits.
 
 The best is the one with the highest score, where somebody brought scores; else the one that sees farthest, the
 receptive field, then the widest; of equal ones that with the fewest MACs. That is the order of `skipcost fit`, over the
 networks that were measured. Without scores nothing tells what a skip scheme is worth, and the cheapest would win, which
-is none at all: so only the papers' own is chosen from.
+is none at all: so only the papers' own is chosen from, until the reader allows all. With a script, `choose.js` answers
+the reader's own limits by the same order, from the rows that the page carries.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +20,13 @@ import pandas as pd
 from skipcost.bench import figures
 from skipcost.reports.data import COSTS, REFERENCE_SKIP, Cost, Data, records
 from skipcost.reports.grid import Cell, Grid, number, words
+from skipcost.unet_models import SKIPS, VARIANTS
 
 LEAST = 3  # networks; fewer are read better in the table of all rows
 MOST = 8  # limits in a table
 MEMORY = ("peak_memory_allocated_bytes", "peak_memory_predicted_bytes")  # what a device said comes first
 FIGURES = ("conv_macs", "params")  # beside what is limited
+SHAPES = ("disc", "square", "triangle", "thick cross", "diamond", "hanging triangle")  # of plot.js, as in the figures
 FINE = (1, 2, 5)  # times powers of ten
 
 
@@ -35,11 +39,54 @@ class Choice:
     table: Grid
 
 
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A field of the form: a cost that the reader may limit. `key` is its name in the address of a view."""
+
+    key: str
+    title: str
+    cost: Cost
+    example: str  # a limit as people write it, which some networks here keep
+
+
 def choose_context(data: Data) -> dict[str, Any]:
-    """A table for memory and one for latency, at inference and in training, of what has rows."""
+    """The form's fields; a table for memory and one for latency, at inference and in training, of what has rows."""
     choices = [found for mode in data.settings for cost in _limited(data, mode) if (found := _choice(data, cost))]
-    scores = data.quality.name if data.quality else ""
-    return {"choices": choices, "scores": scores, "reference": REFERENCE_SKIP}
+    fields = [field for cost in _asked(data) if (field := _field(data, cost))]
+    keys = [field.key for field in fields]
+    schemes = set(data.frame["skip"])
+    return {
+        "choices": choices,
+        "scores": data.quality.name if data.quality else "",
+        "reference": REFERENCE_SKIP,
+        "fields": fields,
+        "across": "latency" if "latency" in keys else next(iter(keys), ""),
+        "settings": data.settings,
+        "variants": {name: VARIANTS[name].title for name in VARIANTS},
+        "skips": list(SKIPS),
+        "shapes": dict(zip(SKIPS, SHAPES, strict=True)),
+        "others": bool(len(data.own)),
+        "schemes": [name for name in SKIPS if name in schemes],
+    }
+
+
+def _asked(data: Data) -> Iterator[Cost]:
+    """The costs that a reader may limit, in the order of the form."""
+    by_mode = [list(_limited(data, mode)) for mode in data.settings]
+    yield from sorted((cost for costs in by_mode for cost in costs), key=lambda cost: cost.metric == "latency_s")
+    yield from (cost for cost in COSTS if cost.metric in FIGURES and cost in data.costs)
+
+
+def _field(data: Data, cost: Cost) -> Field | None:
+    """A cost's field; None where too few networks have it."""
+    values = sorted(data.points(cost.mode)[cost.metric].dropna())
+    if len(values) < LEAST or values[0] <= 0:
+        return None
+    limits = _limits(values[0], values[-1], cost.unit)
+    text = figures.text(limits[len(limits) // 2], cost.unit, 4)  # with four digits no minutes, which nobody types
+    example = re.sub(r"\.0+(?= )| |MAC", "", text)
+    title = f"{cost.word} at inference" if cost.mode == "inference" else cost.word
+    return Field(cost.word.replace(" ", "-"), title, cost, example)
 
 
 def _limited(data: Data, mode: str) -> Iterator[Cost]:
@@ -62,7 +109,8 @@ def _choice(data: Data, cost: Cost) -> Choice | None:
     shown = [cost, *(each for each in _limited(data, str(cost.mode)) if each != cost)]
     shown += [each for each in COSTS if each.metric in FIGURES and each in data.costs]
     doubts = {each.metric: set(networks["case_id"][data.doubtful(networks, each.metric)]) for each in shown}
-    best = [(limit, max((row for row in rows if row[cost.metric] <= limit), key=rank)) for limit in _limits(rows, cost)]
+    limits = _limits(rows[0][cost.metric], rows[-1][cost.metric], cost.unit)
+    best = [(limit, max((row for row in rows if row[cost.metric] <= limit), key=rank)) for limit in limits]
     lines = []
     for limit, row in _where_it_changes(best):
         costs = [number(row[each.metric], each.unit, doubtful=row["case_id"] in doubts[each.metric]) for each in shown]
@@ -90,10 +138,9 @@ def _score(data: Data, row: dict[str, Any]) -> Cell:
     return Cell(f"{known.mean:.4g}", known.mean) if known else Cell("\u2013", math.inf)
 
 
-def _limits(rows: list[dict[str, Any]], cost: Cost) -> list[float]:
+def _limits(low: float, high: float, unit: str) -> list[float]:
     """Round limits from the first that any network keeps to the first that all keep: doubles, or 1, 2, 5 and 10."""
-    low, high = rows[0][cost.metric], rows[-1][cost.metric]
-    if cost.unit == "bytes":
+    if unit == "bytes":
         first = math.ceil(math.log2(low))
         steps = [2.0**power for power in range(first, math.ceil(math.log2(high)) + 1)]
     else:

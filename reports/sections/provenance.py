@@ -9,8 +9,10 @@ from skipcost.bench import figures
 from skipcost.bench.cases.record import Result
 from skipcost.bench.measure.metrics import METRICS
 from skipcost.bench.store.store import Run
-from skipcost.reports.data import Data, kinds_of_doubt
+from skipcost.reports.data import AXES, Data, kinds_of_doubt, records
 from skipcost.reports.grid import Cell, Grid, words
+
+TEXTS = ("variant", "skip")  # of AXES; the others are numbers
 
 
 def header_context(data: Data) -> dict[str, Any]:
@@ -140,8 +142,15 @@ def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def raw(data: Data) -> dict[str, Any]:
-    """Every row of the environment in base units, with raw samples: what the report was made from."""
+    """Every row of the environment in base units, with raw samples: what the report was made from.
+
+    `choose.js` reads it, too: a case's label, its four axes where it is a network of the suite, and its setting.
+    """
+    rows = {row["case_id"]: row for row in records(data.everything())}
+    scores = {label: score.mean for label, score in data.quality.scores.items()} if data.quality else {}
     return {
+        "settings": data.settings,
+        "scores": scores,
         "store": data.store_name,
         "environment": data.run.environment,
         "runs": [
@@ -154,11 +163,18 @@ def raw(data: Data) -> dict[str, Any]:
                 "name": data.cases[case_id][0].name,
                 "definition": data.cases[case_id][0].to_json(),
                 "aliases": data.cases[case_id][1],
+                **_place(rows[case_id]),
                 "results": {name: _compact(result) for name, result in sorted(data.results[case_id].items())},
             }
             for case_id in sorted(data.results)
         },
     }
+
+
+def _place(row: dict[str, Any]) -> dict[str, Any]:
+    """What tells a case from the others of its setting."""
+    axes = {"axes": [row[name] if name in TEXTS else int(row[name]) for name in AXES]} if row["variant"] else {}
+    return {"label": row["label"], "setting": row["setting"], **axes}
 
 
 def _compact(result: Any) -> dict[str, Any]:

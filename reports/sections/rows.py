@@ -26,7 +26,8 @@ def rows_context(data: Data) -> dict[str, Any]:
     for case_id, result in data.doubts():
         doubts.setdefault(case_id, {})[result.metric] = f"{METRICS[result.metric].title}: {result.note}"
     rows = tuple(_row(data, row, extra, metrics, doubts.get(row["case_id"], {})) for row in records(own))
-    return {"heads": heads, "table": Grid(tuple(head.text for head in heads), rows)}
+    units = {METRICS[name].title: METRICS[name].unit for name in metrics}
+    return {"heads": heads, "units": units, "table": Grid(tuple(head.text for head in heads), rows)}
 
 
 def _row(

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from html_page import Page
 from hypothesis import given
 from hypothesis import strategies as st
 from places import TESTS
@@ -20,7 +21,8 @@ from skipcost.kernels.dispatch.low_resolution import executed_macs
 from skipcost.reports.compare import TIMES, front, times
 from skipcost.reports.data import Data, load
 from skipcost.reports.drawings.charts import ticks
-from skipcost.reports.findings import FINDERS, find, rank_correlation, rewriting_saves
+from skipcost.reports.findings import FINDERS, find, rank_correlation, rewriting_measured, rewriting_saves
+from skipcost.reports.page import render
 from skipcost.unet_models import ModelSpec
 
 GOLDEN = TESTS / "golden" / "reports_findings.txt"
@@ -66,14 +68,15 @@ def test_a_variants_macs_are_the_median_of_matched_cells(told: list[str]) -> Non
     sentence = next(text for text in told if text.startswith("Variants: UNet 3+"))
 
     assert expected in sentence
-    assert "6 matched cells" in sentence
+    assert "(6 pairs)" in sentence
 
 
 def test_skips_cost_is_concat_over_none(told: list[str]) -> None:
     """The skips of UNet++ against UNet++ without any, which is U-Net without any."""
     ratios = _ratios("unet++/d{d}/w{w}/concat", "unet/d{d}/w{w}/none")
 
-    sentence = next(text for text in told if text.startswith("What skips cost: The skips of UNet++"))
+    text = next(text for text in told if text.startswith("What skips cost"))
+    sentence = text.partition("UNet++ takes ")[2].partition("UNet 3+")[0]
 
     assert (
         f"{times(statistics.median(ratios))} ({times(min(ratios))} to {times(max(ratios))}) [counted] the MACs"
@@ -127,9 +130,16 @@ def test_the_dearest_edge_holds_the_share_that_is_told(told: list[str]) -> None:
     assert f"{max(shares) / _macs(spec.label):.1%} [counted] of all MACs" in sentence
 
 
-def test_aliases_are_counted(told: list[str]) -> None:
-    """UNet++ without skips is U-Net without skips, at both depths and all widths."""
-    assert any(text.startswith("Same networks: 6 [counted] of 54 cells") for text in told)
+def test_findings_are_few_and_each_leads_to_its_numbers(data: Data) -> None:
+    """At most eight, and every anchor is in the page."""
+    found = find(data)
+
+    page = Page()
+    page.feed(render(data))
+
+    assert 1 < len(found) <= 8
+    assert {finding.anchor for finding in found} <= set(page.ids)
+    assert {f"#{finding.anchor}" for finding in found} <= set(page.addresses)
 
 
 @pytest.mark.parametrize("finder", FINDERS, ids=lambda finder: finder.__name__)
@@ -148,7 +158,7 @@ def test_a_finding_without_its_rows_does_not_appear(finder: object, tmp_path: Pa
     assert list(finder(load(tmp_path / "one.sqlite"))) == []
 
 
-def test_exact_algebra_is_counted_from_the_graphs(told: list[str]) -> None:
+def test_exact_algebra_is_counted_from_the_graphs(data: Data) -> None:
     """What is left of UNet 3+'s MACs with the papers' own skips."""
     graphs = {label: ModelSpec.parse(label).graph() for label in
               (f"unet3+/d{depth}/w{width}/concat" for depth in (2, 3) for width in (8, 12, 16))}  # fmt: skip
@@ -156,8 +166,10 @@ def test_exact_algebra_is_counted_from_the_graphs(told: list[str]) -> None:
     shares = [executed_macs(graph, 64, 64) / graph.conv_macs(64, 64) for graph in graphs.values()]
     less = [share for share in shares if share < 1]
 
-    wanted = f"UNet 3+ is the same function with {times(statistics.median(less))}"
-    assert any(wanted in text and f"{len(less)} network" in text for text in told)
+    found = next(finding.text for finding in rewriting_saves(data))
+
+    low, high = times(min(less)), times(max(less))
+    assert f"UNet 3+ {times(statistics.median(less))} ({low} to {high}) [counted] ({len(less)} networks)" in found
 
 
 def test_both_backends_in_one_store_are_compared(tmp_path: Path) -> None:
@@ -172,11 +184,10 @@ def test_both_backends_in_one_store_are_compared(tmp_path: Path) -> None:
                 store.add_result(run, other.case_id, replace(measured, samples=tuple(s / 2 for s in measured.samples)))
         count = sum(case.backend == "rewritten" for case, _ in store.cases().values())
 
-    found = [each.text for each in rewriting_saves(load(tmp_path / "tiny.sqlite"))]
+    (found,) = rewriting_measured(load(tmp_path / "tiny.sqlite"))
 
     assert count > 5
-    assert any(f"under backend=rewritten takes {times(0.5)} [measured] the latency of what" in text for text in found)
-    assert any(f"over {count} pairs of cells" in text for text in found)
+    assert f"UNet 3+ takes {times(0.5)} [measured] the latency ({count} pairs)." in found.text
 
 
 def test_every_number_says_where_it_comes_from(told: list[str]) -> None:

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 from small_store import make_store
 
-from skipcost.bench.units import parse_bytes
+from skipcost.bench.units import parse_bytes, parse_count, parse_seconds
 from skipcost.reports.data import Data, load
 from skipcost.reports.grid import Cell
 from skipcost.reports.sections.choose import MOST, Choice, choose_context
+from skipcost.reports.sections.provenance import raw
 
 MEMORY, LATENCY, TRAINING = 0, 1, 2  # the tables of the small store, in their order
 METRICS = ("peak_memory_predicted_bytes", "latency_s", "peak_memory_predicted_bytes")
+READERS = {"bytes": parse_bytes, "seconds": parse_seconds, "count": parse_count, "macs": parse_count}
 MODES = ("inference", "inference", "training")
 
 
@@ -40,6 +42,29 @@ def choices_of(data: Data) -> list[Choice]:
 def lines_of(choice: Choice) -> list[dict[str, Cell]]:
     """A table's lines, by column."""
     return [dict(zip(choice.table.columns, row, strict=True)) for row in choice.table.rows]
+
+
+def test_the_form_asks_for_what_has_rows(data: Data) -> None:
+    """Memory by mode, latency, then what is counted; each example is a limit that some networks keep and some break."""
+    fields = choose_context(data)["fields"]
+
+    assert [field.key for field in fields] == ["memory", "training-memory", "latency", "parameters", "MACs"]
+    for field in fields:
+        values = data.networks(field.cost.mode)[field.cost.metric]
+        assert values.min() <= READERS[field.cost.unit](field.example) <= values.max()
+
+
+def test_rows_say_where_they_belong(data: Data) -> None:
+    """What the page carries tells a case's network and setting, so that its script needs no second copy."""
+    carried = raw(data)
+
+    frame = data.frame[data.frame["same_as"] == ""].set_index("case_id")
+    assert set(carried["cases"]) == set(frame.index)
+    for case_id, found in carried["cases"].items():
+        row = frame.loc[case_id]
+        assert found["axes"] == [row["variant"], row["depth"], row["width"], row["skip"]]
+        assert (found["label"], found["setting"]) == (row["label"], row["setting"])
+    assert carried["settings"] == data.settings
 
 
 @pytest.mark.parametrize("at", [MEMORY, LATENCY, TRAINING])
