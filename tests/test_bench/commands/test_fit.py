@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import invoke_cli
 from places import TESTS
-from typer.testing import CliRunner
 
-from skipcost.bench import cli
 from skipcost.bench.cases.case import Case
 from skipcost.bench.errors import BenchError
 from skipcost.bench.fitting import question as fit_source
@@ -37,7 +36,7 @@ def _no_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def shown(*words: str) -> str:
     """What the command prints."""
-    result = CliRunner().invoke(cli.app, ("fit", *words), catch_exceptions=False)
+    result = invoke_cli(("fit", *words), catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -51,7 +50,7 @@ def facts(*words: str) -> dict[str, Any]:
 def refused(*words: str) -> str:
     """The sentence with which the command ends."""
     with pytest.raises(BenchError) as caught:
-        CliRunner().invoke(cli.app, ("fit", *words), catch_exceptions=False)
+        invoke_cli(("fit", *words), catch_exceptions=False)
     assert caught.value.exit_code == 2
     return str(caught.value)
 
