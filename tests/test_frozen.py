@@ -4,7 +4,7 @@ Asked through what does not move when modules do: the command line, in this proc
 files are JSON lines of [key, values], sorted. A sweep's key is a case as the store writes it, and the line of a case is
 also what asks for it; SKIPCOST_UPDATE_GOLDEN=1 writes the values of all lines anew, and a new case is a line with {}.
 
-cpu.jsonl, gpu.jsonl   arithmetic: each variant, skip scheme and depth, with all else drawn so that every pair occurs
+cpu.jsonl, gpu.jsonl   arithmetic: each variant, skip scheme and depth together; in each, every two values meet
 traced.jsonl           what PyTorch's dispatch tells; compared under the version of torch that its first line names
 explain.jsonl, fit.jsonl, kernels_explain.jsonl   answers; an item of a list is a line, with its place
 
@@ -261,7 +261,7 @@ def hold(name: str, made: Frozen) -> None:
 
 @pytest.mark.parametrize("name", ASKED)
 def test_a_sweeps_numbers_are_the_frozen_ones(name: str, measured: Frozen) -> None:
-    """Counts, predictions, refusals and notes of some 600 cases, to the last digit."""
+    """Counts, predictions, refusals and notes of some 250 cases, to the last digit."""
     keys, made = known(name), {}
     if name == "traced":
         made = {TORCH: {"version": version("torch").partition("+")[0]}}

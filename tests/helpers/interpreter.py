@@ -3,8 +3,8 @@
 Whether Triton interprets is decided when it is first imported, for the whole process, and other tests need the
 compiler. So what is collected from a file named `*_interpreted.py` runs in a second pytest with TRITON_INTERPRET=1: one
 for a file, a fork of a process that has imported torch and triton, with exactly what was selected of it; each outcome
-is reported here. A skip is a failure, since the
-interpreter needs no GPU that could be missing. Within a process that interprets, nothing of this happens.
+is reported here. A skip is a failure, since the interpreter needs no GPU that could be missing. Within a process that
+interprets, nothing of this happens.
 """
 
 from __future__ import annotations

@@ -194,9 +194,8 @@ def _data(kind: str, dtype: torch.dtype, channels: int) -> tuple[Tensor, Tensor]
 FACTORS = {torch.float32: 3.0, torch.bfloat16: 1.25, torch.float16: 1.25}
 
 
-@pytest.mark.parametrize("kind", ["normal", "positive"])
-@pytest.mark.parametrize("channels", [*(pytest.param(each, marks=pytest.mark.numeric) for each in (4, 64)), 256])
-@pytest.mark.parametrize("factor", [2, 8])
+@pytest.mark.parametrize(("factor", "kind"), [(2, "normal"), (8, "positive")])
+@pytest.mark.parametrize("channels", [pytest.param(4, marks=pytest.mark.numeric), 256])
 @pytest.mark.parametrize("dtype", FACTORS, ids=str)
 def test_error_is_not_much_more_than_the_references_own(
     dtype: torch.dtype, factor: int, channels: int, kind: str
