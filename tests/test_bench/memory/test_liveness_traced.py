@@ -16,7 +16,7 @@ from skipcost.bench.memory.liveness import peak_bytes, peaks_of, timeline
 from skipcost.unet_models import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CELLS = covering(islice(cells(0), 400), pairs, times=2)  # every pair of values twice, where it occurs twice
+CELLS = covering(islice(cells(0), 400), pairs)
 
 
 def _traced(case: Case) -> tuple[tuple[int, int], list[int]]:
