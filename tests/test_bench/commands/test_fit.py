@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from command_line import invoke_cli
@@ -309,6 +309,8 @@ def test_on_a_gpu_a_plan_trains_in_fp16_autocast() -> None:
 
 class Timed:
     """A fork server that measures nothing: whatever is asked for takes a millisecond, or two."""
+
+    environment: ClassVar = {"cuda": False, "memory_bytes": 2**34}
 
     def run(self, request: Request) -> Iterator[Result]:
         """A row for each metric."""

@@ -370,8 +370,7 @@ AXES = [
 ]
 
 
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "backward"), [(torch.float32, True), (torch.bfloat16, False)], ids=str)
 @pytest.mark.parametrize(("height", "width", "factor", "in_channels", "out_channels", "padding"), AXES)
 def test_the_workspace_of_a_call_is_counted(
     height: int,

@@ -306,8 +306,9 @@ def test_flops_are_those_of_the_products(call: Problem) -> None:
     assert back.get_total_flops() == 2 * products.macs
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "layout"), [(torch.float32, torch.contiguous_format), (torch.bfloat16, LAST)], ids=str
+)
 def test_opcheck(dtype: torch.dtype, layout: torch.memory_format) -> None:
     """Schema, fake implementation, autograd registration and tracing with symbolic shapes are PyTorch's to check."""
     x, weight, bias = problem(layout=layout).tensors(dtype)
