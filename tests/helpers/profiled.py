@@ -71,11 +71,12 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _operators(case: Case) -> frozenset[str]:
+def _operators(case: Case, steps: int) -> frozenset[str]:
     def names(subject: Any) -> set[str]:
         without_data = any(each.is_meta for each in subject.tensors)
         with as_if_on("cpu", subject.tensors) if without_data else nullcontext(), _Operators() as mode:
-            subject.step()  # the first has all that later ones have
+            for _ in range(steps):
+                subject.step()
         return mode.names
 
     return frozenset(trace(case, names, on_meta=case.factory is not None)[0]) - {"aten::detach"}
@@ -121,7 +122,7 @@ def _peak(changed: list[tuple[int, int]], before: int, span: tuple[int, int]) ->
 def profiled(case: Case, steps: int | None = None) -> Profiled:
     """Run so many steps, else one of inference or two of training, on the CPU under the profiler alone."""
     steps = steps or (2 if case.mode == "training" else 1)
-    operators, subject = _operators(case), make_subject(case, "cpu")
+    operators, subject = _operators(case, steps), make_subject(case, "cpu")
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in subject.tensors}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         for step in range(steps):
