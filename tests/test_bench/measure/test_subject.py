@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pairwise import each_pair
+from pairwise import each_value
 
 from skipcost.bench.cases.case import CHOICES, Case
 from skipcost.bench.measure.counting import fvcore_count, predicted_peaks
@@ -147,7 +147,7 @@ def test_live_bytes_follow_a_program_by_hand() -> None:
     assert tracker.live == 400
 
 
-@each_pair
+@each_value
 def test_the_meta_trace_equals_a_real_run(variant: str, skip: str, mode: str) -> None:
     """Predicted peaks are those of the same step on real CPU tensors, to the byte, first step and later ones."""
     case = replace(SMALL, spec=ModelSpec(variant=variant, skip=skip, depth=2, width=4), mode=mode)
