@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from model_cells import by_label, cells, maps_of
+from model_cells import by_label, cells, label_of, maps_of
 
 from skipcost.unet_models import VARIANTS, ModelSpec, build, graph, lower, sizes
 from skipcost.unet_models.ops import crop, crop_all
@@ -167,7 +167,7 @@ BATCHES = list(itertools.product((1, 2), ((8, 8), (8, 16)), (False, True)))  # i
 @pytest.mark.parametrize(
     ("spec", "batch", "size", "training"),
     [(spec, *BATCHES[(3 * at + more) % len(BATCHES)]) for at, spec in enumerate(NORMED) for more in range(3)],
-    ids=str,
+    ids=label_of,
 )
 def test_a_note_says_where_pytorch_refuses_a_norm(
     spec: ModelSpec, batch: int, size: tuple[int, int], *, training: bool

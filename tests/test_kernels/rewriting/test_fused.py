@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 import torch
-from model_cells import outputs_of
+from model_cells import label_of, outputs_of
 from torch import Tensor
 
 from skipcost.kernels.dispatch.call import Call
@@ -66,7 +66,7 @@ def _image(spec: ModelSpec) -> Tensor:
     return torch.randn(2, 1, 60, 57) if spec.padding == "valid" else torch.randn(2, 1, 14, 17)
 
 
-@pytest.mark.parametrize(("spec", "kind"), BY_TURNS, ids=str)
+@pytest.mark.parametrize(("spec", "kind"), BY_TURNS, ids=label_of)
 def test_inference_is_the_references(spec: ModelSpec, kind: str) -> None:
     """Every variant, skip scheme, head, norm and padding, on every implementation; at odd sizes maps are cropped."""
     reference, fused = (net.eval() for net in _pair(spec, _always(kind)))
@@ -79,7 +79,7 @@ def test_inference_is_the_references(spec: ModelSpec, kind: str) -> None:
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("spec", "kind"), BY_TURNS, ids=str)
+@pytest.mark.parametrize(("spec", "kind"), BY_TURNS, ids=label_of)
 def test_training_is_the_references(spec: ModelSpec, kind: str) -> None:
     """Outputs, every gradient and every running statistic of a step, in float64: differences are roundings of it."""
     reference, fused = (net.double().train() for net in _pair(spec, _always(kind)))
