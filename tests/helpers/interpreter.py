@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import importlib
 import importlib.util
 import json
 import os
@@ -78,10 +79,10 @@ def _run(selected: tuple[str, ...], root: Path) -> tuple[dict[str, list[dict[str
 
 @functools.cache
 def _forking(root: Path) -> subprocess.Popen[str]:
-    """The process that interprets: it imports torch and triton once, and each file's pytest is a fork of it."""
+    """The process that interprets: it imports Triton, and torch if this one has; each file's pytest is its fork."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
-    command = [sys.executable, str(Path(__file__).resolve())]
+    command = [sys.executable, str(Path(__file__).resolve()), "triton", *({"torch"} & sys.modules.keys())]
     made = subprocess.Popen(
         command, env=environment, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -99,9 +100,8 @@ def _asked(process: subprocess.Popen[str], paths: list[str]) -> str:
 
 
 def _serve() -> None:
-    import torch  # noqa: F401, PLC0415 - what every file imports
-    import triton  # noqa: F401, PLC0415 - as above
-
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
     sys.path[0] = ""  # as `python -m pytest` has it
     for line in sys.stdin:
         names, told, said = json.loads(line)
