@@ -90,8 +90,8 @@ TRACED = [
     *itertools.islice(_transposed(12), 12),
 ]
 RUN = [
-    *zip(itertools.islice(filter(_runs, _rewritten(11)), 24), itertools.cycle(RULES), strict=False),
-    *itertools.islice(_transposed(13), 12),
+    *zip(itertools.islice(filter(_runs, _rewritten(11)), 15), itertools.cycle(RULES), strict=False),
+    *itertools.islice(_transposed(13), 8),
 ]
 CELLS = [
     (variant, skip, upsample, padding, mode)
