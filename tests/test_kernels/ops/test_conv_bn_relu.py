@@ -115,7 +115,7 @@ def test_what_is_left_out_has_no_gradient() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own, torch 2.15
-@pytest.mark.parametrize(("memory_format", "wanted"), zip(FORMATS, (True, False), strict=True), ids=str)
+@pytest.mark.parametrize(("memory_format", "wanted"), [(FORMATS[0], True), (LAST, False)], ids=str)
 def test_opcheck_passes_on_the_reference(memory_format: torch.memory_format, wanted: bool) -> None:  # noqa: FBT001 - a parameter of the test
     """Schema, fake tensors, autograd and tracing of all ops are sound where the reference runs."""
     x, y, weight, scale, shift = (
