@@ -184,8 +184,9 @@ def test_the_given_model_is_left_alone() -> None:
     assert {name: module.__dict__ for name, module in model.named_modules()} == before
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
-@pytest.mark.parametrize("name", ["nested", "supervised", "skipping"])
+@pytest.mark.parametrize(
+    ("duplicate", "name"), [(copy.deepcopy, "nested"), (pickled, "supervised"), (copy.deepcopy, "skipping")]
+)
 def test_a_copy_is_rewritten_and_has_weights_of_its_own(duplicate: Callable[[nn.Module], nn.Module], name: str) -> None:
     """Deep copies and pickles run as few MACs, and do not follow the original's weights."""
     model, x = made(name)
