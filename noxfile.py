@@ -40,14 +40,13 @@ PUBLIC_UNETS = (  # what `rewrite` is tried on; each beside torch, none installs
     "unet-torch==0.0.2",
 )
 AXE = "axe-core@4.14.1"  # from npm; what the browser loads is this one file of it
-ON_THE_WHEEL = (  # what looks for files, modules, commands or the plug-in; not what they compute, which is no other
-    *("test_project.py", "test_unet_models/test_published.py", "test_unet_models/test_spec.py"),
-    *("test_reports/test_page.py", "test_reports/sections/test_changes.py"),
-    *("test_bench/test_cli*.py", "test_bench/compare/test_b*.py", "test_bench/measure/test_budget.py"),
-    *("test_bench/predictions/test_calibration.py", "test_bench/measure/test_environment.py"),
-    *("test_bench/commands/test_fit.py", "test_bench/commands/test_rewritings.py", "test_bench/sweeps/test_plan.py"),
-    *(f"test_kernels/{each}.py" for each in ("test_backends", "test_devices", "verify/test_baseline")),
-    *("test_kernels/dispatch/test_choose.py", "test_bench/kernels/test_tune.py"),
+ON_THE_WHEEL = (  # one file for each kind of thing that is looked for; what they compute is no other
+    *("test_project.py", "test_bench/test_cli.py"),  # modules that are ours, the command and its subcommands
+    "test_bench/measure/test_budget.py",  # the plug-in of pytest
+    *("test_bench/sweeps/test_plan.py", "test_bench/measure/test_environment.py"),  # sweeps, and the hash of the code
+    *("test_kernels/test_devices.py", "test_kernels/verify/test_baseline.py"),  # tables of devices and registers
+    *("test_kernels/dispatch/test_choose.py", "test_bench/kernels/test_tune.py"),  # tuned configurations
+    "test_reports/test_page.py",  # templates
 )
 OF_THE_REPOSITORY = ("bench/baselines/",)  # tracked in the packages, and of no use without the rest
 # Tests take one core; a file's fixtures are made once. Files in their order end with short ones; by their number of
@@ -194,9 +193,10 @@ def isa(session: nox.Session) -> None:
         session.skip(f"these instruction sets are those of x86-64, this is {platform.machine()}")
     _install(session, "test")
     marked = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.numeric" in path.read_text()]
-    for narrow in NARROW:
-        options = (*PARALLEL, "-m", "numeric", *(session.posargs or map(str, marked)))
-        session.run(_tool("python"), "-m", "pytest", *options, env=narrow | ONE_THREAD, external=True)
+    chosen = [str(path) for path in session.posargs or marked]
+    as_on = [[f"{name}={value}" for name, value in {**ONE_THREAD, **narrow}.items()] for narrow in NARROW]
+    command = (_tool("python"), "-m", "pytest", "-m", "numeric", "-p", "no:cacheprovider", *chosen)
+    _at_once(session, *(["env", *variables, *command] for variables in as_on))
 
 
 @nox.session(tags=["check"])

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 import typer
+from command_line import invoke_cli
 from torch import nn
-from typer.testing import CliRunner
 
 from skipcost.bench import cli, figures
 from skipcost.bench.cases.case import Case
@@ -88,7 +88,7 @@ def test_the_readmes_answer_of_fit_is_what_is_printed() -> None:
     """The command beside it, run."""
     command, *lines = block_with("$ skipcost fit")
 
-    result = CliRunner().invoke(cli.app, command.split()[2:], catch_exceptions=False)
+    result = invoke_cli(command.split()[2:], catch_exceptions=False)
 
     assert result.exit_code == 0
     shown(lines, result.stdout)

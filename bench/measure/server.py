@@ -20,7 +20,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import cache
 from typing import IO, Any
 
 from skipcost.bench.cases.case import Case
@@ -32,25 +33,50 @@ from skipcost.bench.measure.process import answers, last_words, say
 from skipcost.bench.measure.worker import limit_memory, run_case, work_out
 
 GRACE_S, POLL_S = 1.0, 0.01
+TRACED = frozenset(("operators", "peak_memory_traced_bytes"))  # of any network; of a user's own model all else is, too
+# What needs the CPU's limits; a latency is judged by them: how far it is from its line, whether its precision has
+# instructions.
+LIMITED = frozenset(("roofline_s", "latency_s"))
 # How a fork's answers came to an end: it said so; its pipe was closed; another process answered too; its time was over;
 # the driver was gone.
 ENDED, CLOSED, SECOND, LATE, GONE = "ended", "closed", "second", "late", "gone"
 
 
-def warm_up() -> None:
-    """Do once what every fork would do again: import what measuring needs, and one training step on the meta device.
+def prepare(request: dict[str, Any]) -> None:
+    """Do once, ahead of the forks that need it, what each of them would do again."""
+    case, asked = Case.from_json(json.dumps(request["case"])), frozenset(request["metrics"])
+    for name in asked:
+        METRICS[name].load()
+    if "fvcore_flops" in asked:
+        from skipcost.bench.measure.counting import preload_fvcore  # noqa: PLC0415 - with torch, for all forks
 
-    The first backward pass on the meta device alone costs two seconds. With a CUDA build it would start autograd's
-    device threads, after which a fork cannot run a backward pass, so there the forward pass has to do.
+        preload_fvcore()
+    if case.factory or case.mode == "training" or asked & TRACED:
+        rehearse()
+    _probe_for(case, asked)
+    gc.collect()
+    gc.freeze()  # each fork collects garbage before it measures: what they all share would take it a quarter second
+
+
+def _probe_for(case: Case, asked: Collection[str]) -> None:
+    """Probe the CPU, once, where something needs its limits; where that fails, who needs them tries and says why."""
+    if case.device == "cpu" and not LIMITED.isdisjoint(asked):
+        with contextlib.suppress(BenchError):
+            probed_cpu(case.threads)
+
+
+@cache
+def rehearse() -> None:
+    """Run one training step on the meta device: the first costs three seconds, most of them PyTorch's imports.
+
+    With a CUDA build it would start autograd's device threads, after which a fork cannot run a backward pass, so there
+    the forward pass has to do.
     """
-    import torch  # noqa: PLC0415 - this is the function that imports it for all forks
+    import torch  # noqa: PLC0415 - by then it is imported
 
-    from skipcost.bench.measure.counting import predicted_peaks, preload_fvcore  # noqa: PLC0415
+    from skipcost.bench.measure.counting import predicted_peaks  # noqa: PLC0415
     from skipcost.unet_models import ModelSpec  # noqa: PLC0415
 
-    for metric in METRICS.values():
-        metric.load()  # imported for the forks
-    preload_fvcore()
     mode = "training" if torch.version.cuda is None else "inference"
     for label in ("unet/d1/w2/gated", "unet3+/d1/w2/sum"):
         case = Case(spec=ModelSpec.parse(label), height=8, width=8, mode=mode)
@@ -59,36 +85,22 @@ def warm_up() -> None:
 
 def serve(requests: IO[str], replies: IO[str]) -> None:
     """Answer requests until the driver closes its end; its death ends the case that is running, too."""
-    warm_up()
-    gc.collect()
-    gc.freeze()  # each fork collects garbage before it measures: what they all share would take it a quarter second
     say(replies, {"environment": describe()})
     while line := requests.readline():
         request = json.loads(line)
         if "arithmetic" in request:
             _work_out(request["arithmetic"], replies)
             continue
-        _probe_for(request)
+        prepare(request)
         say(replies, {"done": _run(request, requests, replies)})
 
 
 def _work_out(asked: list[dict[str, Any]], replies: IO[str]) -> None:
     """Do arithmetic, and keep what it leaves out of the forks' collections of garbage."""
     for request in asked:
-        _probe_for(request)
+        _probe_for(Case.from_json(json.dumps(request["case"])), request["metrics"])
         say(replies, {"results": [result.values() for result in work_out(request)]})
     gc.freeze()
-
-
-def _probe_for(request: dict[str, Any]) -> None:
-    """Probe the CPU ahead of the forks that need its limits, once; where that fails, the fork tries and says why.
-
-    A latency needs them to be judged by: how far it is from its line, whether its precision has instructions.
-    """
-    case = Case.from_json(json.dumps(request["case"]))
-    if case.device == "cpu" and not {"roofline_s", "latency_s"}.isdisjoint(request["metrics"]):
-        with contextlib.suppress(BenchError):
-            probed_cpu(case.threads)
 
 
 def _run(request: dict[str, Any], requests: IO[str], replies: IO[str]) -> dict[str, Any]:

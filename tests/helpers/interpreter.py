@@ -2,13 +2,16 @@
 
 Whether Triton interprets is decided when it is first imported, for the whole process, and other tests need the
 compiler. So what is collected from a file named `*_interpreted.py` runs in a second pytest with TRITON_INTERPRET=1: one
-for a file, with exactly what was selected of it, and each outcome is reported here. A skip is a failure, since the
-interpreter needs no GPU that could be missing. Within a process that interprets, nothing of this happens.
+for a file, a fork of a process that has imported torch and triton, with exactly what was selected of it; each outcome
+is reported here. A skip is a failure, since the interpreter needs no GPU that could be missing. Within a process that
+interprets, nothing of this happens.
 """
 
 from __future__ import annotations
 
+import atexit
 import functools
+import importlib
 import importlib.util
 import json
 import os
@@ -63,14 +66,58 @@ def _report(item: pytest.Item) -> pytest.TestReport:
 def _run(selected: tuple[str, ...], root: Path) -> tuple[dict[str, list[dict[str, Any]]], str]:
     """Run tests in a second pytest: what it told of each, by its id; and how it ended, for those it says nothing of."""
     with tempfile.TemporaryDirectory() as folder:
-        names, told = Path(folder) / "selected", Path(folder) / "told"
+        names, told, said = (Path(folder) / name for name in ("selected", "told", "said"))
         names.write_text("\n".join(selected), encoding="utf-8")
-        told.touch()
-        environment = {**os.environ, "TRITON_INTERPRET": "1", TOLD: str(told)}
-        environment.pop("PYTEST_XDIST_WORKER", None)
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"@{names}"]
-        done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
+        for empty in (told, said):
+            empty.touch()
+        code = _asked(_forking(root), [str(each) for each in (names, told, said)])
         phases: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for line in map(json.loads, told.read_text(encoding="utf-8").splitlines()):
             phases[line["id"]].append(line)
-    return phases, NOT_RUN.format(code=done.returncode, output=done.stdout[-2000:] + done.stderr[-2000:])
+        return phases, NOT_RUN.format(code=code, output=said.read_text(encoding="utf-8", errors="replace")[-4000:])
+
+
+@functools.cache
+def _forking(root: Path) -> subprocess.Popen[str]:
+    """The process that interprets: it imports Triton, and torch if this one has; each file's pytest is its fork."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    command = [sys.executable, str(Path(__file__).resolve()), "triton", *({"torch"} & sys.modules.keys())]
+    made = subprocess.Popen(
+        command, env=environment, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    atexit.register(made.communicate)  # ends it by the end of what it reads
+    return made
+
+
+def _asked(process: subprocess.Popen[str], paths: list[str]) -> str:
+    """Have a fork run a file's tests; how its pytest ended."""
+    assert process.stdin
+    assert process.stdout
+    process.stdin.write(json.dumps(paths) + "\n")
+    process.stdin.flush()
+    return process.stdout.readline().strip()
+
+
+def _serve() -> None:
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
+    sys.path[0] = ""  # as `python -m pytest` has it
+    for line in sys.stdin:
+        names, told, said = json.loads(line)
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                os.environ[TOLD] = told
+                for stream, path in enumerate((os.devnull, said, said)):
+                    os.dup2(os.open(path, os.O_RDWR | os.O_APPEND), stream)
+                code = int(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"@{names}"]))
+                sys.stdout.flush()
+            finally:
+                os._exit(code)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)  # noqa: T201 - to the one who asked
+
+
+if __name__ == "__main__":
+    _serve()

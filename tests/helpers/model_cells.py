@@ -21,9 +21,14 @@ def cells(depths: tuple[int, ...], width: int = 2, **values: Any) -> list[ModelS
     ]
 
 
+def label_of(value: object) -> str:
+    """Name a value of a test's parameters: a spec by its label."""
+    return value.label if isinstance(value, ModelSpec) else str(value)
+
+
 def by_label(specs: list[ModelSpec]) -> pytest.MarkDecorator:
     """Parametrise a test over specs, each named by its label."""
-    return pytest.mark.parametrize("spec", specs, ids=lambda spec: spec.label)
+    return pytest.mark.parametrize("spec", specs, ids=label_of)
 
 
 def outputs_of(result: Any) -> list[Tensor]:

@@ -1,4 +1,7 @@
-"""Variants, skip schemes and modes so that any two of them meet: half of their product."""
+"""Variants, skip schemes and modes without their product: each skip scheme once, each variant in both modes.
+
+For what follows, for all that is not drawn here, from other tests of the same values.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,8 @@ import pytest
 from skipcost.bench.cases.case import CHOICES
 from skipcost.unet_models import SKIPS, VARIANTS
 
-MODES = tuple(CHOICES["mode"])
-PAIRWISE = [
-    (variant, skip, MODES[(row + column) % len(MODES)])
-    for row, variant in enumerate(VARIANTS)
-    for column, skip in enumerate(SKIPS)
-]
-each_pair = pytest.mark.parametrize(("variant", "skip", "mode"), PAIRWISE)
+MODES, NAMES = tuple(CHOICES["mode"]), tuple(VARIANTS)
+each_value = pytest.mark.parametrize(
+    ("variant", "skip", "mode"),
+    [(NAMES[at % len(NAMES)], skip, MODES[at // len(NAMES) % len(MODES)]) for at, skip in enumerate(SKIPS)],
+)

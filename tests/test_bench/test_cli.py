@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from command_line import invoke_cli
 
 from skipcost.bench import cli, figures
 from skipcost.bench.cases.case import Case
@@ -50,7 +50,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 def run(*words: str) -> str:
     """Run a command in this process and return its output."""
-    result = CliRunner().invoke(cli.app, words, catch_exceptions=False)
+    result = invoke_cli(words, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -291,7 +291,7 @@ def edited(tmp_path: Path) -> Path:
 
 def test_show_has_one_row_of_an_edited_model(edited: Path) -> None:
     """The state that was asked for last stands alone, whichever was measured last, and the rest is said to be there."""
-    result = CliRunner().invoke(cli.app, ["show", str(edited)], catch_exceptions=False)
+    result = invoke_cli(["show", str(edited)], catch_exceptions=False)
 
     assert [line.split() for line in result.stdout.splitlines()[:2]] == [
         ["network", "parameters", "outcome"], ["net:N", "450", "ok"],

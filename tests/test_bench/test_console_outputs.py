@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Annotated, get_origin, get_type_hints
 
 import pytest
+from command_line import invoke_cli
 from typer.models import ArgumentInfo
-from typer.testing import CliRunner
 
 from skipcost.bench import cli
 from skipcost.bench.cases.case import Case
@@ -110,7 +110,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def refused(words: tuple[str, ...]) -> str:
     """Run a command that must be refused, and return its sentence."""
     app, given = (report_command.app, words[1:]) if words[0] == "report" else (cli.app, words)
-    done = CliRunner().invoke(app, given)
+    done = invoke_cli(given, app)
     assert isinstance(done.exception, BenchError), (words, done.exception, done.output)
     assert done.exception.exit_code == 2
     return str(done.exception)
@@ -205,8 +205,8 @@ def test_outputs_are_written_with_their_folders_and_through_links() -> None:
     Path("real.jsonl").write_text("old")
     Path("link.jsonl").symlink_to("real.jsonl")
 
-    made = CliRunner().invoke(cli.app, ["baseline", "s.sqlite", "-o", "link.jsonl"])
-    gated = CliRunner().invoke(cli.app, [*GATE, "--junit", "new/folder/j.xml", "--verdicts", "v2.json"])
+    made = invoke_cli(["baseline", "s.sqlite", "-o", "link.jsonl"])
+    gated = invoke_cli([*GATE, "--junit", "new/folder/j.xml", "--verdicts", "v2.json"])
 
     assert (made.exit_code, gated.exit_code) == (0, 0)
     assert Path("link.jsonl").is_symlink()

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from command_line import invoke_cli
 
-from skipcost.bench import cli
 from skipcost.bench.cases.case import Case
 from skipcost.bench.cases.record import Result
 from skipcost.bench.compare.ab import Journal
@@ -109,7 +108,7 @@ def test_a_damaged_store_is_refused_by_every_command(tmp_path: Path, whole: byte
     before = store.read_bytes()
 
     for words in commands(store, tmp_path):
-        done = CliRunner().invoke(cli.app, words)
+        done = invoke_cli(words)
         assert isinstance(done.exception, StoreError), (words, done.exception)
         assert str(store) in str(done.exception)
     with pytest.raises(StoreError):
@@ -144,7 +143,7 @@ def test_what_is_no_cost_is_shown_as_none(tmp_path: Path, whole: bytes, sample: 
         table = wide_table(opened, opened.newest().fingerprint)
 
     assert table[["params", "latency_s"]].isna().to_numpy().all()
-    assert CliRunner().invoke(cli.app, ["show", str(store)]).exit_code == 0
+    assert invoke_cli(["show", str(store)]).exit_code == 0
     assert write_report(store, tmp_path / "r.html")
 
 

@@ -80,7 +80,7 @@ def test_a_training_step_keeps_less_and_has_the_same_gradients(label: str, ratio
     spec, recipes = ModelSpec.parse(label), Recipes()
     eager, lean = build(spec), build(spec, lean_ops(recipes))
     lean.load_state_dict(eager.state_dict())
-    image, target = torch.randn(2, 1, 128, 128), torch.randint(0, 2, (2, 128, 128))
+    image, target = torch.randn(2, 1, 64, 64), torch.randint(0, 2, (2, 64, 64))
 
     def step(net: nn.Module) -> Tensor:
         with recipes:
@@ -150,7 +150,7 @@ def test_the_fused_ops_keep_half_with_the_gradients_they_have_without(label: str
     lean, plain = (build(spec, FusedOps(_on_our_kernels, each).ops()) for each in (Recipes(), _Forgetful()))
     for net in (lean, plain):
         net.load_state_dict(eager.state_dict())
-    image, target = torch.randn(2, 1, 96, 96), torch.randint(0, 2, (2, 96, 96))
+    image, target = torch.randn(2, 1, 48, 48), torch.randint(0, 2, (2, 48, 48))
 
     def step(net: nn.Module) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):

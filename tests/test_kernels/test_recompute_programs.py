@@ -128,7 +128,7 @@ def test_a_pass_can_be_exported() -> None:
 STEPS = [name for name in vars(_Program) if not name.startswith("_") and name not in ("make", "run")]
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 9), st.integers(0, 9)), min_size=3, max_size=14))
 def test_whatever_is_done_to_maps_gradients_are_pytorchs(steps: list[tuple[str, int, int]]) -> None:
     """Any program of maps; one that writes over what backward needs may be refused, but never comes out wrong."""

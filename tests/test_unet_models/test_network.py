@@ -51,9 +51,10 @@ def _idle_parameters(spec: ModelSpec) -> tuple[set[str], set[str]]:
 
 @by_label(
     [
-        *cells((1, 2, 3, 4, 5), width=4),  # a gate of width 2 has one channel inside, which its norm makes scale-free
-        *cells((3,), width=4, norm="none"),
-        *cells((3,), width=4, bias=False),
+        # Two depths each; a gate of width 2 has one channel inside, which its norm makes scale-free.
+        *(replace(each, depth=1 + (at + more) % 5) for at, each in enumerate(cells((1,), width=4)) for more in (0, 2)),
+        *cells((2,), width=4, norm="none"),
+        *cells((2,), width=4, bias=False),
         ModelSpec("unet", 7, 4, "gated"),
         ModelSpec("unet++", 7, 2, "sum", head="deep"),
         ModelSpec("unet3+", 7, 2, "none", classes=1, head="guided"),

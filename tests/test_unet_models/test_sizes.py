@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from model_cells import by_label, cells, maps_of
+from model_cells import by_label, cells, label_of, maps_of
 
 from skipcost.unet_models import VARIANTS, ModelSpec, build, graph, lower, sizes
 from skipcost.unet_models.ops import crop, crop_all
@@ -52,7 +52,7 @@ def test_an_odd_size_comes_out_as_a_multiple(spec: ModelSpec) -> None:
 SIZED = [
     ModelSpec(variant, depth, 1, skip, classes=1, padding=padding, norm="none", head=VARIANTS[variant].heads[-1])
     for variant, skip, padding in itertools.product(VARIANTS, ("concat", "gated", "none"), CHOICES["padding"])
-    for depth in (1, 2, 4)
+    for depth in (1, 3)
 ]
 
 
@@ -157,17 +157,20 @@ def _runs(spec: ModelSpec, case: tuple[int, int, int], *, training: bool) -> boo
     return True
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("size", [(8, 8), (8, 16)], ids=str)
-@by_label(
-    [
-        ModelSpec(variant, 3, width, skip, norm=norm)
-        for variant, norm, skip, width in itertools.product(VARIANTS, CHOICES["norm"], ("concat", "gated"), (4, 5, 8))
-    ]
+NORMED = [
+    ModelSpec(variant, 3, width, skip, norm=norm)
+    for variant, norm, skip, width in itertools.product(VARIANTS, CHOICES["norm"], ("concat", "gated"), (4, 5, 8))
+]
+BATCHES = list(itertools.product((1, 2), ((8, 8), (8, 16)), (False, True)))  # images, their size, whether in training
+
+
+@pytest.mark.parametrize(
+    ("spec", "batch", "size", "training"),
+    [(spec, *BATCHES[(3 * at + more) % len(BATCHES)]) for at, spec in enumerate(NORMED) for more in range(3)],
+    ids=label_of,
 )
 def test_a_note_says_where_pytorch_refuses_a_norm(
-    spec: ModelSpec, size: tuple[int, int], batch: int, *, training: bool
+    spec: ModelSpec, batch: int, size: tuple[int, int], *, training: bool
 ) -> None:
     """Over the one pixel of the deepest map of 8x8, and only there; at these widths groups have 1, 5 and 2 channels."""
     case = (batch, *size)

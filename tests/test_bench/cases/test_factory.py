@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.machinery
 import json
 import os
@@ -15,10 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import invoke_cli
 from custom_models import Tiny
-from pairwise import each_pair
+from pairwise import each_value
 from places import HELPERS
 
+from skipcost.bench import cli
 from skipcost.bench.cases.case import CASE_KEYS, SPEC_KEYS, Case
 from skipcost.bench.cases.factory import Factory, code_of, make, sources_of
 from skipcost.bench.cases.record import Result
@@ -184,7 +187,7 @@ def test_what_is_unknown_of_a_model_is_missing(mode: str, known: set[str], tmp_p
     assert (ours["depth"], ours["width"], ours["bias"]) == (4, 64, True)
 
 
-@each_pair
+@each_value
 def test_traced_equals_computed(variant: str, skip: str, mode: str) -> None:
     """A network of the suite that comes as a factory costs what its graph says, to the operator and byte."""
     label = f"{variant}/d1/w4/{skip}"
@@ -593,7 +596,9 @@ def test_a_wrong_custom_table_is_refused_in_a_sentence(tmp_path: Path, text: str
 
 
 @pytest.mark.slow
-def test_the_command_line_measures_a_model_beside_the_suite(tmp_path: Path) -> None:
+def test_the_command_line_measures_a_model_beside_the_suite(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`plan` says which factory is not there; `sweep` makes it rows; `show` names what is measured."""
     sweep = tmp_path / "mine.toml"
     sweep.write_text(
@@ -601,11 +606,11 @@ def test_the_command_line_measures_a_model_beside_the_suite(tmp_path: Path) -> N
         'metrics=["params", "latency_s"]\n[[custom]]\nfactory="nothere:unet"\nlabel="Absent"\nsize=16\n'
     )
 
+    monkeypatch.chdir(HELPERS)
+    monkeypatch.setattr(cli, "Server", lambda: contextlib.nullcontext(server))
+
     def run(*words: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "skipcost.bench", *words], capture_output=True, text=True, cwd=HELPERS, check=True
-        )
-        return done.stdout
+        return invoke_cli(words, catch_exceptions=False).stdout
 
     model = ("--model", "custom_models:Tiny", "--device", "cpu")
     planned = json.loads(run("plan", str(sweep), *model, "--json"))["cases"]

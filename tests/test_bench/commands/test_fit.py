@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from command_line import invoke_cli
 from places import TESTS
-from typer.testing import CliRunner
 
-from skipcost.bench import cli
 from skipcost.bench.cases.case import Case
+from skipcost.bench.cases.record import Result
 from skipcost.bench.errors import BenchError
 from skipcost.bench.fitting import question as fit_source
 from skipcost.bench.fitting.question import process_bytes
 from skipcost.bench.memory.liveness import peak_bytes
+from skipcost.bench.sweeps.driver import Request
 from skipcost.kernels.devices import device_named
 from skipcost.unet_models import ModelSpec
 
@@ -37,7 +40,7 @@ def _no_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def shown(*words: str) -> str:
     """What the command prints."""
-    result = CliRunner().invoke(cli.app, ("fit", *words), catch_exceptions=False)
+    result = invoke_cli(("fit", *words), catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -51,7 +54,7 @@ def facts(*words: str) -> dict[str, Any]:
 def refused(*words: str) -> str:
     """The sentence with which the command ends."""
     with pytest.raises(BenchError) as caught:
-        CliRunner().invoke(cli.app, ("fit", *words), catch_exceptions=False)
+        invoke_cli(("fit", *words), catch_exceptions=False)
     assert caught.value.exit_code == 2
     return str(caught.value)
 
@@ -304,16 +307,26 @@ def test_on_a_gpu_a_plan_trains_in_fp16_autocast() -> None:
     assert answer["limits"]["memory_bytes"] == answer["given"]["memory_bytes"] > answer["given"]["memory_bytes_middle"]
 
 
-@pytest.mark.slow
-def test_measuring_runs_the_candidates_here_and_reports_median_and_p99() -> None:
+class Timed:
+    """A fork server that measures nothing: whatever is asked for takes a millisecond, or two."""
+
+    environment: ClassVar = {"cuda": False, "memory_bytes": 2**34}
+
+    def run(self, request: Request) -> Iterator[Result]:
+        """A row for each metric."""
+        yield from (Result(name, samples=(0.001, 0.001, 0.002)) for name in request.metrics)
+
+
+def test_measuring_runs_the_candidates_here_and_reports_median_and_p99(monkeypatch: pytest.MonkeyPatch) -> None:
     """A network within the limit is found by running it, at one batch, and nothing that was not run has a latency."""
+    monkeypatch.setattr(fit_source, "Server", lambda: contextlib.nullcontext(Timed()))
     small = ("--size", "32", "--set", "depth=1", "--set", "width=8,16", "--set", "variant=unet", "--set", "skip=none")
 
     answer = facts(*small, "--latency", "60s", "--params", "9k", "--measure")
 
     (row,) = answer["rows"]
     assert (row["label"], row["batch"]) == ("unet/d1/w8/none", 1)
-    assert 0 < row["latency_s_middle"] <= row["latency_s"] < 60
+    assert row["latency_s_middle"] == 0.001 < row["latency_s"] <= 0.002
     assert "steps timed" in row["remark"]
     assert row["outside"]["breaks"] == ["params"]
     assert "latency_s" not in row["outside"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
-from typer.testing import CliRunner
+from command_line import invoke_cli
 
 from skipcost.bench import cli
 from skipcost.bench.console import settings_of
@@ -51,7 +51,7 @@ def refused(command: str, option: str, text: str) -> str:
     if command == "fit":
         words = [command, f"{option}={text}"]
     with pytest.raises(BenchError) as caught:
-        CliRunner().invoke(cli.app, words, catch_exceptions=False)
+        invoke_cli(words, catch_exceptions=False)
     assert caught.value.exit_code == 2
     return str(caught.value)
 
@@ -148,4 +148,4 @@ def test_set_given_again_adds_values(texts: list[str] | None, settings: dict[str
 def test_plan_refuses_a_store_that_is_not_there(tmp_path: Path) -> None:
     """What it has could not be left out: a typing error would show a plan of everything."""
     with pytest.raises(BenchError, match="there is no store at"):
-        CliRunner().invoke(cli.app, ["plan", "quick", "-o", str(tmp_path / "x.sqlite")], catch_exceptions=False)
+        invoke_cli(["plan", "quick", "-o", str(tmp_path / "x.sqlite")], catch_exceptions=False)

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from command_line import invoke_cli
 
 from skipcost.bench.cases.case import CHOICES, Case
-from skipcost.bench.cli import app
 from skipcost.bench.commands.rewritings import facts_of, print_rewritings
 from skipcost.bench.console import Screen
 from skipcost.bench.errors import BenchError, MachineError
@@ -83,7 +82,7 @@ def test_command_prints_json() -> None:
     """The same facts for a program."""
     arguments = ["rewritings", "unet3+/d2/w32/concat", "--size", "64x48", "--batch", "3", "--json"]
 
-    result = CliRunner().invoke(app, arguments)
+    result = invoke_cli(arguments)
 
     assert json.loads(result.stdout) == facts_of(_case("unet3+"))
 
@@ -100,7 +99,7 @@ def test_command_prints_json() -> None:
 )
 def test_bad_input_gets_a_sentence(arguments: list[str], message: str) -> None:
     """What was received and what is accepted."""
-    result = CliRunner().invoke(app, ["rewritings", *arguments])
+    result = invoke_cli(["rewritings", *arguments])
 
     assert isinstance(result.exception, BenchError)
     assert message in str(result.exception)
@@ -124,7 +123,7 @@ def test_measured_edges_say_so(label: str) -> None:
     words = ["rewritings", label, "--size", "16"]
 
     before, measuring, after = (
-        CliRunner().invoke(app, [*words, *more, "--json"]) for more in ([], ["--measure"], [])
+        invoke_cli([*words, *more, "--json"]) for more in ([], ["--measure"], [])
     )  # fmt: skip
 
     edges = [json.loads(each.stdout)["edges"] for each in (before, measuring, after)]
@@ -139,11 +138,9 @@ def test_measured_edges_say_so(label: str) -> None:
 def test_a_gpu_is_measured_by_another_command() -> None:
     """Which is named; a network without such maps has nothing to time, and that is no error."""
     with pytest.raises(BenchError, match="skipcost kernels bench --ops tap_first"):
-        CliRunner().invoke(
-            app, ["rewritings", "unet3+/d2/w4/concat", "--measure", "--device", "cuda"], catch_exceptions=False
-        )
+        invoke_cli(["rewritings", "unet3+/d2/w4/concat", "--measure", "--device", "cuda"], catch_exceptions=False)
 
-    nothing = CliRunner().invoke(app, ["rewritings", "unet/d2/w4/concat", "--size", "16", "--measure"])
+    nothing = invoke_cli(["rewritings", "unet/d2/w4/concat", "--size", "16", "--measure"])
 
     assert nothing.exit_code == 0
     assert "nothing to time" in nothing.stderr
@@ -155,6 +152,4 @@ def test_a_wrong_result_ends_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tap_measuring, "tap_first", lambda x, *_, **__: x.new_zeros(()))
 
     with pytest.raises(MachineError, match="nothing was timed"):
-        CliRunner().invoke(
-            app, ["rewritings", "unet3+/d2/w4/concat", "--size", "16", "--measure"], catch_exceptions=False
-        )
+        invoke_cli(["rewritings", "unet3+/d2/w4/concat", "--size", "16", "--measure"], catch_exceptions=False)

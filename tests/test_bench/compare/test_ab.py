@@ -194,13 +194,14 @@ def test_a_journal_cut_off_in_a_line_keeps_the_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_take_turns_and_a_busy_wait_shows() -> None:
+def test_two_processes_take_turns_and_a_busy_wait_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A real pair of processes measures a real case; a wait of nine times the call shows on any machine."""
     case = Case(spec=ModelSpec(depth=1, width=4), height=32, width=32, threads=1)
     here = Revision("here", "", Path())
+    monkeypatch.setattr(pairs, "TURN_S", 0.002)
 
     with facing(here, here) as sides:
-        measured = measure_pair(case, sides, 0.2, 9.0)
+        measured = measure_pair(case, sides, 0.02, 9.0)
         profiled = sides[0].ask(profile=1)["profile"]
         with pytest.raises(SideError) as told:
             measure_pair(Case(spec=ModelSpec(depth=6), height=8, width=8), sides, 0.1)

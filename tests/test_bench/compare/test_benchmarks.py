@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from command_line import invoke_cli
 
-from skipcost.bench import cli
 from skipcost.bench.compare.benchmarks import read_benchmarks
 from skipcost.bench.compare.pairs import SideError, benchmark_pairs, benchmarks_of
 from skipcost.bench.compare.revisions import WORKING_TREE, Revision, checked_out, dirty, merge_base, resolve
@@ -37,7 +36,7 @@ def written(path: Path, *rows: dict[str, Any]) -> Path:
 
 def invoke(*words: str) -> tuple[int, str]:
     """Run a command; its exit code and everything that it said."""
-    result = CliRunner().invoke(cli.app, words)
+    result = invoke_cli(words)
     if isinstance(result.exception, BenchError):
         return result.exception.exit_code, str(result.exception)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 import typer
-from typer.testing import CliRunner
+from command_line import invoke_cli
 
-from skipcost.bench import cli
 from skipcost.bench.cases.case import Case
 from skipcost.bench.cases.factory import Factory, code_of, sources_of
 from skipcost.bench.cases.opened import digests
@@ -66,7 +65,7 @@ def file(tmp_path: Path) -> Path:
 
 def gate(store: Path, file: Path, *words: str) -> tuple[int, str]:
     """Run the command and return its exit code and everything that it said."""
-    result = CliRunner().invoke(cli.app, ["gate", str(store), "--baseline", str(file), *words])
+    result = invoke_cli(["gate", str(store), "--baseline", str(file), *words])
     if isinstance(result.exception, BenchError):
         return result.exception.exit_code, str(result.exception)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
@@ -328,7 +327,7 @@ def test_exactly_one_thing_to_compare_with_is_asked_for(tmp_path: Path, file: Pa
     store = str(fill(tmp_path / "now.sqlite"))
 
     for words in ([], ["--baseline", str(file), "--against", "HEAD"]):
-        result = CliRunner().invoke(cli.app, ["gate", store, *words])
+        result = invoke_cli(["gate", store, *words])
 
         assert isinstance(result.exception, BenchError)
         assert "either --baseline FILE or --against REV" in str(result.exception)
@@ -339,7 +338,7 @@ def test_a_sweep_of_ones_own_has_no_revisions(tmp_path: Path) -> None:
     """`--against` runs a sweep by its name on both sides; one that no revision holds is refused before it runs."""
     store = fill(tmp_path / "now.sqlite", sweep="mine")
 
-    result = CliRunner().invoke(cli.app, ["gate", str(store), "--against", "HEAD"])
+    result = invoke_cli(["gate", str(store), "--against", "HEAD"])
 
     assert isinstance(result.exception, BenchError)
     assert "has the cases of `mine`, which is no sweep that ships" in str(result.exception)
@@ -365,7 +364,7 @@ def fill_own(path: Path, params: int, read: str = "", measured: bool = True) -> 
 
 def baseline_at(store: Path, file: Path) -> Path:
     """Have the command write the baseline of a store."""
-    result = CliRunner().invoke(cli.app, ["baseline", str(store), "-o", str(file)], catch_exceptions=False)
+    result = invoke_cli(["baseline", str(store), "-o", str(file)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return file
 
@@ -399,7 +398,7 @@ def test_a_model_that_was_edited_since_is_refused(tmp_path: Path, monkeypatch: p
     model(450)
 
     code, told = gate(store, file)
-    made = CliRunner().invoke(cli.app, ["baseline", str(store), "-o", str(file)])
+    made = invoke_cli(["baseline", str(store), "-o", str(file)])
 
     assert code == 2
     assert "has no numbers of ownmodel:net as it is here (its code was another one): run the sweep that made" in told
@@ -450,7 +449,7 @@ def test_a_model_of_one_s_own_has_no_revisions(tmp_path: Path, monkeypatch: pyte
     with contextlib.closing(sqlite3.connect(store)) as connection, connection:
         connection.execute("UPDATE runs SET sweep = 'ci'")
 
-    result = CliRunner().invoke(cli.app, ["gate", str(store), "--against", "HEAD"])
+    result = invoke_cli(["gate", str(store), "--against", "HEAD"])
 
     assert isinstance(result.exception, BenchError)
     assert "has models of your own (ownmodel:net), which no revision of skipcost has" in str(result.exception)
@@ -471,7 +470,7 @@ def test_a_baseline_is_not_made_of_failures(tmp_path: Path) -> None:
     """What crashed is no number to hold others against: the command refuses, with the first failure."""
     store = fill(tmp_path / "x.sqlite", params=Result("params", "crash", note="boom"))
 
-    result = CliRunner().invoke(cli.app, ["baseline", str(store), "-o", str(tmp_path / "b.jsonl")])
+    result = invoke_cli(["baseline", str(store), "-o", str(tmp_path / "b.jsonl")])
 
     assert isinstance(result.exception, BenchError)
     assert "params of unet/d4/w8/concat" in str(result.exception)

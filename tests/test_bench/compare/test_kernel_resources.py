@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from command_line import invoke_cli
 
-from skipcost.bench import cli
 from skipcost.bench.commands import gate as gate_command
 from skipcost.bench.compare import kernel_resources
 from skipcost.bench.compare.gate import compared, judge
@@ -193,7 +192,7 @@ def test_the_gate_judges_kernels_beside_cases(
     monkeypatch.setattr(gate_command, "_against_file", lambda *_: same)
     monkeypatch.setattr(kernel_resources, "compiled", lambda _: side)
 
-    result = CliRunner().invoke(cli.app, ["gate", str(tmp_path / "db"), "--baseline", "x.jsonl", "--kernels"])
+    result = invoke_cli(["gate", str(tmp_path / "db"), "--baseline", "x.jsonl", "--kernels"])
 
     assert result.exit_code == code, result.output
     assert (UPDATE in result.output) == bool(code)

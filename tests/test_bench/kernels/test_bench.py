@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import io
+import json
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -220,7 +223,7 @@ def test_networks_are_verified_and_timed_in_every_way_that_can_run(capsys: pytes
 
 @pytest.mark.slow
 def test_processes_of_their_own_give_the_same_kinds_of_rows() -> None:
-    """As on a GPU: everything that is asked and answered goes through JSON, and each function is found by its name."""
+    """As on a GPU: all that is asked and answered goes through JSON, each function is found by its name; one is run."""
     call = Call("up_conv", 1, ((4, 3, 3),), 2, precision="fp32")
     brief = asdict(QUICK["budget"])
     shared = {"call": call.key, "device": "cpu", "kind": "normal", "caches": ["hot", "cold"], "budget": brief}
@@ -233,12 +236,16 @@ def test_processes_of_their_own_give_the_same_kinds_of_rows() -> None:
         networks.take: (network, {"implementation": "eager"}),
     }
 
-    rows = {
-        each: next(jobs.run([jobs.Job(what, (part,))], each, jobs.Limits(time.time() + 120))).row
-        for each, (what, part) in work.items()
-    }
+    until, rows = time.time() + 120, {}
+    for each, (what, part) in work.items():
+        out, asked = io.StringIO(), json.dumps({"what": what, "parts": [part], "until": until})
+        jobs.serve(getattr(importlib.import_module(each.__module__), each.__name__), io.StringIO(asked), out)
+        rows[each] = json.loads(out.getvalue().splitlines()[0])["row"]
+    what, part = work[judging.verify]
+    outside = next(jobs.run([jobs.Job(what, (part,))], judging.verify, jobs.Limits(until))).row
 
-    assert {each: row and row.get("outcome", "ok") for each, row in rows.items()} == dict.fromkeys(work, "ok")
+    assert {each: row.get("outcome", "ok") for each, row in rows.items()} == dict.fromkeys(work, "ok")
+    assert outside == rows[judging.verify]
 
 
 def test_the_order_is_calls_first_and_what_compiles_last() -> None:

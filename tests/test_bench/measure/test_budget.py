@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,7 +140,7 @@ def test_a_model_that_fails_raises_its_own_error() -> None:
 
 
 @pytest.mark.slow
-def test_a_users_own_test_finds_the_fixture(tmp_path: Path) -> None:
+def test_a_users_own_test_finds_the_fixture(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The plugin comes with the distribution: a file of a user's that imports nothing of ours can use it."""
     file = tmp_path / "test_mine.py"
     file.write_text(
@@ -151,13 +149,14 @@ def test_a_users_own_test_finds_the_fixture(tmp_path: Path) -> None:
         "    assert_cost(torch.nn.Conv2d(1, 4, 3), torch.zeros(1, 1, 8, 8), params=39)\n"
     )
 
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
-    )  # fmt: skip
+    plugins = ("cacheprovider", "xdist", "faulthandler")
+    code = pytest.main(["-q", "--rootdir", str(tmp_path), *(f"-pno:{name}" for name in plugins), str(file)])
 
-    assert done.returncode == 1
-    assert "Conv2d has params = 40 (40), 2.6% over its budget of 39 (39); Conv2d costs most, 40 (40)" in done.stdout
+    assert code == 1
+    assert (
+        "Conv2d has params = 40 (40), 2.6% over its budget of 39 (39); Conv2d costs most, 40 (40)"
+        in capfd.readouterr().out
+    )
 
 
 def test_costs_are_data() -> None:

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import invoke_cli
 from custom_models import Mixing, Tiny
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
 from skipcost.bench.cases.case import Case
 from skipcost.bench.cases.factory import Factory
-from skipcost.bench.cli import app
 from skipcost.bench.commands.counters import examine
 from skipcost.bench.measure import counters
 from skipcost.bench.measure.arithmetic import CONVOLUTION, PRODUCT, TRANSPOSED, Place, arithmetic
@@ -335,7 +334,7 @@ def test_a_model_of_ones_own_is_judged_by_arithmetic_too(model: type[nn.Module])
 
 def run(*words: str) -> Any:
     """Call the command as from a shell."""
-    return CliRunner().invoke(app, ["counters", *words])
+    return invoke_cli(["counters", *words])
 
 
 def test_the_command_prints_a_row_for_every_counter() -> None:

@@ -145,7 +145,7 @@ def test_what_a_factory_does_to_its_process_is_its_own_row(server: Server, name:
 @pytest.mark.slow
 def test_a_model_may_import_when_it_runs(server: Server) -> None:
     """What lies beside it is reached in the forward pass as when it was made."""
-    (result,) = ask(server, "ImportsLate", "latency_s")
+    (result,) = ask(server, "ImportsLate", "conv_macs")
 
     assert result.outcome == "ok", result.note
 

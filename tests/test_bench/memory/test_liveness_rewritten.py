@@ -87,11 +87,11 @@ def _pairs(ruled: tuple[Case, str]) -> set[Any]:
 
 TRACED = [
     *covering(zip(itertools.islice(_rewritten(10), 100), itertools.cycle(RULES), strict=False), _pairs),
-    *itertools.islice(_transposed(12), 20),
+    *itertools.islice(_transposed(12), 12),
 ]
 RUN = [
-    *zip(itertools.islice(filter(_runs, _rewritten(11)), 36), itertools.cycle(RULES), strict=False),
-    *itertools.islice(_transposed(13), 20),
+    *zip(itertools.islice(filter(_runs, _rewritten(11)), 15), itertools.cycle(RULES), strict=False),
+    *itertools.islice(_transposed(13), 8),
 ]
 CELLS = [
     (variant, skip, upsample, padding, mode)
@@ -100,13 +100,13 @@ CELLS = [
 ]
 
 
-def _triples(cell: tuple[tuple[str, ...], str]) -> set[Any]:
-    """Every three values of a cell, with their places."""
-    return set(itertools.combinations(enumerate((*cell[0], cell[1])), 3))
+def _twos(cell: tuple[tuple[str, ...], str]) -> set[Any]:
+    """Every two values of a cell, with their places."""
+    return set(itertools.combinations(enumerate((*cell[0], cell[1])), 2))
 
 
 EVERY = list(itertools.product(CELLS, ("fp32", "bf16", "amp-bf16")))
-GRID = covering(random.Random(0).sample(EVERY, len(EVERY)), _triples)  # noqa: S311 - an order, nothing secret
+GRID = covering(random.Random(0).sample(EVERY, len(EVERY)), _twos)  # noqa: S311 - an order, nothing secret
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def test_the_arithmetic_equals_the_trace(case: Case) -> None:
 def test_every_cell_of_the_grid_does(cell: tuple[str, str, str, str, str], precision: str) -> None:
     """Both peaks, where everything that can be is rewritten, in 32 bits, in 16, or mixed; odd sizes are cropped.
 
-    Of all cells, in a random order, those in which three values of the axes meet that met in none before.
+    Of all cells, in a random order, those in which two values of the axes meet that met in none before.
     """
     variant, skip, upsample, padding, mode = cell
     spec = ModelSpec(variant, 1 if padding == "valid" else 2, 4, skip, padding=padding, upsample=upsample)
@@ -268,7 +268,7 @@ def test_no_up_sampled_map_is_kept() -> None:
 
 
 @pytest.mark.parametrize("mode", CHOICES["mode"])
-@pytest.mark.parametrize(("case", "rule"), TRACED[:15], ids=lambda each: getattr(each, "name", each), indirect=["rule"])
+@pytest.mark.parametrize(("case", "rule"), TRACED[:9], ids=lambda each: getattr(each, "name", each), indirect=["rule"])
 @pytest.mark.usefixtures("rule")
 def test_a_timeline_keeps_its_promises(case: Case, mode: str) -> None:
     """One life for each storage, a course that ends as it began, a peak that adds up, an envelope over batches."""
@@ -370,8 +370,7 @@ AXES = [
 ]
 
 
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "backward"), [(torch.float32, True), (torch.bfloat16, False)], ids=str)
 @pytest.mark.parametrize(("height", "width", "factor", "in_channels", "out_channels", "padding"), AXES)
 def test_the_workspace_of_a_call_is_counted(
     height: int,

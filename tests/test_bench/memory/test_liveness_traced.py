@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 from live_cells import Followed, cells, changes, covering, pairs, turns
-from pairwise import each_pair
+from pairwise import each_value
 
 from skipcost.bench.cases.case import Case
 from skipcost.bench.measure.counting import predicted_peaks
@@ -16,7 +16,7 @@ from skipcost.bench.memory.liveness import peak_bytes, peaks_of, timeline
 from skipcost.unet_models import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CELLS = covering(islice(cells(0), 400), pairs, times=2)  # every pair of values twice, where it occurs twice
+CELLS = covering(islice(cells(0), 400), pairs)
 
 
 def _traced(case: Case) -> tuple[tuple[int, int], list[int]]:
@@ -50,7 +50,7 @@ def test_the_arithmetic_equals_the_trace(case: Case) -> None:
         assert turns(changes(line)) == course
 
 
-@each_pair
+@each_value
 def test_it_does_at_depth_3(variant: str, skip: str, mode: str) -> None:
     """The same for deeper networks."""
     case = Case(spec=ModelSpec(variant=variant, skip=skip, depth=3, width=4), height=32, width=48, mode=mode)

@@ -9,10 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from command_line import invoke_cli
 from places import ROOT
-from typer.testing import CliRunner
 
-from skipcost.bench import cli
 from skipcost.bench.cases.case import Case
 from skipcost.bench.cases.record import OUTCOMES, Result
 from skipcost.bench.commands.accuracy import BEGIN, END, markdown, write_between
@@ -55,7 +54,7 @@ def read(path: Path) -> Accuracy:
 
 def run(*words: str) -> str:
     """Run the command and return what it prints."""
-    result = CliRunner().invoke(cli.app, ["accuracy", *words], catch_exceptions=False)
+    result = invoke_cli(["accuracy", *words], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
 

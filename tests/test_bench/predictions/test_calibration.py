@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from command_line import invoke_cli
 
-from skipcost.bench import cli
 from skipcost.bench.cases.case import CHOICES, Case
 from skipcost.bench.cases.record import Result
 from skipcost.bench.errors import BenchError
@@ -392,7 +391,7 @@ def test_the_command_fits_writes_and_tells(store: Path, tmp_path: Path) -> None:
     """For people: the errors held out and the costs. The file is the one that fit reads."""
     path = tmp_path / "made.json"
 
-    done = CliRunner().invoke(cli.app, ["calibrate", str(store), "-o", str(path)])
+    done = invoke_cli(["calibrate", str(store), "-o", str(path)])
 
     assert done.exit_code == 0
     for words in ("A CPU", "1 row with a doubt", "30 rows, 30 networks", "Spearman", "90% interval", "MAC/s"):
@@ -404,7 +403,7 @@ def test_the_command_prints_json_for_a_program(store: Path, tmp_path: Path) -> N
     """The same content as the file's."""
     path = tmp_path / "made.json"
 
-    done = CliRunner().invoke(cli.app, ["calibrate", str(store), "-o", str(path), "--json"])
+    done = invoke_cli(["calibrate", str(store), "-o", str(path), "--json"])
 
     written = json.loads(path.read_text())
     assert written == json.loads(done.stdout) | {"format": "skipcost calibration", "schema": 1}
@@ -416,7 +415,7 @@ def test_bad_input_of_the_command_is_refused(store: Path) -> None:
         (["--device", "gpu"], "unknown device 'gpu'"),
         (["-o", f"{store}/x.json"], "cannot write .*; name another file with -o"),
     ):
-        done = CliRunner().invoke(cli.app, ["calibrate", str(store), *words])
+        done = invoke_cli(["calibrate", str(store), *words])
 
         assert isinstance(done.exception, BenchError)
         assert re.search(why, str(done.exception))

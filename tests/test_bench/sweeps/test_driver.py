@@ -133,15 +133,6 @@ def children(pid: int) -> list[int]:
     return [int(text) for text in listed.stdout.split()]
 
 
-def test_the_server_is_restarted_when_it_dies(server: Server) -> None:
-    """If the server itself is killed under a case, that metric is a row and the next one is measured."""
-    threading.Timer(1.0, server._process.popen.kill).start()
-
-    results = ask(server, replace(LARGE, mode="training"), ("latency_s", "params"))
-
-    assert [result.outcome for result in results] == ["out_of_memory", "ok"]
-
-
 ARITHMETIC = [
     Case(spec=ModelSpec(depth=1, width=2, skip="gated"), height=16, width=16, mode=mode, backend=backend)
     for mode in ("inference", "training")
@@ -213,6 +204,15 @@ def test_each_case_has_its_threads(server: Server) -> None:
     (result,) = ask(server, case, ("latency_s",))
 
     assert result.detail["threads"] == 1
+
+
+def test_the_server_is_restarted_when_it_dies(server: Server) -> None:
+    """If the server itself is killed under a case, that metric is a row and the next one is measured."""
+    threading.Timer(1.0, server._process.popen.kill).start()
+
+    results = ask(server, replace(LARGE, mode="training"), ("latency_s", "params"))
+
+    assert [result.outcome for result in results] == ["out_of_memory", "ok"]
 
 
 def test_a_second_sweep_runs_only_what_is_missing(tmp_path: Path, server: Server) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from skipcost.bench.cases.case import CHOICES, Case
+from skipcost.bench.cases.factory import Factory
 from skipcost.bench.errors import MachineError
 from skipcost.bench.measure import here, probe, server
 from skipcost.bench.measure import run as timing_layers
@@ -151,20 +152,29 @@ def test_a_probe_that_fails_says_how_to_see_why(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("metrics", "where", "asked"),
-    [(["roofline_s"], "cpu", [2]), (["latency_s"], "cpu", [2]), (["params"], "cpu", []), (["roofline_s"], "cuda", [])],
+    ("metrics", "changes", "asked"),
+    [
+        (["params"], {}, []),
+        (["roofline_s"], {}, ["probe 2"]),
+        (["latency_s"], {}, ["probe 2"]),
+        (["roofline_s"], {"device": "cuda"}, []),
+        (["params", "operators"], {}, ["rehearse"]),
+        (["latency_s"], {"mode": "training"}, ["rehearse", "probe 2"]),
+        (["params"], {"spec": Factory("m:f")}, ["rehearse"]),
+    ],
 )
-def test_the_server_probes_ahead_of_the_forks_that_need_it(
-    metrics: list[str], where: str, asked: list[int], monkeypatch: pytest.MonkeyPatch
+def test_the_server_does_ahead_of_the_forks_what_they_need(
+    metrics: list[str], changes: dict[str, Any], asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forks inherit the answer: a sweep probes once, and one without lines, and latencies beside them, never."""
-    probed: list[int] = []
-    monkeypatch.setattr(server, "probed_cpu", probed.append)
-    case = json.loads(replace(CASE, threads=2, device=where).to_json())
+    done: list[str] = []
+    monkeypatch.setattr(server, "probed_cpu", lambda threads: done.append(f"probe {threads}"))
+    monkeypatch.setattr(server, "rehearse", lambda: done.append("rehearse"))
+    case = json.loads(replace(CASE, threads=2, **changes).to_json())
 
-    server._probe_for({"case": case, "metrics": metrics})
+    server.prepare({"case": case, "metrics": metrics})
 
-    assert probed == asked
+    assert done == asked
 
 
 @pytest.mark.parametrize("label", [*CELLS, "unet3+/d2/w8/gated/head=guided/classes=1", "unet/d2/w8/concat/norm=group"])

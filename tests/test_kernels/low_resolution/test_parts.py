@@ -75,7 +75,7 @@ def calls(draw: Any) -> tuple[tuple[int, int, int, int], int, tuple[Axis, Axis]]
     return size, draw(st.integers(1, 5)), axes(size[2:], (kernel, kernel), factor, mode, False, kernel // 2, window)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(calls(), st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.integers(1, 60))
 def test_what_a_call_makes_inside_is_counted(
     call: tuple[tuple[int, int, int, int], int, tuple[Axis, Axis]],
@@ -104,7 +104,7 @@ def test_what_a_call_makes_inside_is_counted(
     assert tracker.live == before
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(calls())
 def test_tables_are_counted(call: tuple[tuple[int, int, int, int], int, tuple[Axis, Axis]]) -> None:
     """Pixels and weights of rows and of columns, as they are kept."""

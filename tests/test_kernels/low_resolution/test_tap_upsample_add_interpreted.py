@@ -148,7 +148,7 @@ def test_edges_of_tiles_and_maps(name: str) -> None:
     _assert_right(EDGES[name])
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(cases())
 def test_any_call_is_within_the_bound(case: Case) -> None:
     """Of any size, factor, crop, kernel and type, in any strides: the same."""
@@ -161,8 +161,9 @@ def _taps(inputs: tuple[Tensor, Tensor, Tensor | None]) -> Tensor:
     return amid(taps.contiguous(), "contiguous")
 
 
-@pytest.mark.parametrize("factor", [1, 2, 3, 8])
-@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize(
+    ("way", "factor"), [*((WAYS[0], factor) for factor in (1, 2, 3, 8)), (WAYS[1], 3), (WAYS[2], 2)], ids=str
+)
 def test_nothing_beside_the_tap_maps_is_read(way: tuple[str, bool], factor: int) -> None:
     """NaN before the first and behind the last of them reach no pixel, with rows and columns of taps on every side."""
     case = replace(EDGE, way=way, factor=factor, size=(2, 3, 4, 3), outputs=5, padding=2, dtype=torch.float32)
@@ -284,8 +285,7 @@ def test_double_precision_is_double() -> None:
         assert case.error(out, inputs, held) <= 1
 
 
-@pytest.mark.parametrize("add", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "add"), [(torch.float32, True), (torch.bfloat16, False), (torch.float16, True)])
 def test_into_leaves_the_other_channels(dtype: torch.dtype, add: bool, launched: list[Launch]) -> None:  # noqa: FBT001
     """The op that fills a buffer writes its channels in one launch, and nothing of the others."""
     case = replace(EDGE, size=(2, 6, 3, 4), outputs=5, dtype=dtype)

@@ -34,8 +34,8 @@ def _no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-def test_neither_torch_nor_triton_nor_a_gpu_is_needed_to_import() -> None:
-    """The package needs no torch, and the op runs on a CPU where triton is missing."""
+def test_neither_torch_nor_triton_nor_a_gpu_is_needed() -> None:
+    """The package needs no torch, and where triton is missing ops run as the reference, and oracles are there too."""
     program = """
 import sys
 sys.modules["triton"] = None
@@ -43,7 +43,14 @@ import skipcost.kernels
 assert "torch" not in sys.modules
 import torch
 from skipcost.kernels.ops.crop_concat import crop_concat
+from skipcost.kernels.ops.conv_bn_relu import conv_bn_relu, conv_bn_relu_pool
+from skipcost.kernels.verify import canaries, exact
 assert crop_concat([torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2)]).shape == (1, 2, 2, 2)
+x, weight = torch.ones(1, 2, 4, 4), torch.ones(3, 2, 3, 3)
+assert torch.equal(conv_bn_relu(x, weight, None, None, padding=0), torch.full((1, 3, 2, 2), 18.0))
+assert conv_bn_relu_pool(x, weight, None, None, padding=0)[1].shape == (1, 3, 1, 1)
+right = exact.conv([canaries.amid(x, "window")], weight, padding=0)
+assert exact.worst(torch.full((1, 3, 2, 2), 18.0), right.value, exact.allowed(right, torch.float32)) == 0
 """
 
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -19,10 +19,10 @@ from skipcost.kernels.ops.up_conv import up_conv_concat
 from skipcost.kernels.verify import exact as validate
 from skipcost.unet_models import ops as reference_ops
 
-pytestmark = [pytest.mark.usefixtures("no_tf32"), pytest.mark.numeric]
+pytestmark = pytest.mark.usefixtures("no_tf32")
 
 
-@pytest.mark.parametrize("beyond", [(), ((2, 1, 3),), ((2, 0, 1), (1, 3, 0))], ids=str)
+@pytest.mark.parametrize("beyond", [(), ((2, 0, 1), (1, 3, 0))], ids=str)
 def test_gradcheck_passes_in_float64(beyond: tuple[tuple[int, int, int], ...]) -> None:
     """The gradients agree with finite differences of the kernels themselves, cropped or not."""
     case = Case(1, (2, 2, 3), 3, "fp64", beyond=beyond)
@@ -34,7 +34,7 @@ def test_gradcheck_passes_in_float64(beyond: tuple[tuple[int, int, int], ...]) -
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(cases().filter(lambda case: case.batch > 0 and case.precision != "tf32"))
 @example(Case(2, (5, 3, 4), 3, "bf16", beyond=((3, 1, 0), (1, 2, 2))))
 def test_the_gradients_are_within_the_bound(case: Case) -> None:

@@ -84,7 +84,7 @@ class Program(nn.Module):
         return [maps[-1], maps[len(maps) // 2], *pooled]
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(st.lists(STEP, min_size=2, max_size=12), st.sampled_from(("cudnn", "triton")), st.sampled_from(((8, 8), (7, 9))))
 def test_a_program_of_layers_gives_what_it_gave(steps: list[Step], chosen: str, size: tuple[int, int]) -> None:
     """Against float64, at most four times the original's error and 1e-5 of the largest number.

@@ -30,9 +30,13 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-@pytest.mark.parametrize("chosen", ["tap-first", "direct"])
-@pytest.mark.parametrize("name", MODELS)
+OTHERS = (("tap-first", False), ("direct", True), ("direct", False))
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen", "training"),
+    [(name, *way) for at, name in enumerate(MODELS) for way in (("tap-first", True), OTHERS[at % len(OTHERS)])],
+)
 def test_results_gradients_and_statistics_are_the_models(
     name: str, chosen: str, *, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -46,8 +50,13 @@ def test_results_gradients_and_statistics_are_the_models(
     assert_same(expected, got, 0 if chosen == "direct" and name != "pointwise" else 1e-12)
 
 
-@pytest.mark.parametrize("name", ["dividing", "nested", "skipping", "unet3+", "branching", "pointwise"])
-@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize(
+    ("name", "training"),
+    [
+        (name, at % 2 == 0)
+        for at, name in enumerate(("dividing", "nested", "skipping", "unet3+", "branching", "pointwise"))
+    ],
+)
 def test_fewer_macs_run(name: str, *, training: bool) -> None:
     """PyTorch's own counter says so, in both modes."""
     model, x = made(name)
@@ -175,8 +184,9 @@ def test_the_given_model_is_left_alone() -> None:
     assert {name: module.__dict__ for name, module in model.named_modules()} == before
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
-@pytest.mark.parametrize("name", ["nested", "supervised", "skipping"])
+@pytest.mark.parametrize(
+    ("duplicate", "name"), [(copy.deepcopy, "nested"), (pickled, "supervised"), (copy.deepcopy, "skipping")]
+)
 def test_a_copy_is_rewritten_and_has_weights_of_its_own(duplicate: Callable[[nn.Module], nn.Module], name: str) -> None:
     """Deep copies and pickles run as few MACs, and do not follow the original's weights."""
     model, x = made(name)
@@ -372,8 +382,9 @@ def test_results_are_laid_out_as_the_originals(layout: torch.memory_format) -> N
 
 
 @pytest.mark.numeric
-@pytest.mark.parametrize("name", ["dividing", "nested", "unet3+"])
-@pytest.mark.parametrize("way", ["autocast", "bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("name", "way"), [("dividing", "bf16"), ("nested", "fp32"), ("unet3+", "autocast"), ("unet3+", "bf16")]
+)
 def test_rounding_is_not_worse_than_the_originals(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Root mean square errors against float64: in fp32 and in 16 bits at most 1.5 times the model's own."""
     always(monkeypatch)
