@@ -31,7 +31,7 @@ def kernels_context(_data: Data) -> dict[str, Any]:
         "precision": PRECISION,
         "cudnn_share": f"{CUDNN_SHARE:.0%}",
         "triton_share": f"{TRITON_SHARE / CUDNN_SHARE:.0%}",
-        "choices": _choices(),
+        "choices": _choices(tuple(VARIANTS)),
         "resources": _resources(),
         "target": TARGET,
         "measured": Grid(("card", "call", "runs on", "time", "times the best of PyTorch's", "from"), tuple(measured)),
@@ -39,17 +39,17 @@ def kernels_context(_data: Data) -> dict[str, Any]:
 
 
 @cache
-def _choices() -> Grid:
+def _choices(variants: tuple[str, ...]) -> Grid:
     """Per variant and batch: how many calls would run on our kernels, and the sum of predicted times each way."""
     rows = []
-    for variant, row in VARIANTS.items():
+    for variant in variants:
         for batch in BATCHES:
             facts = explain(f"{variant}/d4/w{WIDTH}/concat", batch, SIZE, "inference", PRECISION, device_named(CARD))
             ours = [call["where"] for call in facts["calls"] if call["implementation"] in ("triton", "tma")]
             seconds = facts["seconds"]
             rows.append(
                 (
-                    words(row.title),
+                    words(VARIANTS[variant].title),
                     whole(batch),
                     Cell(f"{len(ours)} of {len(facts['calls'])}", float(len(ours)), ", ".join(ours)),
                     *(number(seconds[way], "seconds") for way in ("reference", "cudnn", "chosen")),
