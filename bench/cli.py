@@ -51,7 +51,7 @@ from skipcost.bench.errors import BenchError
 from skipcost.bench.measure.environment import cpus
 from skipcost.bench.store.store import create_store, open_store
 from skipcost.bench.streams import steady_streams
-from skipcost.bench.sweeps.driver import Server, outcome_of, pending, recognised
+from skipcost.bench.sweeps.driver import Server, failed, has_numbers, pending, recognised
 from skipcost.bench.sweeps.driver import sweep as run_sweep
 from skipcost.bench.sweeps.plan import Plan, PlannedCase, load_plan
 from skipcost.bench.units import parse_size
@@ -149,7 +149,8 @@ def sweep(
         except Stopped as stop:
             stop.add_note("what was measured is kept, run the same command again to go on")
             raise
-        found, failures = outcome_of(recognised(planned, opened), opened, server.environment["fingerprint"])
+        rows = recognised(planned, opened), opened, server.environment["fingerprint"]
+        found, failures = has_numbers(*rows), failed(*rows)
     told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or "nothing was missing"
     ERR.print(f"{len(planned.cases)} cases in {path}; this run added: {told}")
     for text, reason in planned.left_out.items():

@@ -28,6 +28,7 @@ NEEDED = {"roofline_s": ("device", "flop_per_s", "bandwidth_bytes_per_s", "sourc
 OUTCOMES = ("ok", "out_of_memory", "timeout", "crash", "unsupported", "throttled")
 
 FAILED = OUTCOMES[1:]
+NUMBERED = ("ok", "throttled")  # outcomes of results with samples
 NAMED = 3  # networks beside a reason
 MOST_OF_AN_ERROR = 400  # characters; what follows is a stack of C++ frames
 

@@ -162,10 +162,14 @@ class Store:
 
         Within such a block nothing else commits.
         """
-        self._cases = self._rows = None
-        if self._db.in_transaction:
-            yield
-            return
+        try:
+            with contextlib.nullcontext() if self._db.in_transaction else self._committing():
+                yield
+        finally:
+            self._cases = self._rows = None  # also where nothing stays of what a block wrote
+
+    @contextlib.contextmanager
+    def _committing(self) -> Iterator[None]:
         try:
             with self._db:
                 self._db.execute("BEGIN")

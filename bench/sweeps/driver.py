@@ -14,13 +14,12 @@ from typing import Any, Self
 
 from skipcost.bench.cases.case import Case
 from skipcost.bench.cases.opened import Present
-from skipcost.bench.cases.record import Result
+from skipcost.bench.cases.record import NUMBERED, Result
 from skipcost.bench.errors import MachineError
 from skipcost.bench.measure.process import GRACE_S, PYTHON, Process, how_ended
 from skipcost.bench.store.store import Store
 from skipcost.bench.sweeps.plan import Plan, PlannedCase
 
-NUMBERED = ("ok", "throttled")  # outcomes that have samples
 BATCH = 64  # cases whose arithmetic is asked for, and stored, together
 
 
@@ -88,12 +87,12 @@ class Server:
     def work_out(self, requests: Sequence[Request]) -> list[list[Result]]:
         """Return the results of each of some requests for arithmetic, which the server does itself.
 
-        What it did not live to answer is asked for again, each in a fork.
+        What it did not live to answer, or not within the time that a case has, is asked for again, each in a fork.
         """
         self._process.tell({"arithmetic": [request.message() for request in requests]})
         found: list[list[Result]] = []
-        for _ in requests:
-            if (reply := self._process.read()) is None:
+        for request in requests:
+            if (reply := self._process.read(request.time_limit_s)) is None:
                 self._restart()
                 break
             found.append([Result.from_json(each) for each in reply["results"]])
@@ -142,14 +141,23 @@ def recognised(plan: Plan, store: Store) -> Plan:
     return replace(plan, cases=tuple(_recognised(planned, states, present) for planned in plan.cases))
 
 
-def outcome_of(plan: Plan, store: Store, fingerprint: str) -> tuple[bool, list[tuple[str, Result]]]:
-    """Whether anything that a plan asks for has a number; label and result of all that has failed, old and new."""
-    outcomes, failures = store.measured(fingerprint), store.failures(fingerprint)
-    asked = [
-        (planned.case.spec.label, (planned.case.case_id, name)) for planned in plan.cases for name in planned.metrics
-    ]
-    found = any(outcomes.get(row) in NUMBERED for _, row in asked)
-    return found, [(label, failures[row]) for label, row in asked if row in failures]
+def _asked(plan: Plan) -> Iterator[tuple[str, tuple[str, str]]]:
+    """The label of each row that a plan asks for, and what the store knows it by."""
+    for planned in plan.cases:
+        for name in planned.metrics:
+            yield planned.case.spec.label, (planned.case.case_id, name)
+
+
+def has_numbers(plan: Plan, store: Store, fingerprint: str) -> bool:
+    """Whether an environment has a number, old or new, of anything that a plan asks for."""
+    outcomes = store.measured(fingerprint)
+    return any(outcomes.get(row) in NUMBERED for _, row in _asked(plan))
+
+
+def failed(plan: Plan, store: Store, fingerprint: str) -> list[tuple[str, Result]]:
+    """Label and result of all that a plan asks for and that failed, old and new."""
+    failures = store.failures(fingerprint)
+    return [(label, failures[row]) for label, row in _asked(plan) if row in failures]
 
 
 def _recognised(planned: PlannedCase, states: dict[str, list[Case]], present: Present) -> PlannedCase:

@@ -171,6 +171,16 @@ def test_what_a_killed_server_did_not_work_out_is_worked_out_in_forks(server: Se
     assert all(result.outcome == "ok" for results in found for result in results)
 
 
+def test_arithmetic_is_waited_for_as_long_as_a_case_may_take(server: Server) -> None:
+    """A server that does not answer by then is ended, and another one asks a fork, which has its own time limit."""
+    asked = Request(ARITHMETIC[0], ("params",), SHORT, 4.0, None)
+    os.kill(server._process.popen.pid, signal.SIGSTOP)
+
+    ((result,),) = server.work_out([asked])
+
+    assert (result.metric, result.outcome) == ("params", "ok")
+
+
 def test_arithmetic_of_all_cases_is_stored_before_anything_runs(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
