@@ -29,6 +29,7 @@ from skipcost.reports.data import load
 from skipcost.reports.drawings import charts
 from skipcost.reports.drawings.svg import PALETTE
 from skipcost.reports.page import render
+from skipcost.reports.sections.kernels import kernels_context
 from skipcost.unet_models import VARIANTS, ModelSpec, SkipGraph, SkipNet, build, graph, ops, spec
 from skipcost.unet_models.costs import costs
 from skipcost.unet_models.variants import Variant
@@ -179,3 +180,14 @@ def test_the_report_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     assert all(case.spec.label in text for case in cases)
     assert "nobody&#39;s" in text  # the drawing's caption: whose variant it is
+
+
+def test_once_it_is_gone_no_report_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the section on kernels keeps between reports goes by the variants that there are."""
+    there = kernels_context(None)["choices"]
+    monkeypatch.delitem(VARIANTS, "largest")
+
+    gone = kernels_context(None)["choices"]
+
+    titles = [[row[0].text for row in grid.rows] for grid in (there, gone)]
+    assert titles[0] == [*titles[1], "Largest", "Largest"]

@@ -27,13 +27,12 @@ from typing import IO, Any
 from skipcost.bench.cases.case import Case
 from skipcost.bench.errors import BenchError
 from skipcost.bench.measure.environment import describe
-from skipcost.bench.measure.metrics import METRICS
+from skipcost.bench.measure.metrics import MEASURED, METRICS
 from skipcost.bench.measure.probe import probed_cpu
 from skipcost.bench.measure.process import answers, last_words, say
 from skipcost.bench.measure.worker import limit_memory, run_case, work_out
 
 GRACE_S, POLL_S = 1.0, 0.01
-TRACED = frozenset(("operators", "peak_memory_traced_bytes"))  # of any network; of a user's own model all else is, too
 # What needs the CPU's limits; a latency is judged by them: how far it is from its line, whether its precision has
 # instructions.
 LIMITED = frozenset(("roofline_s", "latency_s"))
@@ -51,7 +50,8 @@ def prepare(request: dict[str, Any]) -> None:
         from skipcost.bench.measure.counting import preload_fvcore  # noqa: PLC0415 - with torch, for all forks
 
         preload_fvcore()
-    if case.factory or case.mode == "training" or asked & TRACED:
+    traced = any(METRICS[name].origin != MEASURED and not METRICS[name].is_arithmetic(case) for name in asked)
+    if case.factory or traced or case.mode == "training":
         rehearse()
     _probe_for(case, asked)
     gc.collect()

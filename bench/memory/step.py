@@ -453,13 +453,8 @@ def _events(tape: Tape, staying: list[Value], steady: int) -> Events:
     lines = np.concatenate([2 * np.array(tape.begins), 2 * np.array(tape.ends)[ending] + 1])
     order = np.argsort(lines, kind="stable")
     events = np.concatenate([made + 1, -1 - ending])[order]
-    places = dict(sorted([*tape.places, (steady, _place(tape, steady))]))
-    starts = np.searchsorted(lines[order], [2 * line for line in (*places, steady)]).tolist()
-    after = [*starts[1:-1], len(events) + 1]
-    moments = [(at, where) for at, where, then in zip(starts, places.values(), after, strict=False) if then > at]
-    return Events(tuple(tape.names), tuple(tape.kinds), tuple(tape.sizes), events, tuple(moments), starts[-1])
-
-
-def _place(tape: Tape, line: int) -> str:
-    """Where a line runs."""
-    return [where for start, where in tape.places if start <= line][-1]
+    starts = np.searchsorted(lines[order], [2 * line for line, _ in tape.moments]).tolist()
+    ends = [*starts[1:], len(events) + 1]
+    moments = [(at, where) for at, then, (_, where) in zip(starts, ends, tape.moments, strict=True) if then > at]
+    steady_from = int(np.searchsorted(lines[order], 2 * steady))
+    return Events(tuple(tape.names), tuple(tape.kinds), tuple(tape.sizes), events, tuple(moments), steady_from)

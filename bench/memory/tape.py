@@ -106,7 +106,7 @@ class Tape:
     made: list[int] = field(default_factory=list)
     begins: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
-    places: list[tuple[int, str]] = field(default_factory=list)  # from which line on what runs is where
+    moments: list[tuple[int, str]] = field(default_factory=list)  # from which line on what runs
     lines: int = 0
     nodes: list[Node] = field(default_factory=list)
     gradients: dict[int, Value] = field(default_factory=dict)  # by the parameter's storage
@@ -123,8 +123,8 @@ class Tape:
         """Record an operator."""
         line, ends = self.lines, self.ends
         self.lines += 1
-        if not self.places or self.places[-1][1] != self.where:
-            self.places.append((line, self.where))
+        if not self.moments or self.moments[-1][1] != self.where:
+            self.moments.append((line, self.where))
         for value in makes:
             self.made.append(value.storage)
             self.begins.append(line)
@@ -184,7 +184,7 @@ class Tape:
         once = [(at + shift, number[each]) for at, each in zip(self.begins, self.made, strict=True) if each in number]
         self.begins += [at for at, _ in once]
         self.made += [each for _, each in once]
-        self.places += [(at + shift, where) for at, where in self.places if at >= line]
+        self.moments += [(at + shift, where) for at, where in self.moments if at >= line]
         self.ends += [self.ends[each] + shift for each in copied]
         self.sizes += [self.sizes[each] for each in copied]
         self.names += [self.names[each] for each in copied]
