@@ -38,7 +38,6 @@ THROUGH = {  # long modules that no test names, by the tests that run all of the
     **dict.fromkeys(
         (
             "reports/drawings/topology.py",
-            "reports/sections/kernels.py",
             "reports/sections/networks.py",
         ),
         "test_reports/test_page.py: the page",
